@@ -1,0 +1,46 @@
+"""The console entry: quick answers first, heavy imports only for real work."""
+
+from __future__ import annotations
+
+import sys
+
+from lit_bilevel.version import __version__
+
+USAGE = """\
+usage: lit-bilevel COMMAND [options]
+
+Fine-tune a language model on data you do not trust, guided by a small trusted validation set.
+
+commands:
+  fit        learn data weights and the policy; writes the run folder
+  validate   loss on the monitor part of the validation file
+  test       loss on the test file, of a checkpoint
+  predict    generate answers to the test prompts
+  select     keep the best-weighted rows of a pool, as a new file
+
+  lit-bilevel COMMAND --help     options of a command
+  lit-bilevel --version
+
+start here:
+  lit-bilevel fit --config configs/quickstart.yaml
+"""
+
+
+def main(args: list[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = sys.argv[1:] if args is None else args
+    if arguments[:1] == ["--version"]:
+        sys.stdout.write(f"lit-bilevel {__version__}\n")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(USAGE)
+        return 0
+    if arguments[0] == "select":
+        from lit_bilevel.select import main as command
+    else:
+        from lit_bilevel.cli import main as command
+    return command(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

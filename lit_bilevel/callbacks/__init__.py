@@ -1,0 +1,8 @@
+"""Callbacks: one file, one class, one sentence each."""
+
+from lit_bilevel.callbacks.checkpoint import BilevelCheckpoint
+from lit_bilevel.callbacks.export import Export
+from lit_bilevel.callbacks.inspect import WeightInspector
+from lit_bilevel.callbacks.random_state import RandomState
+
+__all__ = ["BilevelCheckpoint", "Export", "RandomState", "WeightInspector"]

@@ -1,0 +1,109 @@
+"""What a run leaves behind: `weights.parquet`, `policy/` and `metrics.json`.
+
+Every file is written beside its place and then moved there, so a file that exists is complete; files of an earlier run
+in the same folder are removed when a new one starts. `policy/` is the monitor-best state, `weights.parquet` is from the
+end of fit. Left out: merging adapters into the base model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class Export(Callback):
+    """Writes the results of a run as files that other tools read.
+
+    Args:
+        policy: whether to write `policy/`, a `save_pretrained` folder.
+    """
+
+    FILES = ("weights.parquet", "metrics.json", "policy")
+
+    def __init__(self, policy: bool = True):
+        self.policy = policy
+        self._resumed = False
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed = True
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fast_dev_run and not self._resumed:
+            for name in self.FILES:
+                _remove(run_folder(trainer) / name)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
+        folder = run_folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_weights(trainer, pl_module, folder / "weights.parquet")
+        if self.policy:
+            self._write_policy(trainer, pl_module, folder / "policy")
+
+    @rank_zero_only
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        path = run_folder(trainer) / "metrics.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(metrics, indent=2) + "\n")
+        os.replace(partial, path)
+
+    def _write_weights(self, trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        data = trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
+        names = trainer.datamodule.source_names  # type: ignore[attr-defined]
+        weights = pl_module.weights
+        table = pyarrow.table(
+            {
+                "id": pyarrow.array(data["id"], pyarrow.string()),
+                "row": pyarrow.array(data["row"], pyarrow.int64()),
+                "source": pyarrow.array([names[number] for number in data["source"]], pyarrow.string()),
+                "weight": pyarrow.array(weights.table().cpu().numpy(), pyarrow.float64()),
+                "weight_refined": pyarrow.nulls(len(data), pyarrow.float64()),
+                "visits": pyarrow.array(weights.visits.cpu().numpy(), pyarrow.int32()),
+            }
+        )
+        partial = path.with_suffix(".partial")
+        pyarrow.parquet.write_table(table, partial)
+        os.replace(partial, path)
+
+    def _write_policy(self, trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        state = None
+        if best and Path(best).is_file():
+            prefix = "policy.model."
+            saved = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+            state = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+        partial = path.with_name("policy.partial")
+        _remove(partial)
+        pl_module.policy.model.save_pretrained(partial, state_dict=state)
+        pl_module.tokenizer.save_pretrained(partial)
+        _remove(path)
+        os.replace(partial, path)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of a run: `trainer.default_root_dir`."""
+    return Path(trainer.default_root_dir)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

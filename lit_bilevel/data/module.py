@@ -1,0 +1,311 @@
+"""The LightningDataModule: files in, policy steps with both levels out.
+
+The validation file is split once, by a hash of the ids: `upper` trains the weights (and the policy when λ > 0),
+`monitor` only chooses the checkpoint. Nothing is ever reported on either; `test` is for that.
+
+Left out: sampler injection by the Trainer. Each process takes its share of a global window by itself, which makes the
+result independent of the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lit_bilevel.data.collate import collate, micro_batches, share_of_rank
+from lit_bilevel.data.encode import Encoder
+from lit_bilevel.data.rows import Source
+from lit_bilevel.data.stream import PairedStream, Schedule
+from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.types import Batch, Example, Row
+
+
+class BilevelDataModule(LightningDataModule):
+    """Pool, validation and test data of a bilevel run.
+
+    Args:
+        pool: the unclean training data: a json, jsonl or parquet file, or a hub id.
+        validation: the small trusted set, in the same formats.
+        test: rows for the final report; they never touch training.
+        truth: file that says which pool rows are corrupted (`id`, `corrupted` or `harmful`, `kind`); for scoring only.
+        tokenizer: folder or hub id; by default that of the policy.
+        batch_size: pool rows of a micro-batch, per process.
+        upper_batch_size: validation rows of a micro-batch, per process; by default as many as pool rows.
+        eval_batch_size: rows of a batch in monitor and test loops.
+        max_length: longest sequence in tokens, prompt and response together.
+        monitor_fraction: share of the validation file that only chooses the checkpoint.
+        format: format of the files, or `auto`.
+        columns: renames of columns, theirs to ours.
+        on_bad_row: `error` names bad records and stops; `skip` leaves them out and counts them.
+        num_workers: worker processes that collate batches.
+        pin_memory: whether to pin batches.
+        seed: seed of the data order; by default that of `seed_everything`, else 0.
+    """
+
+    def __init__(
+        self,
+        pool: str,
+        validation: str,
+        test: str | None = None,
+        truth: str | None = None,
+        tokenizer: str | None = None,
+        batch_size: int = 16,
+        upper_batch_size: int | None = None,
+        eval_batch_size: int = 64,
+        max_length: int = 512,
+        monitor_fraction: float = 0.2,
+        format: str = "auto",
+        columns: Mapping[str, str] | None = None,
+        on_bad_row: Literal["error", "skip"] = "error",
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        seed: int | None = None,
+    ):
+        super().__init__()
+        self.paths = {"pool": pool, "validation": validation, "test": test}
+        self.truth = truth
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.upper_batch_size = upper_batch_size or batch_size
+        self.eval_batch_size = eval_batch_size
+        self.max_length = max_length
+        self.monitor_fraction = monitor_fraction
+        self.source_settings = {"format": format, "columns": columns or {}, "on_bad_row": on_bad_row}
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.source_names: list[str] = []
+        self.sets: dict[str, Dataset] = {}
+        self.skipped: dict[str, list[str]] = {}
+        self._stream: PairedStream | None = None
+        self._position = 0
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        problems = [
+            f"`data.{name}` is {value}; it must be at least 1"
+            for name, value in (
+                ("batch_size", self.batch_size),
+                ("upper_batch_size", self.upper_batch_size),
+                ("eval_batch_size", self.eval_batch_size),
+                ("max_length", self.max_length),
+            )
+            if value < 1
+        ]
+        if not 0 < self.monitor_fraction < 1:
+            problems.append(f"`data.monitor_fraction` is {self.monitor_fraction}; it must lie between 0 and 1")
+        if problems:
+            raise gathered("bad settings", problems)
+
+    # ---- reading ----
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, check, split and tokenize all sets, once.
+
+        Raises:
+            UserError: for files, records, overlaps or sizes that cannot be used.
+        """
+        if self.sets:
+            return
+        rows = {}
+        for name, path in self.paths.items():
+            if path is not None:
+                source = Source(path, **self.source_settings)
+                rows[name] = source.read()
+                self.skipped[name] = source.skipped
+        _refuse_overlap(rows)
+        upper, monitor = _split(rows.pop("validation"), self.monitor_fraction)
+        rows |= {"upper": upper, "monitor": monitor}
+        self.source_names = sorted({row.source for row in rows["pool"]})
+        encoder = Encoder(self._load_tokenizer(), self.max_length)
+        self.sets = {name: self._encoded(name, part, encoder) for name, part in rows.items()}
+
+    def _load_tokenizer(self) -> Any:
+        if self.tokenizer is None and self.trainer is not None:
+            return self.trainer.lightning_module.tokenizer
+        if self.tokenizer is None:
+            raise UserError("`data.tokenizer` is not set and there is no policy to take it from; give a folder or hub id.")
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.tokenizer)
+
+    def _encoded(self, name: str, rows: list[Row], encoder: Encoder) -> Dataset:
+        """A table with the rows and their token ids; rows whose response was cut away completely are bad rows."""
+        numbers = {source: number for number, source in enumerate(self.source_names)}
+        columns: dict[str, list[Any]] = {
+            key: [] for key in ("row", "id", "prompt", "response", "source", "input_ids", "response_start", "truncated")
+        }
+        lost = []
+        for start in range(0, len(rows), 1000):
+            part = rows[start : start + 1000]
+            for row, encoded in zip(part, encoder.rows(part), strict=True):
+                if encoded.response_start >= len(encoded.input_ids):
+                    lost.append(f"id {row.id!r}: the prompt alone has {encoded.response_start} tokens")
+                    continue
+                for key, value in (
+                    *((key, getattr(row, key)) for key in ("row", "id", "prompt", "response")),
+                    ("source", numbers.get(row.source, -1)),
+                    *((key, getattr(encoded, key)) for key in ("input_ids", "response_start", "truncated")),
+                ):
+                    columns[key].append(value)
+        if lost and self.source_settings["on_bad_row"] == "error":
+            raise gathered(
+                f"{self.paths.get(name) or self.paths['validation']}: no response token fits into `data.max_length`"
+                f" {self.max_length} (raise it, or set `data.on_bad_row: skip`)",
+                lost,
+            )
+        self.skipped.setdefault(name, []).extend(lost)
+        return Dataset.from_dict(columns)
+
+    # ---- what others ask for ----
+
+    @property
+    def pool_sources(self) -> torch.Tensor:
+        """[N] source number of every pool row in the weight table."""
+        return torch.tensor(self.sets["pool"]["source"])
+
+    def window(self, level: Literal["lower", "upper"]) -> int:
+        """Rows of a policy step over all processes."""
+        module = self.trainer.lightning_module if self.trainer else None
+        accumulated = getattr(module, "accumulate_grad_batches", 1)
+        size = self.batch_size if level == "lower" else self.upper_batch_size
+        return size * accumulated * (self.trainer.world_size if self.trainer else 1)
+
+    # ---- loaders ----
+
+    def train_dataloader(self) -> PairedStream:
+        schedule = Schedule(
+            len(self.sets["pool"]), len(self.sets["upper"]), self.window("lower"), self.window("upper"), self.seed
+        )
+        if schedule.pool_rows < schedule.window:
+            raise UserError(
+                f"the pool has {schedule.pool_rows} rows and a policy step takes {schedule.window};"
+                " lower `data.batch_size` (or `model.accumulate_grad_batches`)."
+            )
+        trainer = self.trainer
+        assert trainer is not None
+        make = _StepMaker(
+            schedule,
+            {level: self.sets[name] for level, name in (("lower", "pool"), ("upper", "upper"))},
+            {"lower": self.batch_size, "upper": self.upper_batch_size},
+            trainer.global_rank,
+            trainer.world_size,
+            repeat_first_epoch=trainer.overfit_batches > 0,
+        )
+        self._stream = PairedStream(
+            make, schedule.steps, lambda: int(trainer.num_training_batches), self.num_workers, self.pin_memory
+        )
+        self._stream.position = self._position
+        return self._stream
+
+    def val_dataloader(self) -> DataLoader:
+        return self._evaluation_loader("monitor")
+
+    def test_dataloader(self) -> DataLoader:
+        if "test" not in self.sets:
+            raise UserError("`data.test` is not set, so there is nothing to test on; give a file of held-out rows.")
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self.test_dataloader()
+
+    def _evaluation_loader(self, name: str) -> DataLoader:
+        dataset = self.sets[name]
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        examples = share_of_rank(_examples(dataset, range(len(dataset))), rank, world)
+        batches = [examples[i : i + self.eval_batch_size] for i in range(0, len(examples), self.eval_batch_size)]
+        return DataLoader(batches, batch_size=None, collate_fn=_Collate(len(dataset)), pin_memory=self.pin_memory)
+
+    # ---- state ----
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"position": self._stream.position if self._stream else self._position, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._position = state_dict["position"]
+        self.seed = state_dict["seed"]
+        if self._stream is not None:
+            self._stream.position = self._position
+
+
+class _Collate:
+    """Collates evaluation batches (a class so that worker processes can receive it)."""
+
+    def __init__(self, rows: int):
+        self.rows = rows
+
+    def __call__(self, examples: list[Example]) -> Batch:
+        return collate(examples, self.rows)
+
+
+class _StepMaker:
+    """Makes this process's micro-batches of a policy step."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        sets: dict[str, Dataset],
+        sizes: dict[str, int],
+        rank: int,
+        world_size: int,
+        repeat_first_epoch: bool,
+    ):
+        self.schedule, self.sets, self.sizes = schedule, sets, sizes
+        self.rank, self.world_size = rank, world_size
+        self.repeat_first_epoch = repeat_first_epoch
+
+    def __call__(self, epoch: int, step: int, position: int) -> dict[str, list[Batch]]:
+        if self.repeat_first_epoch:
+            epoch, position = 0, step
+        rows = {"lower": self.schedule.lower(epoch, step), "upper": self.schedule.upper(position)}
+        return {level: self._batches(level, rows[level]) for level in rows}
+
+    def _batches(self, level: str, rows: list[int]) -> list[Batch]:
+        examples = share_of_rank(_examples(self.sets[level], rows), self.rank, self.world_size)
+        return micro_batches(examples, self.sizes[level], len(rows))
+
+
+def _examples(dataset: Dataset, rows: Any) -> list[Example]:
+    rows = list(rows)
+    table = dataset.select_columns(["source", "input_ids", "response_start"])[rows]
+    columns = (table["source"], table["input_ids"], table["response_start"])
+    return [Example(row, *values) for row, *values in zip(rows, *columns, strict=True)]
+
+
+def _split(rows: list[Row], monitor_fraction: float) -> tuple[list[Row], list[Row]]:
+    """Upper and monitor parts, by hash of the id so that the order of the file does not matter."""
+    count = round(len(rows) * monitor_fraction)
+    if count < 1 or len(rows) - count < 1:
+        raise UserError(
+            f"the validation file has {len(rows)} usable rows, too few to split into an upper and a monitor part at"
+            f" `data.monitor_fraction` {monitor_fraction}; add rows or change the fraction."
+        )
+    ranked = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())
+    chosen = {row.id for row in ranked[:count]}
+    return [row for row in rows if row.id not in chosen], [row for row in rows if row.id in chosen]
+
+
+def _refuse_overlap(rows: dict[str, list[Row]]) -> None:
+    pool = {row.prompt.strip(): row for row in rows["pool"]}
+    problems = [
+        f"{name} id {row.id!r} has the prompt of pool id {pool[row.prompt.strip()].id!r}"
+        for name in ("validation", "test")
+        for row in rows.get(name, ())
+        if row.prompt.strip() in pool
+    ]
+    if problems:
+        raise gathered(
+            "validation and test must share no prompt with the pool (the weights would be learned or scored on what they"
+            " select; remove these rows from one of the files)",
+            problems,
+        )
+
+
+__all__ = ["BilevelDataModule"]

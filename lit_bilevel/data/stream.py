@@ -1,0 +1,119 @@
+"""The training stream: which pool rows and which validation rows meet in which policy step.
+
+A pure function of (seed, epoch, step), so a resumed run needs only its position to see the same data. The pool
+defines the epoch: a fresh permutation, cut into windows of nearly equal size so that none is left with a single row.
+Validation rows come from an endless chain of permutations of their own.
+
+Left out: sampling pool rows by weight; every row is visited once an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lit_bilevel.types import Batch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which rows a policy step sees.
+
+    Args:
+        pool_rows: N.
+        upper_rows: rows of the upper level.
+        window: pool rows of a policy step, over all processes.
+        upper_window: validation rows of a policy step, over all processes.
+        seed: seed of both orders.
+    """
+
+    pool_rows: int
+    upper_rows: int
+    window: int
+    upper_window: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Policy steps in an epoch."""
+        return max(1, -(-self.pool_rows // self.window))
+
+    def lower(self, epoch: int, step: int) -> list[int]:
+        """Pool rows of a step."""
+        start, stop = (self.pool_rows * (step + i) // self.steps for i in (0, 1))
+        return _permutation(self.pool_rows, self.seed, epoch)[start:stop].tolist()
+
+    def upper(self, position: int) -> list[int]:
+        """Validation rows of the step `position`, counted from the start of the run."""
+        first = position * self.upper_window
+        rows = []
+        for i in range(first, first + self.upper_window):
+            turn, offset = divmod(i, self.upper_rows)
+            rows.append(int(_permutation(self.upper_rows, self.seed + 1, turn)[offset]))
+        return rows
+
+
+@lru_cache(maxsize=4)
+def _permutation(size: int, seed: int, turn: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + turn) % (1 << 63))
+    return torch.randperm(size, generator=generator)
+
+
+class _Steps(Dataset):
+    """Makes the batches of one policy step from its address (epoch, step, position)."""
+
+    def __init__(self, make: Callable[[int, int, int], dict[str, list[Batch]]]):
+        self.make = make
+
+    def __getitem__(self, address: tuple[int, int, int]) -> dict[str, list[Batch]]:
+        return self.make(*address)
+
+
+class PairedStream:
+    """An epoch of policy steps; iterating again gives the next one. Its whole state is `position`.
+
+    Args:
+        make: batches of both levels for (epoch, step in the epoch, steps since the start of the run).
+        steps: policy steps in a full epoch.
+        epoch_steps: returns the steps that are run in an epoch (fewer under `limit_train_batches`); asked when the
+            first batch is drawn, because Lightning creates the iterator before it restores its own position.
+        num_workers: worker processes that collate.
+        pin_memory: whether to pin batches.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int, int, int], dict[str, list[Batch]]],
+        steps: int,
+        epoch_steps: Callable[[], int],
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ):
+        self.make = make
+        self.steps = steps
+        self.epoch_steps = epoch_steps
+        self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.position = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[dict[str, list[Batch]]]:
+        steps = min(self.steps, self.epoch_steps())
+        epoch, start = divmod(self.position, steps)
+        loader = DataLoader(
+            _Steps(self.make),
+            batch_size=None,
+            sampler=[(epoch, step, epoch * steps + step) for step in range(start, steps)],
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator().manual_seed(0),  # its own, or drawing a seed would shift dropout
+        )
+        for batch in loader:
+            self.position += 1  # counts as done for a checkpoint at the end of this step
+            yield batch

@@ -1,0 +1,311 @@
+"""The LightningModule: policy and data weights in one place, stepped in turn.
+
+    s_B  = solver(problem)                                      one score per pool row of the step
+    θ    ← inner optimizer( λ·∇f + (1−λ)·∇ mean_i w_i·ℓ_i )     policy step
+    ω    ← outer optimizer( mean_i s_i · dw_i/dω )              weight step, from the rows of all processes
+
+Manual optimization with two optimizers. The outer one is stepped raw, so `global_step` counts policy steps and
+`max_steps`, checkpoint cadence and logging mean what they always mean. Every process applies the same weight step.
+
+Left out: automatic optimization, which knows one optimizer; the Trainer's clipping and accumulation, which manual
+optimization takes away, are arguments here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import move_data_to_device
+from torch import Tensor
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+
+from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.losses import example_nll
+from lit_bilevel.optim import ExponentiatedGradient
+from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
+from lit_bilevel.policy.policy import Policy
+from lit_bilevel.policy.problem import Engine, PolicyProblem
+from lit_bilevel.solvers.base import BilevelSolver
+from lit_bilevel.types import Batch, Features
+from lit_bilevel.weights.base import ExampleWeights
+
+OptimizerCallable = Callable[[Iterable], Optimizer]
+
+
+class LitBilevel(LightningModule):
+    """Holds the policy and the learnable data weights, and alternates their steps.
+
+    Args:
+        policy: which model is tuned, and how.
+        weights: how data weights are parameterised.
+        solver: how a policy step is turned into scores for the weights.
+        optimizer: makes the policy's optimizer.
+        weight_optimizer: makes the weights' optimizer.
+        upper_weight: λ in [0, 1); the policy minimises λ·f + (1−λ)·g.
+        upper_weight_decay: taken off λ after every epoch, down to 0.
+        weight_warmup_steps: policy steps before the weights begin to move.
+        lr_scheduler: schedule of the policy's learning rate, by its name in `transformers.get_scheduler`.
+        warmup_steps: policy steps over which the learning rate rises from 0.
+        gradient_clip_val: largest norm of the policy's gradient.
+        accumulate_grad_batches: micro-batches in a policy step.
+    """
+
+    def __init__(
+        self,
+        policy: PolicySettings,
+        weights: ExampleWeights,
+        solver: BilevelSolver,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        weight_optimizer: OptimizerCallable = ExponentiatedGradient,
+        upper_weight: float = 0.5,
+        upper_weight_decay: float = 0.0,
+        weight_warmup_steps: int = 0,
+        lr_scheduler: str = "constant",
+        warmup_steps: int = 0,
+        gradient_clip_val: float | None = None,
+        accumulate_grad_batches: int = 1,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False  # frozen parameters are not in checkpoints; `on_load_checkpoint` checks the rest
+        self.policy_settings = policy
+        self.policy: Policy | None = None
+        self.weights = weights
+        self.solver = solver
+        self.make_optimizer = optimizer
+        self.make_weight_optimizer = weight_optimizer
+        self.initial_upper_weight = upper_weight
+        self.upper_weight_decay = upper_weight_decay
+        self.weight_warmup_steps = weight_warmup_steps
+        self.lr_scheduler_name = lr_scheduler
+        self.warmup_steps = warmup_steps
+        self.gradient_clip_val = gradient_clip_val
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.skipped_steps = 0
+        self.loss_per_row = torch.nn.ModuleDict({name: MeanMetric() for name in ("monitor", "test")})
+        self.loss_per_token = MeanMetric()
+        self._solver_state: dict[str, Any] | None = None
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        problems = []
+        if not 0 <= self.initial_upper_weight < 1:
+            problems.append(f"`model.upper_weight` is {self.initial_upper_weight}; it must be in [0, 1)")
+        if self.upper_weight_decay < 0:
+            problems.append(f"`model.upper_weight_decay` is {self.upper_weight_decay}; it must be at least 0")
+        if self.solver.needs_upper_weight and self.initial_upper_weight == 0:
+            problems.append(
+                f"`{type(self.solver).__name__}` divides by `model.upper_weight`, which is 0; set it above 0, or use"
+                " `OneStep`"
+            )
+        if self.solver.needs_upper_weight and self.upper_weight_decay > 0:
+            problems.append(f"`model.upper_weight_decay` would take `{type(self.solver).__name__}` to λ = 0; set it to 0")
+        if self.accumulate_grad_batches < 1:
+            problems.append(f"`model.accumulate_grad_batches` is {self.accumulate_grad_batches}; it must be at least 1")
+        if problems:
+            raise gathered("bad settings", problems)
+
+    # ---- building ----
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        """The policy's tokenizer."""
+        return load_tokenizer(self.policy_settings)
+
+    def setup(self, stage: str) -> None:
+        """Give the weights their shape; the data module has read the pool by now."""
+        if self.weights.pool_rows == 0:
+            sources = getattr(getattr(self.trainer, "datamodule", None), "pool_sources", None)
+            if sources is None:
+                raise UserError("`LitBilevel` needs a `BilevelDataModule`, to know how many rows to weight; pass one.")
+            self.weights.build(sources, torch.float64 if self.trainer.precision == "64-true" else torch.float32)
+
+    def configure_model(self) -> None:
+        """Load the policy; called once, where the strategy wants it to be made."""
+        if self.policy is None:
+            dtype = torch.get_default_dtype()
+            self.policy = load_policy(self.policy_settings, dtype)
+        # the data weights take the same step on every process, so DDP must not average their gradients
+        self._ddp_params_and_buffers_to_ignore = [f"weights.{name}" for name, _ in self.weights.named_parameters()] + [
+            f"weights.{name}" for name, _ in self.weights.named_buffers()
+        ]
+
+    def configure_optimizers(self) -> Any:
+        from transformers import get_scheduler
+
+        assert self.policy is not None
+        inner = self.make_optimizer(self.policy.trainable())
+        parameters = list(self.weights.parameters())
+        optimizers = [inner, self.make_weight_optimizer(parameters)] if parameters else [inner]
+        steps = self.trainer.estimated_stepping_batches
+        total = None if steps == float("inf") else int(steps)
+        scheduler = get_scheduler(self.lr_scheduler_name, inner, self.warmup_steps, total)
+        return optimizers, [{"scheduler": scheduler, "interval": "step"}]
+
+    # ---- training ----
+
+    @property
+    def upper_weight(self) -> float:
+        """λ in this epoch."""
+        return max(0.0, self.initial_upper_weight - self.upper_weight_decay * self.current_epoch)
+
+    @property
+    def learns_weights(self) -> bool:
+        """Whether solver and weights together change any weight."""
+        return self.solver.learns and self.weights.learnable
+
+    def training_step(self, batch: dict[str, list[Batch]], batch_idx: int) -> None:
+        inner, outer = self._optimizers()
+        inner.optimizer.zero_grad(set_to_none=True)
+        problem = self._problem(batch, inner.optimizer)
+        s_B = self.solver(problem) if self.learns_weights else None
+        problem.complete()
+        features, s_B, losses = self._gathered(problem, s_B)
+        if self._clipped(inner.optimizer) and bool(torch.isfinite(s_B).all()):
+            inner.step()
+            self.weights.count_visits(features)
+            if self.learns_weights and self.global_step > self.weight_warmup_steps:
+                self._step_weights(outer, features, s_B)
+        else:
+            self.skipped_steps += 1
+        self.lr_schedulers().step()
+        self._log_step(losses)
+
+    def _optimizers(self) -> tuple[Any, Optimizer | None]:
+        """The inner optimizer as Lightning wraps it (its steps count), and the outer one raw (its steps do not)."""
+        optimizers = self.optimizers()
+        if isinstance(optimizers, list):
+            return optimizers[0], optimizers[1].optimizer
+        return optimizers, None
+
+    def _problem(self, batch: dict[str, list[Batch]], optimizer: Optimizer) -> PolicyProblem:
+        assert self.policy is not None
+        strategy = self.trainer.strategy
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        engine = Engine(
+            backward=self.manual_backward,
+            unsynchronised=getattr(strategy, "block_backward_sync", torch.enable_grad),
+            average=lambda values: [strategy.reduce(value, reduce_op="mean") for value in values],
+            world_size=self.trainer.world_size,
+            loss_scale=1.0 if scaler is None else scaler.get_scale(),
+            differences=self.trainer.precision in ("32-true", "64-true"),
+        )
+        return PolicyProblem(
+            self.policy,
+            batch["lower"],
+            batch["upper"],
+            self.weights,
+            self.weights.needs_loss,
+            self.upper_weight,
+            optimizer,
+            engine,
+        )
+
+    def _gathered(
+        self, problem: PolicyProblem, s_B: Tensor | None
+    ) -> tuple[Features, Tensor, dict[str, Tensor]]:
+        """Rows, scores and losses of all processes, in one order that does not depend on how rows were dealt out."""
+        own = [batch.features for batch in problem.lower]
+        loss_B = problem.lower_losses()
+        columns = [
+            torch.cat([features.row_B for features in own]),
+            torch.cat([features.source_B for features in own]),
+            torch.cat([features.length_B for features in own]),
+            loss_B,
+            problem.weights(),
+            torch.zeros_like(loss_B) if s_B is None else s_B,
+        ]
+        table = torch.stack([column.double() for column in columns], dim=1)
+        upper = problem.upper_loss
+        if self.trainer.world_size > 1:
+            table = self.all_gather(table).flatten(0, 1)
+            upper = None if upper is None else self.trainer.strategy.reduce(upper, reduce_op="mean")
+        order = table[:, 0].argsort(descending=True)[: problem.lower[0].window_rows]  # padding sorts last
+        row, source, length, loss, weight, s = table[order].unbind(1)
+        losses = {"lower/loss": loss.mean(), "lower/weighted_loss": (weight * loss).mean()}
+        if upper is not None:
+            losses["upper/loss"] = upper
+        return Features(row.long(), source.long(), length.long(), loss), s, losses
+
+    def _clipped(self, optimizer: Optimizer) -> bool:
+        """Clip the policy's gradient; False if it is not finite, on every process alike."""
+        assert self.policy is not None
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        parameters = self.policy.trainable()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.gradient_clip_val is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
+        return bool(torch.isfinite(norm))
+
+    def _step_weights(self, outer: Optimizer | None, features: Features, s_B: Tensor) -> None:
+        self.weights.set_gradient(features, s_B)
+        if outer is not None:
+            outer.step()
+            outer.zero_grad(set_to_none=True)
+        self.weights.after_step()
+
+    def _log_step(self, losses: dict[str, Tensor]) -> None:
+        statistics = {f"weights/{name}": value for name, value in self.weights.statistics().items()}
+        shown = {name: value.float() for name, value in (losses | statistics).items()}
+        bar = {"upper/loss", "lower/loss", "weights/effective_size"}
+        self.log_dict({k: v for k, v in shown.items() if k in bar}, prog_bar=True)
+        self.log_dict({k: v for k, v in shown.items() if k not in bar})
+
+    def on_train_start(self) -> None:
+        if self._solver_state is not None:
+            self.solver.load_state_dict(move_data_to_device(self._solver_state, self.device))
+            self._solver_state = None
+
+    def on_train_epoch_end(self) -> None:
+        self.weights.refresh()
+        table = self.weights.table()
+        self.log_dict({"weights/max": table.max().float(), "weights/min": table.min().float()})
+
+    # ---- evaluation ----
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("monitor", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, name: str, batch: Batch) -> None:
+        assert self.policy is not None
+        loss_B = example_nll(self.policy(batch), batch)
+        real_B = (batch.row_B >= 0).to(loss_B.dtype)
+        metric = self.loss_per_row[name]
+        metric.update(loss_B, real_B)
+        self.log(f"{name}/loss", metric, prog_bar=name == "monitor")
+        if name == "test":
+            self.loss_per_token.update(loss_B, real_B * batch.length_B)
+            self.log("test/loss_per_token", self.loss_per_token)
+
+    # ---- checkpoints ----
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint["lit_bilevel"] = {"solver": self.solver.state_dict(), "skipped_steps": self.skipped_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = checkpoint.get("lit_bilevel")
+        if own is None:
+            raise UserError("this checkpoint was not written by lit_bilevel; give one from a run's `checkpoints/` folder.")
+        self._solver_state, self.skipped_steps = own["solver"], own["skipped_steps"]
+        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        expected = {name: value.shape for name, value in self.state_dict().items() if name not in frozen}
+        found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        if expected != found:
+            different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise UserError(
+                f"the checkpoint does not fit the model: {len(different)} entries differ, the first is `{different[0]}`"
+                f" (checkpoint: {found.get(different[0])}, model: {expected.get(different[0])}); use the settings and the"
+                " data it was written with (its `config.yaml`)."
+            )

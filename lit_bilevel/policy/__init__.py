@@ -1,0 +1,1 @@
+"""The policy: loading, losses, other parameter values, generation."""

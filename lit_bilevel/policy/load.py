@@ -1,0 +1,124 @@
+"""Loading a policy: a causal LM folder or hub id, tuned whole or through LoRA.
+
+Left out: other adapters than LoRA (prompt-learning ones change the input, which the generation code relies on), and
+`trust_remote_code` unless it is asked for by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lit_bilevel.errors import UserError
+from lit_bilevel.policy.policy import Policy
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """A low-rank adapter (arXiv 2106.09685), by peft.
+
+    Args:
+        r: rank.
+        alpha: scale; the adapter counts alpha / r.
+        dropout: dropout on the adapter's input.
+        target_modules: names of the layers to adapt, or `all-linear`.
+    """
+
+    r: int = 16
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """Which model is tuned, and how it is loaded.
+
+    Args:
+        path: a `from_pretrained` folder or a hub id.
+        lora: adapter settings; without, the whole model is trained.
+        dtype: `auto` is float32, or what `trainer.precision` says for the `*-true` settings.
+        attn_implementation: attention of transformers (`sdpa`, `eager`, `flash_attention_2`); by default its own choice.
+        activation_checkpointing: recompute activations in the backward pass to save memory.
+        trust_remote_code: run code that comes with the model. Off, because that code can do anything.
+    """
+
+    path: str
+    lora: LoraSettings | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    attn_implementation: str | None = None
+    activation_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+def load_tokenizer(settings: PolicySettings) -> Any:
+    """The policy's tokenizer.
+
+    Raises:
+        UserError: if there is none at `settings.path`.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _unloadable("tokenizer", settings.path, error) from error
+
+
+def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
+    """The policy, ready to train.
+
+    Args:
+        settings: which model.
+        default_dtype: what `dtype: auto` means.
+
+    Raises:
+        UserError: if there is no causal LM at `settings.path`, or the adapter does not fit it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = default_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            settings.path,
+            dtype=dtype,
+            attn_implementation=settings.attn_implementation,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise _unloadable("causal language model", settings.path, error) from error
+    if settings.activation_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    if settings.lora is not None:
+        model = _with_lora(model, settings)
+    return Policy(model).train()  # `from_pretrained` returns eval mode, and Lightning keeps what it finds
+
+
+def _with_lora(model: Any, settings: PolicySettings) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    lora = settings.lora
+    assert lora is not None
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    if settings.activation_checkpointing:
+        model.enable_input_require_grads()
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"LoRA does not fit {settings.path}: {error}") from error
+
+
+def _unloadable(what: str, path: str, error: Exception) -> UserError:
+    return UserError(
+        f"no {what} could be loaded from {path!r} ({type(error).__name__}: {str(error).strip().splitlines()[0]});"
+        " give `model.policy.path` a folder written by `save_pretrained` or a hub id."
+    )

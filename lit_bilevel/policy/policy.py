@@ -1,0 +1,97 @@
+"""The policy: a causal LM that returns the NLL of response tokens, and nothing else.
+
+Only response positions go through the output layer. Where the model's logits are not simply its output layer applied
+to the decoder's last hidden states (soft-capping, scaled logits, an adapted head), the model's own logits are used.
+
+Left out: attention masks. Sequences are padded on the right and attention is causal, so no response token sees padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_bilevel.losses import logits_nll, token_nll
+from lit_bilevel.problem import Values
+from lit_bilevel.types import Batch
+
+LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+class Policy(nn.Module):
+    """The model that is tuned.
+
+    Args:
+        model: a transformers causal LM, or a peft model around one.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+        self.plain_head = _has_plain_head(self.causal_lm)
+        self.has_dropout = _has_dropout(self)
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, with adapters in place but without peft's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The parameters that are tuned, in a fixed order."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def forward(self, batch: Batch) -> Tensor:
+        """NLL in nats of each predicted token, [K]."""
+        model = self.causal_lm
+        if not self.plain_head:
+            logits_STV = model(input_ids=batch.input_ids_ST, use_cache=False).logits
+            return logits_nll(logits_STV.flatten(0, 1)[batch.position_K], batch.target_K)
+        hidden_STD = model.get_decoder()(input_ids=batch.input_ids_ST, use_cache=False).last_hidden_state
+        head = model.get_output_embeddings()
+        return token_nll(hidden_STD.flatten(0, 1)[batch.position_K], head.weight, batch.target_K, head.bias)
+
+    @contextmanager
+    def substituted(self, values: Values) -> Iterator[None]:
+        """Evaluate at other values of the trainable parameters; the old ones come back bit for bit, also on exceptions.
+
+        Parameters swap storage, so nothing is computed and no rounding can happen. No graph that saved the parameters
+        may be waiting for its backward pass.
+        """
+        parameters = self.trainable()
+        kept = [parameter.data for parameter in parameters]
+        try:
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.data = value
+            yield
+        finally:
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.data = value
+
+
+def _has_plain_head(model: Any) -> bool:
+    """Whether logits are the output layer applied to the decoder's output."""
+    head = model.get_output_embeddings()
+    changed = any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in LOGIT_CHANGES)
+    if type(head) is not nn.Linear or changed or not hasattr(model, "get_decoder") or head.weight.is_meta:
+        return False
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+            expected = model(input_ids=ids, use_cache=False).logits
+            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+            return torch.allclose(head(hidden), expected, rtol=1e-2, atol=1e-2)
+    finally:
+        model.train(training)
+
+
+def _has_dropout(policy: Policy) -> bool:
+    """Whether a forward pass in training mode draws random numbers."""
+    config = policy.causal_lm.config.to_dict()
+    rates = [value for key, value in config.items() if "drop" in key and isinstance(value, float)]
+    return any(rate > 0 for rate in rates) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in policy.modules())

@@ -1,0 +1,246 @@
+"""The two levels of one policy step on a real policy: each quantity a solver asks for, computed once.
+
+    gradient left on the parameters:  λ·∇f + (1−λ)·∇ mean_i w_i·ℓ_i          (METHOD section 5)
+
+The lower pass that a solver sees is the policy's own training pass, so `Penalty` costs nothing extra. Where ∇f is asked for
+by itself, the upper level gets its own backward pass first; otherwise its gradient is left to accumulate.
+
+Dropout: every pass over the lower rows starts from the same random state, so differences compare like with like.
+Left out: gradients of ∇f with respect to anything but θ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+
+from lit_bilevel.losses import example_nll
+from lit_bilevel.policy.policy import Policy
+from lit_bilevel.problem import BilevelProblem, Values
+from lit_bilevel.types import Batch, Features
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a policy step needs of the machinery around it.
+
+    Args:
+        backward: runs the backward pass of a scalar loss (with loss scaling and gradient averaging, where there is any).
+        unsynchronised: context in which `backward` leaves gradients local, because another pass follows.
+        average: replaces each tensor by its mean over processes.
+        world_size: number of processes over which gradients are averaged.
+        loss_scale: factor that `backward` puts on gradients (1 without loss scaling).
+        differences: whether losses keep float32's digits or better.
+    """
+
+    backward: Callable[[Tensor], None]
+    unsynchronised: Callable[[], AbstractContextManager]
+    average: Callable[[Values], Values]
+    world_size: int = 1
+    loss_scale: float = 1.0
+    differences: bool = True
+
+
+class PolicyProblem(BilevelProblem):
+    """One policy step as a bilevel problem.
+
+    Args:
+        policy: the policy, in training mode, with no gradients on its parameters.
+        lower: micro-batches of pool rows.
+        upper: micro-batches of validation rows.
+        weigh: gives the weights [B] of rows from their features, with losses where `needs_loss`.
+        needs_loss: whether the weights depend on the rows' losses in this step.
+        upper_weight: λ.
+        optimizer: the policy's optimizer.
+        engine: the machinery around the step.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        lower: list[Batch],
+        upper: list[Batch],
+        weigh: Callable[[Features], Tensor],
+        needs_loss: bool,
+        upper_weight: float,
+        optimizer: Optimizer,
+        engine: Engine,
+    ):
+        super().__init__(upper_weight, optimizer.param_groups[0]["lr"], engine.differences)
+        self.policy, self.lower, self.upper = policy, lower, upper
+        self.weigh, self.needs_loss = weigh, needs_loss
+        self.optimizer, self.engine = optimizer, engine
+        self.parameters = policy.trainable()
+        self._weights: list[Tensor] | None = None if needs_loss else [weigh(batch.features) for batch in lower]
+        self._lower_losses: Tensor | None = None
+        self._upper_gradient: Values | None = None
+        self._random = _random_states(self.parameters[0].device) if policy.has_dropout else None
+        self.upper_loss: Tensor | None = None
+        """This process's part of f, detached; the mean over processes is f."""
+
+    # ---- values and weights ----
+
+    def values(self) -> Values:
+        return [parameter.data for parameter in self.parameters]
+
+    def weights(self) -> Tensor:
+        if self._weights is None:
+            self.lower_losses()
+        assert self._weights is not None
+        return torch.cat(self._weights)
+
+    # ---- the upper level ----
+
+    def upper_gradient(self) -> Values:
+        if self._upper_gradient is None:
+            assert self._lower_losses is None, "∇f has to be asked for before the lower losses"
+            self._backward_upper(1.0, last=True)
+            scale = self.engine.loss_scale
+            gradients = [_gradient(parameter) for parameter in self.parameters]
+            self._upper_gradient = gradients if scale == 1 else torch._foreach_div(gradients, scale)
+            for parameter in self.parameters:
+                parameter.grad = None
+        return self._upper_gradient
+
+    def _backward_upper(self, factor: float, last: bool) -> None:
+        losses = []
+        for index, batch in enumerate(self.upper):
+            final = last and index == len(self.upper) - 1
+            with nullcontext() if final else self.engine.unsynchronised():
+                loss_B = example_nll(self.policy(batch), batch)
+                loss = loss_B.sum() * (self.engine.world_size / batch.window_rows)
+                self.engine.backward(loss * factor)
+            losses.append(loss.detach())
+        self.upper_loss = torch.stack(losses).sum()
+
+    # ---- the lower level ----
+
+    def lower_losses(self) -> Tensor:
+        if self._lower_losses is None:
+            if self._upper_gradient is None and self.upper_weight > 0:
+                self._backward_upper(self.upper_weight, last=False)
+            self._lower_losses = self._backward_lower()
+        return self._lower_losses
+
+    def _backward_lower(self) -> Tensor:
+        self._replay_dropout()
+        losses, weights = [], []
+        for index, batch in enumerate(self.lower):
+            final = index == len(self.lower) - 1
+            with nullcontext() if final else self.engine.unsynchronised():
+                loss_B = example_nll(self.policy(batch), batch)
+                weight_B = self._weights[index] if self._weights else self.weigh(batch.features.with_loss(loss_B.detach()))
+                total = (weight_B.to(loss_B.dtype) * loss_B).sum()
+                self.engine.backward(total * ((1 - self.upper_weight) * self.engine.world_size / batch.window_rows))
+            losses.append(loss_B.detach())
+            weights.append(weight_B)
+        self._weights = weights
+        return torch.cat(losses)
+
+    def lower_losses_at(self, values: Values) -> Tensor:
+        self._replay_dropout()
+        with self.policy.substituted(values), torch.no_grad():
+            return torch.cat([example_nll(self.policy(batch), batch) for batch in self.lower])
+
+    def lower_gradient_at(self, values: Values) -> tuple[Tensor, Values]:
+        weights_B = self.weights()
+        losses, totals, start = [], [torch.zeros_like(value) for value in values], 0
+        self._replay_dropout()
+        with self.policy.substituted(values):
+            for batch in self.lower:
+                loss_B = example_nll(self.policy(batch), batch)
+                weight_B = weights_B[start : start + batch.size].to(loss_B.dtype)
+                objective = (weight_B * loss_B).sum() * (self.engine.world_size / batch.window_rows)
+                torch._foreach_add_(totals, torch.autograd.grad(objective, self.parameters))
+                losses.append(loss_B.detach())
+                start += batch.size
+        return torch.cat(losses), self.engine.average(totals)
+
+    def lower_jvp(self, direction: Values) -> Tensor:
+        self._replay_dropout()
+        named = [name for name, parameter in self.policy.named_parameters() if parameter.requires_grad]
+        tangents = []
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            duals = {
+                name: forward_ad.make_dual(parameter.data, tangent)
+                for name, parameter, tangent in zip(named, self.parameters, direction, strict=True)
+            }
+            for batch in self.lower:
+                nll_K = torch.func.functional_call(self.policy, duals, (batch,))
+                tangents.append(forward_ad.unpack_dual(example_nll(nll_K, batch)).tangent)
+        return torch.cat(tangents)
+
+    def hessian_vector_product(self, vector: Values) -> Values:
+        weights_B = self.weights()
+        totals, start = [torch.zeros_like(value) for value in vector], 0
+        with sdpa_kernel(SDPBackend.MATH):
+            for batch in self.upper:
+                loss = example_nll(self.policy(batch), batch).sum() * (self.upper_weight / batch.window_rows)
+                torch._foreach_add_(totals, self._second_order(loss, vector))
+            for batch in self.lower:
+                weight_B = weights_B[start : start + batch.size]
+                loss_B = example_nll(self.policy(batch), batch)
+                loss = (weight_B.to(loss_B.dtype) * loss_B).sum() * ((1 - self.upper_weight) / batch.window_rows)
+                torch._foreach_add_(totals, self._second_order(loss, vector))
+                start += batch.size
+        return self.engine.average(torch._foreach_mul(totals, float(self.engine.world_size)))
+
+    def _second_order(self, loss: Tensor, vector: Values) -> Values:
+        gradient = torch.autograd.grad(loss, self.parameters, create_graph=True)
+        product = torch.stack([(g * v).sum() for g, v in zip(gradient, vector, strict=True)]).sum()
+        return list(torch.autograd.grad(product, self.parameters))
+
+    # ---- the policy's step ----
+
+    def complete(self) -> None:
+        """Compute what the solver did not ask for, and leave the policy's gradient on its parameters."""
+        self.lower_losses()
+        if self._upper_gradient is not None and self.upper_weight > 0:
+            gradients = [_gradient(parameter) for parameter in self.parameters]
+            torch._foreach_add_(gradients, self._upper_gradient, alpha=self.upper_weight * self.engine.loss_scale)
+
+    def preconditioner(self) -> Values | None:
+        state = self.optimizer.state
+        if not state:
+            return None
+        result = []
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                moments = state[parameter]
+                if "exp_avg_sq" not in moments:
+                    raise ValueError(
+                        f"`{type(self.optimizer).__name__}` keeps no second moments, so the direction cannot be"
+                        " preconditioned; use AdamW as `model.optimizer`, or set `preconditioned: false`."
+                    )
+                correction = 1 - group["betas"][1] ** float(moments["step"])
+                result.append(((moments["exp_avg_sq"] / correction).sqrt_().add_(group["eps"])).reciprocal_())
+        return result
+
+    def _replay_dropout(self) -> None:
+        if self._random is not None:
+            _restore_random_states(self._random, self.parameters[0].device)
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter; zeros where no response token depends on it."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _restore_random_states(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)

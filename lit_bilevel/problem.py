@@ -1,0 +1,102 @@
+"""What a solver may ask of a bilevel problem, and the little algebra it needs.
+
+    min_ω f(θ*(ω))      θ*(ω) ∈ argmin_θ  mean_i w_i(ω)·ℓ_i(θ)           (arXiv 2511.21056)
+
+`Values` are the trainable parameters (or a gradient, or a direction) as a list of tensors in a fixed order. A solver
+sees a problem and nothing else: no model, no batch, no trainer. Tests hand it quadratics.
+
+Left out: constraints and stochastic line searches; nothing here asks for them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Values = list[Tensor]
+
+
+class BilevelProblem(ABC):
+    """The two levels of one policy step, as functions of the trainable values θ.
+
+    All gradients are global: averaged over every example of the step on every process. Per-example results cover
+    this process's B examples.
+
+    Args:
+        upper_weight: λ; the policy minimises λ·f + (1−λ)·g.
+        learning_rate: the policy optimizer's current step size.
+        differences: whether finite differences keep their digits (float32 or better, no autocast).
+    """
+
+    def __init__(self, upper_weight: float, learning_rate: float, differences: bool = True):
+        self.upper_weight = upper_weight
+        self.learning_rate = learning_rate
+        self.differences = differences
+
+    @abstractmethod
+    def weights(self) -> Tensor:
+        """w_i, [B], detached, 0 for padding."""
+
+    @abstractmethod
+    def values(self) -> Values:
+        """θ, detached; not to be written to."""
+
+    @abstractmethod
+    def upper_gradient(self) -> Values:
+        """∇f(θ)."""
+
+    @abstractmethod
+    def lower_losses(self) -> Tensor:
+        """ℓ_i(θ), [B], detached."""
+
+    @abstractmethod
+    def lower_losses_at(self, values: Values) -> Tensor:
+        """ℓ_i at other values, [B], with the same dropout masks as `lower_losses`."""
+
+    @abstractmethod
+    def lower_gradient_at(self, values: Values) -> tuple[Tensor, Values]:
+        """ℓ_i at other values, [B], and the gradient there of the lower objective mean_i w_i·ℓ_i."""
+
+    @abstractmethod
+    def lower_jvp(self, direction: Values) -> Tensor:
+        """⟨∇ℓ_i(θ), direction⟩, [B], exact (forward-mode differentiation)."""
+
+    @abstractmethod
+    def hessian_vector_product(self, vector: Values) -> Values:
+        """∇²_θ(λ·f + (1−λ)·g) · vector."""
+
+    @abstractmethod
+    def preconditioner(self) -> Values | None:
+        """1/(√v̂ + eps) of the policy's Adam-like optimizer; `None` before its first step.
+
+        Raises:
+            ValueError: if the optimizer keeps no second moments.
+        """
+
+
+def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
+    """Inner product, a scalar tensor."""
+    return torch.stack([_whole((x * y).sum()) for x, y in zip(left, right, strict=True)]).sum()
+
+
+def norm(values: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm, a scalar tensor."""
+    return _whole(torch.nn.utils.get_total_norm(values))
+
+
+def scaled(values: Sequence[Tensor], factor: Tensor | float) -> Values:
+    """factor · values."""
+    return torch._foreach_mul(list(values), factor)
+
+
+def added(values: Sequence[Tensor], other: Sequence[Tensor], factor: float = 1.0) -> Values:
+    """values + factor · other."""
+    return torch._foreach_add(list(values), list(other), alpha=factor)
+
+
+def _whole(scalar: Tensor) -> Tensor:
+    """A sharded scalar as an ordinary one."""
+    return scalar.full_tensor() if hasattr(scalar, "full_tensor") else scalar

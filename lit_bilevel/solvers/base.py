@@ -1,0 +1,54 @@
+"""The socket for solvers: a bilevel problem in, one number per example out.
+
+    dF/dω = mean_i s_i · dw_i/dω             s_i = N·∂F/∂w_i
+
+so a solver never needs to know how weights are parameterised. Left out: solvers that change the policy's own step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_bilevel.problem import BilevelProblem
+
+
+class BilevelSolver(ABC):
+    """Turns the two levels of a step into the score s_i of every example; weights descend it.
+
+    State that has the shape of the policy's values is made at the first call, unless `load_state_dict` came before.
+    """
+
+    learns: bool = True
+    """Whether the scores mean anything; without, no weight step is taken."""
+    needs_upper_weight: bool = False
+    """Whether the solver is undefined at λ = 0."""
+
+    @abstractmethod
+    def weight_gradient(self, problem: BilevelProblem) -> Tensor:
+        """s_i = N·∂F/∂w_i of this process's examples, [B], detached."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: tensors and numbers only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+
+    def __call__(self, problem: BilevelProblem) -> Tensor:
+        """Scores with their shape checked.
+
+        Raises:
+            ValueError: if the subclass returned another shape than the weights'.
+        """
+        s_B = self.weight_gradient(problem)
+        expected = problem.weights().shape
+        if not isinstance(s_B, Tensor) or s_B.shape != expected:
+            got = tuple(s_B.shape) if isinstance(s_B, Tensor) else type(s_B).__name__
+            raise ValueError(
+                f"`{type(self).__name__}.weight_gradient` returned {got}; it must return a tensor {tuple(expected)}."
+            )
+        return torch.as_tensor(s_B).detach()
