@@ -16,9 +16,9 @@ _HOMES = {
     "PolicySettings": "lit_bilevel.policy.load",
     "LoraSettings": "lit_bilevel.policy.load",
     "ExponentiatedGradient": "lit_bilevel.optim",
-    **{name: "lit_bilevel.weights" for name in ("ExampleWeights", "SigmoidWeights", "SoftmaxWeights", "UniformWeights")},
-    **{name: "lit_bilevel.solvers" for name in ("BilevelSolver", "Mixing", "OneStep", "Penalty")},
-    **{name: "lit_bilevel.callbacks" for name in ("BilevelCheckpoint", "Export", "RandomState", "WeightInspector")},
+    **dict.fromkeys(("ExampleWeights", "SigmoidWeights", "SoftmaxWeights", "UniformWeights"), "lit_bilevel.weights"),
+    **dict.fromkeys(("BilevelSolver", "Mixing", "OneStep", "Penalty"), "lit_bilevel.solvers"),
+    **dict.fromkeys(("BilevelCheckpoint", "Export", "RandomState", "WeightInspector"), "lit_bilevel.callbacks"),
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -18,6 +18,7 @@ import lit_bilevel.optim
 import lit_bilevel.solvers
 import lit_bilevel.weights  # noqa: F401  (known classes can be named in YAML without their module)
 from lit_bilevel.callbacks import BilevelCheckpoint, Export, RandomState, WeightInspector
+from lit_bilevel.callbacks.export import is_rehearsal
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
@@ -27,7 +28,7 @@ class FitConfig(SaveConfigCallback):
     """Writes `config.yaml`, the merged settings of a fit, into the run folder."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and not trainer.fast_dev_run:
+        if stage == "fit" and not is_rehearsal(trainer):
             super().setup(trainer, pl_module, stage)
 
 
@@ -62,11 +63,11 @@ class BilevelCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the monitor-best checkpoint, so that a run ends with the number that counts."""
-        if self.trainer.fast_dev_run or not self.trainer.state.finished or self.trainer.received_sigterm:
+        if is_rehearsal(self.trainer) or not self.trainer.state.finished or self.trainer.received_sigterm:
             return
         if self.datamodule.paths["test"] is None:
             return
-        best = self.trainer.checkpoint_callback.best_model_path
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
         self._report()
 

@@ -2,7 +2,7 @@
 
     NLL_k = −log softmax(h_k · Wᵀ)[y_k]          ℓ_i = Σ_{k of example i} scale_k · NLL_k
 
-With scale 1/length this is the mean NLL per response token, in nats (METHOD of arXiv 2511.21056, section "lower level").
+With scale 1/length this is the mean NLL per response token, in nats (arXiv 2511.21056).
 The output layer is applied to response positions only and, for large vocabularies, in chunks that are recomputed in
 the backward pass, so the [K, V] logits never exist as a whole.
 

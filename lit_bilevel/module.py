@@ -104,7 +104,9 @@ class LitBilevel(LightningModule):
                 " `OneStep`"
             )
         if self.solver.needs_upper_weight and self.upper_weight_decay > 0:
-            problems.append(f"`model.upper_weight_decay` would take `{type(self.solver).__name__}` to λ = 0; set it to 0")
+            problems.append(
+                f"`model.upper_weight_decay` takes λ to 0, where `{type(self.solver).__name__}` has no meaning"
+            )
         if self.accumulate_grad_batches < 1:
             problems.append(f"`model.accumulate_grad_batches` is {self.accumulate_grad_batches}; it must be at least 1")
         if problems:
@@ -173,7 +175,7 @@ class LitBilevel(LightningModule):
                 self._step_weights(outer, features, s_B)
         else:
             self.skipped_steps += 1
-        self.lr_schedulers().step()
+        self.lr_schedulers().step()  # type: ignore[union-attr]
         self._log_step(losses)
 
     def _optimizers(self) -> tuple[Any, Optimizer | None]:
@@ -206,9 +208,7 @@ class LitBilevel(LightningModule):
             engine,
         )
 
-    def _gathered(
-        self, problem: PolicyProblem, s_B: Tensor | None
-    ) -> tuple[Features, Tensor, dict[str, Tensor]]:
+    def _gathered(self, problem: PolicyProblem, s_B: Tensor | None) -> tuple[Features, Tensor, dict[str, Tensor]]:
         """Rows, scores and losses of all processes, in one order that does not depend on how rows were dealt out."""
         own = [batch.features for batch in problem.lower]
         loss_B = problem.lower_losses()
@@ -223,7 +223,7 @@ class LitBilevel(LightningModule):
         table = torch.stack([column.double() for column in columns], dim=1)
         upper = problem.upper_loss
         if self.trainer.world_size > 1:
-            table = self.all_gather(table).flatten(0, 1)
+            table = self.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]
             upper = None if upper is None else self.trainer.strategy.reduce(upper, reduce_op="mean")
         order = table[:, 0].argsort(descending=True)[: problem.lower[0].window_rows]  # padding sorts last
         row, source, length, loss, weight, s = table[order].unbind(1)
@@ -281,6 +281,7 @@ class LitBilevel(LightningModule):
         loss_B = example_nll(self.policy(batch), batch)
         real_B = (batch.row_B >= 0).to(loss_B.dtype)
         metric = self.loss_per_row[name]
+        assert isinstance(metric, MeanMetric)
         metric.update(loss_B, real_B)
         self.log(f"{name}/loss", metric, prog_bar=name == "monitor")
         if name == "test":
@@ -297,7 +298,7 @@ class LitBilevel(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint.get("lit_bilevel")
         if own is None:
-            raise UserError("this checkpoint was not written by lit_bilevel; give one from a run's `checkpoints/` folder.")
+            raise UserError("lit_bilevel did not write this checkpoint; give one from a run's `checkpoints/` folder.")
         self._solver_state, self.skipped_steps = own["solver"], own["skipped_steps"]
         frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
         expected = {name: value.shape for name, value in self.state_dict().items() if name not in frozen}
@@ -306,6 +307,6 @@ class LitBilevel(LightningModule):
             different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
             raise UserError(
                 f"the checkpoint does not fit the model: {len(different)} entries differ, the first is `{different[0]}`"
-                f" (checkpoint: {found.get(different[0])}, model: {expected.get(different[0])}); use the settings and the"
-                " data it was written with (its `config.yaml`)."
+                f" (checkpoint: {found.get(different[0])}, model: {expected.get(different[0])}); use the settings"
+                " and the data it was written with (its `config.yaml`)."
             )

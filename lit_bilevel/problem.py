@@ -89,12 +89,12 @@ def norm(values: Sequence[Tensor]) -> Tensor:
 
 def scaled(values: Sequence[Tensor], factor: Tensor | float) -> Values:
     """factor · values."""
-    return torch._foreach_mul(list(values), factor)
+    return list(torch._foreach_mul(list(values), factor))
 
 
 def added(values: Sequence[Tensor], other: Sequence[Tensor], factor: float = 1.0) -> Values:
     """values + factor · other."""
-    return torch._foreach_add(list(values), list(other), alpha=factor)
+    return list(torch._foreach_add(list(values), list(other), alpha=factor))
 
 
 def _whole(scalar: Tensor) -> Tensor:

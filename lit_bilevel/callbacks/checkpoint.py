@@ -12,6 +12,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_bilevel.callbacks.export import is_rehearsal
+
 
 class BilevelCheckpoint(ModelCheckpoint):
     """Keeps the monitor-best state and the last one.
@@ -53,7 +55,7 @@ class BilevelCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.fast_dev_run:
+        if not is_rehearsal(trainer):
             self._save_last(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:

@@ -17,6 +17,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_bilevel.module import LitBilevel
+
 
 class Export(Callback):
     """Writes the results of a run as files that other tools read.
@@ -36,14 +38,15 @@ class Export(Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.fast_dev_run and not self._resumed:
+        if not is_rehearsal(trainer) and not self._resumed:
             for name in self.FILES:
                 _remove(run_folder(trainer) / name)
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if is_rehearsal(trainer):
             return
+        assert isinstance(pl_module, LitBilevel)
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         self._write_weights(trainer, pl_module, folder / "weights.parquet")
@@ -52,7 +55,7 @@ class Export(Callback):
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run:
+        if is_rehearsal(trainer):
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         path = run_folder(trainer) / "metrics.json"
@@ -61,7 +64,7 @@ class Export(Callback):
         partial.write_text(json.dumps(metrics, indent=2) + "\n")
         os.replace(partial, path)
 
-    def _write_weights(self, trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
+    def _write_weights(self, trainer: Trainer, pl_module: LitBilevel, path: Path) -> None:
         import pyarrow
         import pyarrow.parquet
 
@@ -70,9 +73,9 @@ class Export(Callback):
         weights = pl_module.weights
         table = pyarrow.table(
             {
-                "id": pyarrow.array(data["id"], pyarrow.string()),
-                "row": pyarrow.array(data["row"], pyarrow.int64()),
-                "source": pyarrow.array([names[number] for number in data["source"]], pyarrow.string()),
+                "id": pyarrow.array(data["id"][:], pyarrow.string()),
+                "row": pyarrow.array(data["row"][:], pyarrow.int64()),
+                "source": pyarrow.array([names[number] for number in data["source"][:]], pyarrow.string()),
                 "weight": pyarrow.array(weights.table().cpu().numpy(), pyarrow.float64()),
                 "weight_refined": pyarrow.nulls(len(data), pyarrow.float64()),
                 "visits": pyarrow.array(weights.visits.cpu().numpy(), pyarrow.int32()),
@@ -82,7 +85,7 @@ class Export(Callback):
         pyarrow.parquet.write_table(table, partial)
         os.replace(partial, path)
 
-    def _write_policy(self, trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
+    def _write_policy(self, trainer: Trainer, pl_module: LitBilevel, path: Path) -> None:
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         state = None
         if best and Path(best).is_file():
@@ -91,10 +94,16 @@ class Export(Callback):
             state = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
         partial = path.with_name("policy.partial")
         _remove(partial)
+        assert pl_module.policy is not None
         pl_module.policy.model.save_pretrained(partial, state_dict=state)
         pl_module.tokenizer.save_pretrained(partial)
         _remove(path)
         os.replace(partial, path)
+
+
+def is_rehearsal(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, which leaves no files."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -13,6 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lit_bilevel.module import LitBilevel
+
 MARKUP = "\\`*_{}[]()+-!|~"
 
 
@@ -30,6 +32,7 @@ class WeightInspector(Callback):
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LitBilevel)
         table = pl_module.weights.table().cpu()
         visits = pl_module.weights.visits.cpu()
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -38,7 +41,8 @@ class WeightInspector(Callback):
                 logger.experiment.add_histogram("weights/distribution", table, step)
                 order = table.argsort()
                 data = trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
-                for name, rows in (("weights/lowest", order[: self.rows]), ("weights/highest", order.flip(0)[: self.rows])):
+                ends = {"weights/lowest": order[: self.rows], "weights/highest": order.flip(0)[: self.rows]}
+                for name, rows in ends.items():
                     logger.experiment.add_text(name, self._markdown(data, rows, table, visits), step)
 
     def _markdown(self, data: Any, rows: Tensor, table: Tensor, visits: Tensor) -> str:

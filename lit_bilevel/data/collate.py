@@ -48,7 +48,7 @@ def collate(examples: Sequence[Example], window_rows: int) -> Batch:
 
 
 def share_of_rank(examples: list[Example], rank: int, world_size: int) -> list[Example]:
-    """This process's part of a global window: sorted by length and dealt out, padded to the same count on every rank."""
+    """This process's part of a global window: sorted by length and dealt out, the same count on every rank."""
     ordered = sorted(examples, key=lambda example: (len(example.input_ids), example.row))
     each = -(-len(ordered) // world_size)
     mine = ordered[rank::world_size]

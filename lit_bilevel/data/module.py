@@ -77,7 +77,7 @@ class BilevelDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.max_length = max_length
         self.monitor_fraction = monitor_fraction
-        self.source_settings = {"format": format, "columns": columns or {}, "on_bad_row": on_bad_row}
+        self.source_settings: dict[str, Any] = {"format": format, "columns": columns or {}, "on_bad_row": on_bad_row}
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
@@ -131,7 +131,7 @@ class BilevelDataModule(LightningDataModule):
         if self.tokenizer is None and self.trainer is not None:
             return self.trainer.lightning_module.tokenizer
         if self.tokenizer is None:
-            raise UserError("`data.tokenizer` is not set and there is no policy to take it from; give a folder or hub id.")
+            raise UserError("`data.tokenizer` is not set and there is no policy to take it from; give a folder or id.")
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.tokenizer)
@@ -169,7 +169,7 @@ class BilevelDataModule(LightningDataModule):
     @property
     def pool_sources(self) -> torch.Tensor:
         """[N] source number of every pool row in the weight table."""
-        return torch.tensor(self.sets["pool"]["source"])
+        return torch.tensor(self.sets["pool"]["source"][:])
 
     def window(self, level: Literal["lower", "upper"]) -> int:
         """Rows of a policy step over all processes."""
@@ -197,7 +197,7 @@ class BilevelDataModule(LightningDataModule):
             {"lower": self.batch_size, "upper": self.upper_batch_size},
             trainer.global_rank,
             trainer.world_size,
-            repeat_first_epoch=trainer.overfit_batches > 0,
+            repeat_first_epoch=trainer.overfit_batches > 0,  # type: ignore[attr-defined]
         )
         self._stream = PairedStream(
             make, schedule.steps, lambda: int(trainer.num_training_batches), self.num_workers, self.pin_memory
@@ -220,7 +220,7 @@ class BilevelDataModule(LightningDataModule):
         dataset = self.sets[name]
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         examples = share_of_rank(_examples(dataset, range(len(dataset))), rank, world)
-        batches = [examples[i : i + self.eval_batch_size] for i in range(0, len(examples), self.eval_batch_size)]
+        batches: Any = [examples[i : i + self.eval_batch_size] for i in range(0, len(examples), self.eval_batch_size)]
         return DataLoader(batches, batch_size=None, collate_fn=_Collate(len(dataset)), pin_memory=self.pin_memory)
 
     # ---- state ----
@@ -302,8 +302,8 @@ def _refuse_overlap(rows: dict[str, list[Row]]) -> None:
     ]
     if problems:
         raise gathered(
-            "validation and test must share no prompt with the pool (the weights would be learned or scored on what they"
-            " select; remove these rows from one of the files)",
+            "validation and test must share no prompt with the pool (the weights would be learned or scored on what"
+            " they select; remove these rows from one of the files)",
             problems,
         )
 

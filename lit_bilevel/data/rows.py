@@ -62,12 +62,10 @@ class Source:
             except ValueError as error:
                 problems.append(f"{place}: {error}")
         if problems and self.on_bad_row == "error":
-            raise gathered(f"bad data in {self.path}", problems + [
-                "mend these records, or leave them out with `data.on_bad_row: skip`"
-            ] if len(problems) > 1 else [problems[0] + "; mend the record, or set `data.on_bad_row: skip`"])
+            raise gathered(f"bad data in {self.path} (mend it, or leave it out with `data.on_bad_row: skip`)", problems)
         self.skipped = problems
         if not rows:
-            state = "is empty" if count == 0 else f"has no usable record among {count}; the first problem: {problems[0]}"
+            state = "is empty" if count == 0 else f"has no usable record among {count} (the first: {problems[0]})"
             raise UserError(f"{self.path} {state}; give a file with at least one record per line.")
         return rows
 

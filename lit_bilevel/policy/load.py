@@ -40,7 +40,7 @@ class PolicySettings:
         path: a `from_pretrained` folder or a hub id.
         lora: adapter settings; without, the whole model is trained.
         dtype: `auto` is float32, or what `trainer.precision` says for the `*-true` settings.
-        attn_implementation: attention of transformers (`sdpa`, `eager`, `flash_attention_2`); by default its own choice.
+        attn_implementation: attention of transformers (`sdpa`, `eager`, `flash_attention_2`); by default its choice.
         activation_checkpointing: recompute activations in the backward pass to save memory.
         trust_remote_code: run code that comes with the model. Off, because that code can do anything.
     """

@@ -2,8 +2,8 @@
 
     gradient left on the parameters:  λ·∇f + (1−λ)·∇ mean_i w_i·ℓ_i          (METHOD section 5)
 
-The lower pass that a solver sees is the policy's own training pass, so `Penalty` costs nothing extra. Where ∇f is asked for
-by itself, the upper level gets its own backward pass first; otherwise its gradient is left to accumulate.
+The lower pass that a solver sees is the policy's own training pass, so `Penalty` costs nothing extra. Where ∇f is
+asked for by itself, the upper level gets its own backward pass first; otherwise its gradient is left to accumulate.
 
 Dropout: every pass over the lower rows starts from the same random state, so differences compare like with like.
 Left out: gradients of ∇f with respect to anything but θ.
@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.policy import Policy
-from lit_bilevel.problem import BilevelProblem, Values
+from lit_bilevel.problem import BilevelProblem, Values, scaled
 from lit_bilevel.types import Batch, Features
 
 
@@ -32,7 +32,7 @@ class Engine:
     """What a policy step needs of the machinery around it.
 
     Args:
-        backward: runs the backward pass of a scalar loss (with loss scaling and gradient averaging, where there is any).
+        backward: runs the backward pass of a scalar loss (with loss scaling and averaging, if any).
         unsynchronised: context in which `backward` leaves gradients local, because another pass follows.
         average: replaces each tensor by its mean over processes.
         world_size: number of processes over which gradients are averaged.
@@ -104,7 +104,7 @@ class PolicyProblem(BilevelProblem):
             self._backward_upper(1.0, last=True)
             scale = self.engine.loss_scale
             gradients = [_gradient(parameter) for parameter in self.parameters]
-            self._upper_gradient = gradients if scale == 1 else torch._foreach_div(gradients, scale)
+            self._upper_gradient = gradients if scale == 1 else scaled(gradients, 1 / scale)
             for parameter in self.parameters:
                 parameter.grad = None
         return self._upper_gradient
@@ -136,7 +136,8 @@ class PolicyProblem(BilevelProblem):
             final = index == len(self.lower) - 1
             with nullcontext() if final else self.engine.unsynchronised():
                 loss_B = example_nll(self.policy(batch), batch)
-                weight_B = self._weights[index] if self._weights else self.weigh(batch.features.with_loss(loss_B.detach()))
+                features = batch.features.with_loss(loss_B.detach())
+                weight_B = self._weights[index] if self._weights else self.weigh(features)
                 total = (weight_B.to(loss_B.dtype) * loss_B).sum()
                 self.engine.backward(total * ((1 - self.upper_weight) * self.engine.world_size / batch.window_rows))
             losses.append(loss_B.detach())
@@ -158,7 +159,7 @@ class PolicyProblem(BilevelProblem):
                 loss_B = example_nll(self.policy(batch), batch)
                 weight_B = weights_B[start : start + batch.size].to(loss_B.dtype)
                 objective = (weight_B * loss_B).sum() * (self.engine.world_size / batch.window_rows)
-                torch._foreach_add_(totals, torch.autograd.grad(objective, self.parameters))
+                torch._foreach_add_(totals, list(torch.autograd.grad(objective, self.parameters)))
                 losses.append(loss_B.detach())
                 start += batch.size
         return torch.cat(losses), self.engine.average(totals)
@@ -190,7 +191,7 @@ class PolicyProblem(BilevelProblem):
                 loss = (weight_B.to(loss_B.dtype) * loss_B).sum() * ((1 - self.upper_weight) / batch.window_rows)
                 torch._foreach_add_(totals, self._second_order(loss, vector))
                 start += batch.size
-        return self.engine.average(torch._foreach_mul(totals, float(self.engine.world_size)))
+        return self.engine.average(scaled(totals, float(self.engine.world_size)))
 
     def _second_order(self, loss: Tensor, vector: Values) -> Values:
         gradient = torch.autograd.grad(loss, self.parameters, create_graph=True)

@@ -35,7 +35,7 @@ class BilevelSolver(ABC):
         """What a resumed run needs: tensors and numbers only."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (most solvers have no state)
         """Take over what `state_dict` returned."""
 
     def __call__(self, problem: BilevelProblem) -> Tensor:

@@ -69,8 +69,8 @@ class OneStep(BilevelSolver):
             return "one_sided" if problem.differences else "forward"
         if self.derivative != "forward" and not problem.differences:
             raise ValueError(
-                f"`OneStep(derivative={self.derivative!r})` takes differences of losses, which vanish in the rounding of"
-                " bfloat16 or float16; use `derivative: forward` (or `auto`), or `trainer.precision: 32-true`."
+                f"`OneStep(derivative={self.derivative!r})` takes differences of losses, which vanish in the rounding"
+                " of bfloat16 or float16; use `derivative: forward` (or `auto`), or `trainer.precision: 32-true`."
             )
         return self.derivative
 
@@ -83,7 +83,7 @@ class OneStep(BilevelSolver):
                 torch._foreach_lerp_(self._average, gradient, 1 - self.direction_decay)
             gradient = self._average
         preconditioner = problem.preconditioner() if self.preconditioned else None
-        return gradient if preconditioner is None else torch._foreach_mul(gradient, preconditioner)
+        return gradient if preconditioner is None else list(torch._foreach_mul(gradient, preconditioner))
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._average is None else {"average": self._average}

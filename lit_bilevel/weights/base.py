@@ -26,14 +26,19 @@ FLOOR = 1e-3
 class ExampleWeights(nn.Module, ABC):
     """Maps features of pool rows to their data weights: at least 0, mean 1 over the pool.
 
-    A subclass implements `create`, `weigh`, `assign_gradient` and `table`. Parameters and buffers keep their precision whatever
-    the policy is cast to, and stay whole on every process.
+    A subclass implements `create`, `weigh`, `assign_gradient` and `table`. Parameters and buffers keep their precision
+    whatever the policy is cast to, and stay whole on every process.
     """
 
     learnable: bool = True
     """Whether a solver's scores change these weights."""
     needs_loss: bool = False
     """Whether `weigh` reads `features.loss_B`."""
+
+    spread_average: Tensor
+    score_average: Tensor
+    updates: Tensor
+    visits: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +119,7 @@ class ExampleWeights(nn.Module, ABC):
         if len(s_B) < 2:
             raise ValueError(
                 "the global batch has one row, so its score has no baseline to be compared with;"
-                " set `data.batch_size` (or `model.accumulate_grad_batches`) so that a policy step sees at least 2 rows."
+                " set `data.batch_size` (or `model.accumulate_grad_batches`) so that a step sees at least 2 rows."
             )
         s_B = s_B.double()
         w_B = self(features).double()
@@ -141,6 +146,8 @@ class TableWeights(ExampleWeights):
     """
 
     logits: nn.Parameter
+    sums: Tensor
+    shift: Tensor
 
     def __init__(self) -> None:
         super().__init__()
