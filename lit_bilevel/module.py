@@ -46,7 +46,7 @@ class LitBilevel(LightningModule):
         solver: how a policy step is turned into scores for the weights.
         optimizer: makes the policy's optimizer.
         weight_optimizer: makes the weights' optimizer.
-        upper_weight: λ in [0, 1); the policy minimises λ·f + (1−λ)·g.
+        upper_weight: λ; the policy minimises λ·f + (1−λ)·g.
         upper_weight_decay: taken off λ after every epoch, down to 0.
         weight_warmup_steps: policy steps before the weights begin to move.
         lr_scheduler: schedule of the policy's learning rate, by its name in `transformers.get_scheduler`.
@@ -94,8 +94,11 @@ class LitBilevel(LightningModule):
 
     def _check_settings(self) -> None:
         problems = []
-        if not 0 <= self.initial_upper_weight < 1:
-            problems.append(f"`model.upper_weight` is {self.initial_upper_weight}; it must be in [0, 1)")
+        if not (0 <= self.initial_upper_weight < 1 or (self.initial_upper_weight == 1 and not self.learns_weights)):
+            problems.append(
+                f"`model.upper_weight` is {self.initial_upper_weight}; it must be in [0, 1), or 1 with the `Mixing`"
+                " solver, for training on validation rows alone"
+            )
         if self.upper_weight_decay < 0:
             problems.append(f"`model.upper_weight_decay` is {self.upper_weight_decay}; it must be at least 0")
         if self.solver.needs_upper_weight and self.initial_upper_weight == 0:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -123,6 +124,8 @@ class BilevelDataModule(LightningDataModule):
         _refuse_overlap(rows)
         upper, monitor = _split(rows.pop("validation"), self.monitor_fraction)
         rows |= {"upper": upper, "monitor": monitor}
+        if self.truth is not None and not Path(self.truth).is_file():
+            raise UserError(f"{self.truth} does not exist; check `data.truth`, or leave it out.")
         self.source_names = sorted({row.source for row in rows["pool"]})
         encoder = Encoder(self._load_tokenizer(), self.max_length)
         self.sets = {name: self._encoded(name, part, encoder) for name, part in rows.items()}
