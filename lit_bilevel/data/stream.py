@@ -73,6 +73,10 @@ class _Steps(Dataset):
         return self.make(*address)
 
 
+def _unchanged(item: dict[str, list[Batch]]) -> dict[str, list[Batch]]:
+    return item
+
+
 class PairedStream:
     """An epoch of policy steps; iterating again gives the next one. Its whole state is `position`.
 
@@ -109,6 +113,7 @@ class PairedStream:
         loader = DataLoader(
             _Steps(self.make),
             batch_size=None,
+            collate_fn=_unchanged,
             sampler=[(epoch, step, epoch * steps + step) for step in range(start, steps)],
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
