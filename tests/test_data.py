@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -128,8 +129,8 @@ def test_chat_template_gives_the_ids_of_transformers():
     encoded = Encoder(tokenizer, 64).rows([row])[0]
     assert encoded.input_ids == expected["input_ids"]
     assert encoded.input_ids[-1] == tokenizer.eos_token_id
-    prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
-    assert encoded.input_ids[: encoded.response_start] == prompt
+    assert encoded.response_start == expected["assistant_masks"].index(1)
+    assert Encoder(tokenizer, 64).prompts([row.prompt]) == [encoded.input_ids[: encoded.response_start]]
 
 
 def test_a_prompt_that_fills_the_context_is_refused(tmp_path):
@@ -151,7 +152,7 @@ def module(small, **settings) -> BilevelDataModule:
 def test_validation_is_split_by_id_whatever_the_order(small, tmp_path):
     first = module(small)
     first.setup()
-    shuffled = write_jsonl(tmp_path / "v.jsonl", list(reversed([json.loads(x) for x in open(small["validation"])])))
+    shuffled = write_jsonl(tmp_path / "v.jsonl", read_jsonl(Path(small["validation"]))[::-1])
     second = module(small | {"validation": shuffled})
     second.setup()
     for name in ("upper", "monitor"):
@@ -161,8 +162,8 @@ def test_validation_is_split_by_id_whatever_the_order(small, tmp_path):
 
 
 def test_overlap_with_the_pool_is_refused(small, tmp_path):
-    rows = [json.loads(x) for x in open(small["validation"])]
-    rows[3]["prompt"] = json.loads(open(small["pool"]).readline())["prompt"]
+    rows = read_jsonl(Path(small["validation"]))
+    rows[3]["prompt"] = read_jsonl(Path(small["pool"]))[0]["prompt"]
     leaky = write_jsonl(tmp_path / "v.jsonl", rows)
     with pytest.raises(UserError, match=r"share no prompt with the pool.*" + rows[3]["id"]):
         module(small | {"validation": leaky}).setup()

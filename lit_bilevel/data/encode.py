@@ -1,9 +1,9 @@
 """Rows to token ids, the prompt separated from the response that is learned.
 
-With the tokenizer's chat template, a row has the template's own token ids; the response begins with the first token that
-reaches beyond the rendered prompt. A template whose full text does not begin with its prompt is refused, since no mask
-can then be right. Without a template the text is `prompt + "\\n"`, then the response. EOS ends every response that was
-not truncated; BOS comes once, where the tokenizer or the template sets it.
+With the tokenizer's chat template, a row has the template's own token ids; the response begins with the first token
+that reaches beyond the rendered prompt. A template whose full text does not begin with its prompt is refused, since no
+mask can then be right. Without a template the text is the prompt, a newline, then the response. EOS ends every
+response that was not truncated; BOS comes once, where the tokenizer or the template sets it.
 
 Left out: packing and multi-turn masks.
 """
@@ -52,8 +52,8 @@ class Encoder:
         self.max_length = max_length
         if tokenizer.chat_template and not tokenizer.is_fast:
             raise UserError(
-                f"the tokenizer {tokenizer.name_or_path!r} cannot say which characters a token covers, which masking under a"
-                " chat template needs; use its fast version."
+                f"the tokenizer {tokenizer.name_or_path!r} cannot say which characters a token covers, which"
+                " masking under a chat template needs; use its fast version."
             )
         probe = tokenizer("a").input_ids
         self._bos = probe[:1] if tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id else []
@@ -61,7 +61,7 @@ class Encoder:
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prompts, ready for a response to follow.
 
-        Where a tokenizer would merge the end of the prompt with the first word of a response (a trailing space, mostly),
+        Where a tokenizer would merge the end of the prompt with the first word of a response (mostly a trailing space),
         the prompt ends before that token, as it does in training rows.
         """
         if not self.tokenizer.chat_template:
