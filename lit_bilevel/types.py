@@ -90,6 +90,17 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A prompt to answer: its position, id and text, its token ids, and how many more tokens the context has."""
+
+    row: int
+    id: str
+    prompt: str
+    prompt_ids: list[int]
+    room: int
+
+
+@dataclass(frozen=True)
 class Features:
     """What a weighting may look at.
 

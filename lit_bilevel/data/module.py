@@ -9,7 +9,6 @@ result independent of the number of processes.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,12 +18,14 @@ from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lit_bilevel.data.collate import collate, micro_batches, share_of_rank
+from lit_bilevel.data.collate import collate, share_of_rank
 from lit_bilevel.data.encode import Encoder
+from lit_bilevel.data.responses import ResponseStore
 from lit_bilevel.data.rows import Source
-from lit_bilevel.data.stream import PairedStream, Schedule
+from lit_bilevel.data.split import refuse_overlap, upper_and_monitor
+from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, Window, examples_of
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.types import Batch, Example, Row
+from lit_bilevel.types import Batch, Example, Question, Row
 
 
 class BilevelDataModule(LightningDataModule):
@@ -84,6 +85,7 @@ class BilevelDataModule(LightningDataModule):
         self.source_names: list[str] = []
         self.sets: dict[str, Dataset] = {}
         self.skipped: dict[str, list[str]] = {}
+        self.responses = ResponseStore()
         self._stream: PairedStream | None = None
         self._position = 0
         self._check_settings()
@@ -120,8 +122,8 @@ class BilevelDataModule(LightningDataModule):
                 source = Source(path, **self.source_settings)
                 rows[name] = source.read()
                 self.skipped[name] = source.skipped
-        _refuse_overlap(rows)
-        upper, monitor = _split(rows.pop("validation"), self.monitor_fraction)
+        refuse_overlap(rows)
+        upper, monitor = upper_and_monitor(rows.pop("validation"), self.monitor_fraction)
         rows |= {"upper": upper, "monitor": monitor}
         self.source_names = sorted({row.source for row in rows["pool"]})
         encoder = Encoder(self._load_tokenizer(), self.max_length)
@@ -191,17 +193,14 @@ class BilevelDataModule(LightningDataModule):
             )
         trainer = self.trainer
         assert trainer is not None
-        make = _StepMaker(
+        make = StepMaker(
             schedule,
             {level: self.sets[name] for level, name in (("lower", "pool"), ("upper", "upper"))},
-            {"lower": self.batch_size, "upper": self.upper_batch_size},
             trainer.global_rank,
             trainer.world_size,
             repeat_first_epoch=trainer.overfit_batches > 0,  # type: ignore[attr-defined]
         )
-        self._stream = PairedStream(
-            make, schedule.steps, lambda: int(trainer.num_training_batches), self.num_workers, self.pin_memory
-        )
+        self._stream = PairedStream(make, schedule.steps, lambda: int(trainer.num_training_batches), self.num_workers)
         self._stream.position = self._position
         return self._stream
 
@@ -214,23 +213,59 @@ class BilevelDataModule(LightningDataModule):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        return self.test_dataloader()
+        """The test prompts: lists of `Question`."""
+        if "test" not in self.sets:
+            raise UserError("`data.test` is not set, so there are no prompts to answer; give a file of held-out rows.")
+        questions = [
+            Question(position, id, prompt, ids[:start], self.max_length - start)
+            for position, (id, prompt, ids, start) in enumerate(
+                zip(
+                    *(self.sets["test"][name][:] for name in ("id", "prompt", "input_ids", "response_start")),
+                    strict=True,
+                )
+            )
+        ]
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        own = sorted(questions, key=lambda question: (len(question.prompt_ids), question.row))[rank::world]
+        batches: Any = [own[i : i + self.eval_batch_size] for i in range(0, len(own), self.eval_batch_size)]
+        return DataLoader(batches, batch_size=None, collate_fn=list)
 
     def _evaluation_loader(self, name: str) -> DataLoader:
         dataset = self.sets[name]
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        examples = share_of_rank(_examples(dataset, range(len(dataset))), rank, world)
+        examples = share_of_rank(examples_of(dataset, range(len(dataset))), rank, world)
         batches: Any = [examples[i : i + self.eval_batch_size] for i in range(0, len(examples), self.eval_batch_size)]
         return DataLoader(batches, batch_size=None, collate_fn=_Collate(len(dataset)), pin_memory=self.pin_memory)
+
+    # ---- what the main process adds ----
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Collate the windows of a policy step, refined rows with their current responses."""
+        if not isinstance(batch, dict):
+            return batch
+        return {level: self._micro_batches(level, window) for level, window in batch.items()}
+
+    def _micro_batches(self, level: str, window: Window) -> list[Batch]:
+        """Batches of at most `batch_size` rows, those of like length together; as many on every process."""
+        size = self.batch_size if level == "lower" else self.upper_batch_size
+        batches = []
+        for start in range(0, len(window.examples), size):
+            examples = window.examples[start : start + size]
+            if level == "lower":
+                examples = self.responses.overlay(examples, len(self.sets["pool"]))
+            batches.append(collate(examples, window.rows))
+        return [batch.pin_memory() for batch in batches] if self.pin_memory else batches
 
     # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self._stream.position if self._stream else self._position, "seed": self.seed}
+        position = self._stream.position if self._stream else self._position
+        return {"position": position, "seed": self.seed, "responses": self.responses.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._position = state_dict["position"]
         self.seed = state_dict["seed"]
+        self.responses.load_state_dict(state_dict["responses"])
         if self._stream is not None:
             self._stream.position = self._position
 
@@ -243,69 +278,6 @@ class _Collate:
 
     def __call__(self, examples: list[Example]) -> Batch:
         return collate(examples, self.rows)
-
-
-class _StepMaker:
-    """Makes this process's micro-batches of a policy step."""
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        sets: dict[str, Dataset],
-        sizes: dict[str, int],
-        rank: int,
-        world_size: int,
-        repeat_first_epoch: bool,
-    ):
-        self.schedule, self.sets, self.sizes = schedule, sets, sizes
-        self.rank, self.world_size = rank, world_size
-        self.repeat_first_epoch = repeat_first_epoch
-
-    def __call__(self, epoch: int, step: int, position: int) -> dict[str, list[Batch]]:
-        if self.repeat_first_epoch:
-            epoch, position = 0, step
-        rows = {"lower": self.schedule.lower(epoch, step), "upper": self.schedule.upper(position)}
-        return {level: self._batches(level, rows[level]) for level in rows}
-
-    def _batches(self, level: str, rows: list[int]) -> list[Batch]:
-        examples = share_of_rank(_examples(self.sets[level], rows), self.rank, self.world_size)
-        return micro_batches(examples, self.sizes[level], len(rows))
-
-
-def _examples(dataset: Dataset, rows: Any) -> list[Example]:
-    rows = list(rows)
-    table = dataset.select_columns(["source", "input_ids", "response_start"])[rows]
-    columns = (table["source"], table["input_ids"], table["response_start"])
-    return [Example(row, *values) for row, *values in zip(rows, *columns, strict=True)]
-
-
-def _split(rows: list[Row], monitor_fraction: float) -> tuple[list[Row], list[Row]]:
-    """Upper and monitor parts, by hash of the id so that the order of the file does not matter."""
-    count = round(len(rows) * monitor_fraction)
-    if count < 1 or len(rows) - count < 1:
-        raise UserError(
-            f"the validation file has {len(rows)} usable rows, too few to split into an upper and a monitor part at"
-            f" `data.monitor_fraction` {monitor_fraction}; add rows or change the fraction."
-        )
-    ranked = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())
-    chosen = {row.id for row in ranked[:count]}
-    return [row for row in rows if row.id not in chosen], [row for row in rows if row.id in chosen]
-
-
-def _refuse_overlap(rows: dict[str, list[Row]]) -> None:
-    pool = {row.prompt.strip(): row for row in rows["pool"]}
-    problems = [
-        f"{name} id {row.id!r} has the prompt of pool id {pool[row.prompt.strip()].id!r}"
-        for name in ("validation", "test")
-        for row in rows.get(name, ())
-        if row.prompt.strip() in pool
-    ]
-    if problems:
-        raise gathered(
-            "validation and test must share no prompt with the pool (the weights would be learned or scored on what"
-            " they select; remove these rows from one of the files)",
-            problems,
-        )
 
 
 __all__ = ["BilevelDataModule"]

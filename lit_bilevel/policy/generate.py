@@ -8,7 +8,7 @@ of training is not touched. Requests are sorted by length and cut into batches u
 dealt out to processes. Prompts are padded on the left; rows that have ended leave the batch and its KV cache.
 
 Log-probabilities are not taken from here: cached ones differ from the trainer's (METHOD section 3); see `score`.
-Left out: beam search, penalties, and decoders that need more than a mask and positions (encoder–decoder, prefix tuning).
+Left out: beam search, penalties, and models that need more than a mask and positions (encoder–decoder, prefix tuning).
 """
 
 from __future__ import annotations
