@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.scoring import aurocs, flat, read_truth
 
 
 class Export(Callback):
@@ -57,12 +58,25 @@ class Export(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_rehearsal(trainer):
             return
+        assert isinstance(pl_module, LitBilevel)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        metrics |= self._scores(trainer)
         path = run_folder(trainer) / "metrics.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(metrics, indent=2) + "\n")
         os.replace(partial, path)
+
+    def _scores(self, trainer: Trainer) -> dict[str, float]:
+        """AUROC of the exported weights, where there is a truth file to score them."""
+        import pyarrow.parquet
+
+        truth, path = trainer.datamodule.truth, run_folder(trainer) / "weights.parquet"  # type: ignore[attr-defined]
+        if truth is None or not path.is_file():
+            return {}
+        table = pyarrow.parquet.read_table(path, columns=["id", "weight"])
+        kinds = read_truth(truth, table["id"].to_pylist())
+        return flat(aurocs(torch.from_numpy(table["weight"].to_numpy()), kinds))
 
     def _write_weights(self, trainer: Trainer, pl_module: LitBilevel, path: Path) -> None:
         import pyarrow

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,10 +20,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lit_bilevel.data.collate import collate, share_of_rank
-from lit_bilevel.data.encode import Encoder
+from lit_bilevel.data.encode import Encoder, encoded_table
 from lit_bilevel.data.responses import ResponseStore
 from lit_bilevel.data.rows import Source
-from lit_bilevel.data.split import refuse_overlap, upper_and_monitor
+from lit_bilevel.data.split import refuse_overlap, split
 from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, Window, examples_of
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.types import Batch, Example, Question, Row
@@ -123,8 +124,10 @@ class BilevelDataModule(LightningDataModule):
                 rows[name] = source.read()
                 self.skipped[name] = source.skipped
         refuse_overlap(rows)
-        upper, monitor = upper_and_monitor(rows.pop("validation"), self.monitor_fraction)
+        upper, monitor = split(rows.pop("validation"), self.monitor_fraction)
         rows |= {"upper": upper, "monitor": monitor}
+        if self.truth is not None and not Path(self.truth).is_file():
+            raise UserError(f"{self.truth} does not exist; check `data.truth`, or leave it out.")
         self.source_names = sorted({row.source for row in rows["pool"]})
         encoder = Encoder(self._load_tokenizer(), self.max_length)
         self.sets = {name: self._encoded(name, part, encoder) for name, part in rows.items()}
@@ -140,31 +143,15 @@ class BilevelDataModule(LightningDataModule):
 
     def _encoded(self, name: str, rows: list[Row], encoder: Encoder) -> Dataset:
         """A table with the rows and their token ids; rows whose response was cut away completely are bad rows."""
-        numbers = {source: number for number, source in enumerate(self.source_names)}
-        columns: dict[str, list[Any]] = {
-            key: [] for key in ("row", "id", "prompt", "response", "source", "input_ids", "response_start", "truncated")
-        }
-        lost = []
-        for start in range(0, len(rows), 1000):
-            part = rows[start : start + 1000]
-            for row, encoded in zip(part, encoder.rows(part), strict=True):
-                if encoded.response_start >= len(encoded.input_ids):
-                    lost.append(f"id {row.id!r}: the prompt alone has {encoded.response_start} tokens")
-                    continue
-                for key, value in (
-                    *((key, getattr(row, key)) for key in ("row", "id", "prompt", "response")),
-                    ("source", numbers.get(row.source, -1)),
-                    *((key, getattr(encoded, key)) for key in ("input_ids", "response_start", "truncated")),
-                ):
-                    columns[key].append(value)
-        if lost and self.source_settings["on_bad_row"] == "error":
+        table, lost = encoded_table(rows, encoder, self.source_names)
+        if lost and (self.source_settings["on_bad_row"] == "error" or not len(table)):
             raise gathered(
                 f"{self.paths.get(name) or self.paths['validation']}: no response token fits into `data.max_length`"
                 f" {self.max_length} (raise it, or set `data.on_bad_row: skip`)",
                 lost,
             )
         self.skipped.setdefault(name, []).extend(lost)
-        return Dataset.from_dict(columns)
+        return table
 
     # ---- what others ask for ----
 
@@ -278,6 +265,3 @@ class _Collate:
 
     def __call__(self, examples: list[Example]) -> Batch:
         return collate(examples, self.rows)
-
-
-__all__ = ["BilevelDataModule"]

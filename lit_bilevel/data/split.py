@@ -1,6 +1,6 @@
-"""Which rows may meet: the validation file in two parts, and no prompt shared with the pool.
+"""Keeping the three sets apart: the validation file split in two, and no prompt shared with the pool.
 
-Left out: near-duplicates; only prompts that are equal up to surrounding space are found.
+Left out: near-duplicates; only prompts that are equal after stripping white space are refused.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.types import Row
 
 
-def upper_and_monitor(rows: list[Row], monitor_fraction: float) -> tuple[list[Row], list[Row]]:
-    """Upper and monitor parts, by hash of the id so that the order of the file does not matter."""
+def split(rows: list[Row], monitor_fraction: float) -> tuple[list[Row], list[Row]]:
+    """Upper and monitor parts, by hash of the id so that the order of the file does not matter.
+
+    Raises:
+        UserError: if either part would be empty.
+    """
     count = round(len(rows) * monitor_fraction)
     if count < 1 or len(rows) - count < 1:
         raise UserError(
@@ -25,7 +29,11 @@ def upper_and_monitor(rows: list[Row], monitor_fraction: float) -> tuple[list[Ro
 
 
 def refuse_overlap(rows: dict[str, list[Row]]) -> None:
-    """No prompt of validation or test may be in the pool."""
+    """Refuse validation and test rows whose prompt is in the pool.
+
+    Raises:
+        UserError: naming the rows.
+    """
     pool = {row.prompt.strip(): row for row in rows["pool"]}
     problems = [
         f"{name} id {row.id!r} has the prompt of pool id {pool[row.prompt.strip()].id!r}"

@@ -124,6 +124,10 @@ class _Steps(Dataset):
         return self.make(*address)
 
 
+def _unchanged(item: Any) -> Any:
+    return item
+
+
 class PairedStream:
     """An epoch of policy steps; iterating again gives the next one. Its whole state is `position`.
 
@@ -157,6 +161,7 @@ class PairedStream:
         loader = DataLoader(
             _Steps(self.make),
             batch_size=None,
+            collate_fn=_unchanged,
             sampler=[(epoch, step, epoch * steps + step) for step in range(start, steps)],
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(0),  # its own, or drawing a seed would shift dropout

@@ -125,7 +125,7 @@ class PolicyProblem(BilevelProblem):
     def lower_losses(self) -> Tensor:
         if self._lower_losses is None:
             if self._upper_gradient is None and self.upper_weight > 0:
-                self._backward_upper(self.upper_weight, last=False)
+                self._backward_upper(self.upper_weight, last=self.upper_weight == 1)
             self._lower_losses = self._backward_lower()
         return self._lower_losses
 
@@ -134,12 +134,17 @@ class PolicyProblem(BilevelProblem):
         losses, weights = [], []
         for index, batch in enumerate(self.lower):
             final = index == len(self.lower) - 1
-            with nullcontext() if final else self.engine.unsynchronised():
+            if self.upper_weight == 1:
+                context: AbstractContextManager = torch.no_grad()
+            else:
+                context = nullcontext() if final else self.engine.unsynchronised()
+            with context:
                 loss_B = example_nll(self.policy(batch), batch)
                 features = batch.features.with_loss(loss_B.detach())
                 weight_B = self._weights[index] if self._weights else self.weigh(features)
                 total = (weight_B.to(loss_B.dtype) * loss_B).sum()
-                self.engine.backward(total * ((1 - self.upper_weight) * self.engine.world_size / batch.window_rows))
+                if self.upper_weight < 1:
+                    self.engine.backward(total * ((1 - self.upper_weight) * self.engine.world_size / batch.window_rows))
             losses.append(loss_B.detach())
             weights.append(weight_B)
         self._weights = weights
