@@ -70,7 +70,7 @@ class Refinement(nn.Module):
         self.to(device)
 
     def _build(self, rows_M: Tensor, source_M: Tensor, pool_rows: int, share: float, dtype: torch.dtype) -> None:
-        self.weights = self.optimizer = None
+        self.weights = self.optimizer = self._optimizer_state = None
         self.rows, self._source, self.share = rows_M, source_M, share
         self.frozen = torch.zeros(pool_rows, dtype=torch.bool)
         self.frozen[rows_M] = True
@@ -90,11 +90,12 @@ class Refinement(nn.Module):
         position_B = torch.where(group_B, features.row_B - len(self.frozen), PADDING_ROW)
         return weight_B + (1 - self.share) * self.weights(replace(features, row_B=position_B))
 
-    def count_visits(self, offline: ExampleWeights, features: Features) -> None:
-        """Note which rows and groups took part in a policy step."""
+    def observe(self, offline: ExampleWeights, features: Features) -> None:
+        """Take note of a policy step: its rows and groups, without padding."""
         own, groups = self._parted(features)
-        offline.count_visits(_taken(features, own))
-        if self.weights is not None:
+        if len(own):
+            offline.count_visits(_taken(features, own))
+        if self.weights is not None and len(groups):
             self.weights.count_visits(_taken(features, groups, len(self.frozen)))
 
     def step(self, offline: ExampleWeights, optimizer: Optimizer | None, features: Features, s_B: Tensor) -> None:

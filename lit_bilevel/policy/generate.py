@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lit_bilevel.errors import gathered
 from lit_bilevel.policy.policy import Policy
+from lit_bilevel.types import Question
 
 LIMIT = 1 - 1e-12  # uniforms stay below it, so that rounding never selects past the last possible token
 
@@ -143,6 +144,22 @@ class HFGenerate(GenerationBackend):
                 for index, sample in zip(batch, decoder.run(progress), strict=True):
                     samples[index] = sample
         return [sample for sample in samples if sample is not None]
+
+
+def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
+    """Tokens that end a response: the tokenizer's, which training teaches, and those the model came with."""
+    own = getattr(policy.causal_lm.generation_config, "eos_token_id", None)
+    others = [] if own is None else [own] if isinstance(own, int) else own
+    return list(dict.fromkeys([tokenizer.eos_token_id, *others]))
+
+
+def answers(policy: Policy, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> list[dict[str, str]]:
+    """Greedy answers as dicts of `id`, `prompt` and `response`."""
+    requests = [Request(q.prompt_ids, (q.row,), min(max_new_tokens, q.room)) for q in questions]
+    sampling = Sampling(max_new_tokens, temperature=0)
+    samples = HFGenerate().generate(policy, requests, sampling, end_tokens(policy, tokenizer))
+    texts = tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
+    return [{"id": q.id, "prompt": q.prompt, "response": text} for q, text in zip(questions, texts, strict=True)]
 
 
 def batches_by_length(requests: Sequence[Request], token_budget: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,20 @@ class Engine:
     world_size: int = 1
     loss_scale: float = 1.0
     differences: bool = True
+
+    @classmethod
+    def of(cls, trainer: Any, backward: Callable[[Tensor], None]) -> Engine:
+        """The machinery of a Lightning trainer."""
+        strategy = trainer.strategy
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        return cls(
+            backward=backward,
+            unsynchronised=getattr(strategy, "block_backward_sync", torch.enable_grad),
+            average=lambda values: [strategy.reduce(value, reduce_op="mean") for value in values],
+            world_size=trainer.world_size,
+            loss_scale=1.0 if scaler is None else scaler.get_scale(),
+            differences=trainer.precision in ("32-true", "64-true"),
+        )
 
 
 class PolicyProblem(BilevelProblem):
