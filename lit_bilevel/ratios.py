@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_bilevel.errors import UserError
+
 DECAY = 0.9
 
 
@@ -98,7 +100,7 @@ def _clipped(log_ratio: Tensor, clip: float) -> tuple[Tensor, Tensor]:
 
 def _checked(clip: float) -> float:
     if clip <= 1:
-        raise ValueError(f"`clip` is {clip}; it must be above 1: ratios are kept in [1/clip, clip].")
+        raise UserError(f"`clip` is {clip}; it must be above 1: ratios are kept in [1/clip, clip].")
     return clip
 
 
@@ -207,7 +209,7 @@ class SelfNormalised(_Relative):
     def __init__(self, tau: float = 1.0, limit: float = 20.0):
         super().__init__()
         if tau <= 0:
-            raise ValueError(f"`tau` is {tau}; it must be above 0.")
+            raise UserError(f"`tau` is {tau}; it must be above 0.")
         self.tau, self.limit = tau, limit
 
     def score(self, ratios: Ratios) -> Tensor:
