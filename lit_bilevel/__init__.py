@@ -18,7 +18,17 @@ _HOMES = {
     "ExponentiatedGradient": "lit_bilevel.optim",
     **dict.fromkeys(("ExampleWeights", "SigmoidWeights", "SoftmaxWeights", "UniformWeights"), "lit_bilevel.weights"),
     **dict.fromkeys(("BilevelSolver", "Mixing", "OneStep", "Penalty"), "lit_bilevel.solvers"),
-    **dict.fromkeys(("BilevelCheckpoint", "Export", "RandomState", "WeightInspector"), "lit_bilevel.callbacks"),
+    **dict.fromkeys(
+        ("BelowThreshold", "BilevelCheckpoint", "Choose", "Export", "LowestFraction", "Predictions", "RandomFraction"),
+        "lit_bilevel.callbacks",
+    ),
+    **dict.fromkeys(("RandomState", "SelfRefine", "WeightInspector"), "lit_bilevel.callbacks"),
+    **dict.fromkeys(
+        ("Aligned", "LengthNormalised", "ResponseWeights", "SelfNormalised", "Sequence", "Token", "Uniform"),
+        "lit_bilevel.ratios",
+    ),
+    **dict.fromkeys(("GenerationBackend", "HFGenerate", "Sampling"), "lit_bilevel.policy.generate"),
+    **dict.fromkeys(("ContinuousBatching", "VLLM"), "lit_bilevel.policy.backends"),
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -44,15 +44,33 @@ class Policy(nn.Module):
         """The parameters that are tuned, in a fixed order."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
-    def forward(self, batch: Batch) -> Tensor:
-        """NLL in nats of each predicted token, [K]."""
+    def forward(self, batch: Batch, temperature: float = 1.0) -> Tensor:
+        """NLL in nats of each predicted token, [K]; logits are divided by the temperature."""
         model = self.causal_lm
         if not self.plain_head:
             logits_STV = model(input_ids=batch.input_ids_ST, use_cache=False).logits
-            return logits_nll(logits_STV.flatten(0, 1)[batch.position_K], batch.target_K)
+            return logits_nll(logits_STV.flatten(0, 1)[batch.position_K], batch.target_K, temperature)
         hidden_STD = model.get_decoder()(input_ids=batch.input_ids_ST, use_cache=False).last_hidden_state
         head = model.get_output_embeddings()
-        return token_nll(hidden_STD.flatten(0, 1)[batch.position_K], head.weight, batch.target_K, head.bias)
+        hidden_KD = hidden_STD.flatten(0, 1)[batch.position_K]
+        return token_nll(hidden_KD, head.weight, batch.target_K, head.bias, temperature)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Dropout off and no graph; every submodule's mode comes back as it was, also on exceptions.
+
+        Not inference mode: tensors that it makes cannot be used in a backward pass later. Autocast forgets the casts
+        it made here, for they carry no gradient and would be reused by the training pass.
+        """
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            torch.clear_autocast_cache()
 
     @contextmanager
     def substituted(self, values: Values) -> Iterator[None]:
