@@ -9,6 +9,7 @@ result independent of the number of processes.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from lit_bilevel.data.collate import collate, share_of_rank
@@ -26,7 +28,7 @@ from lit_bilevel.data.rows import Source
 from lit_bilevel.data.split import refuse_overlap, split
 from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, Window, examples_of
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.types import Batch, Example, Question, Row
+from lit_bilevel.types import Batch, Question, Row
 
 
 class BilevelDataModule(LightningDataModule):
@@ -221,16 +223,26 @@ class BilevelDataModule(LightningDataModule):
         dataset = self.sets[name]
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         examples = share_of_rank(examples_of(dataset, range(len(dataset))), rank, world)
-        batches: Any = [examples[i : i + self.eval_batch_size] for i in range(0, len(examples), self.eval_batch_size)]
-        return DataLoader(batches, batch_size=None, collate_fn=_Collate(len(dataset)), pin_memory=self.pin_memory)
+        size = self.eval_batch_size
+        windows: Any = [Window(examples[i : i + size], len(dataset)) for i in range(0, len(examples), size)]
+        return DataLoader(windows, batch_size=None, collate_fn=_unchanged)
 
     # ---- what the main process adds ----
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Collate the windows of a policy step, refined rows with their current responses."""
+        """Collate windows in the main process, refined rows with their current responses."""
+        if isinstance(batch, Window):
+            return collate(batch.examples, batch.rows, self._call_cost)
         if not isinstance(batch, dict):
             return batch
         return {level: self._micro_batches(level, window) for level, window in batch.items()}
+
+    @property
+    def _call_cost(self) -> float:
+        """Tokens that one more call of the policy costs; a sharded policy needs as many calls on every process."""
+        if self.trainer is None or isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return math.inf
+        return 256 if self.trainer.strategy.root_device.type == "cpu" else 4096
 
     def _micro_batches(self, level: str, window: Window) -> list[Batch]:
         """Batches of at most `batch_size` rows, those of like length together; as many on every process."""
@@ -240,7 +252,7 @@ class BilevelDataModule(LightningDataModule):
             examples = window.examples[start : start + size]
             if level == "lower":
                 examples = self.responses.overlay(examples, len(self.sets["pool"]))
-            batches.append(collate(examples, window.rows))
+            batches.append(collate(examples, window.rows, self._call_cost))
         return [batch.pin_memory() for batch in batches] if self.pin_memory else batches
 
     # ---- state ----
@@ -257,11 +269,5 @@ class BilevelDataModule(LightningDataModule):
             self._stream.position = self._position
 
 
-class _Collate:
-    """Collates evaluation batches (a class so that worker processes can receive it)."""
-
-    def __init__(self, rows: int):
-        self.rows = rows
-
-    def __call__(self, examples: list[Example]) -> Batch:
-        return collate(examples, self.rows)
+def _unchanged(item: Any) -> Any:
+    return item
