@@ -26,7 +26,7 @@ from torchmetrics import MeanMetric
 
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.losses import example_nll
-from lit_bilevel.optim import ExponentiatedGradient
+from lit_bilevel.optim import ExponentiatedGradient, check_optimizer
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import Engine, PolicyProblem
@@ -101,15 +101,12 @@ class LitBilevel(LightningModule):
             )
         if self.upper_weight_decay < 0:
             problems.append(f"`model.upper_weight_decay` is {self.upper_weight_decay}; it must be at least 0")
-        if self.solver.needs_upper_weight and self.initial_upper_weight == 0:
-            problems.append(
-                f"`{type(self.solver).__name__}` divides by `model.upper_weight`, which is 0; set it above 0, or use"
-                " `OneStep`"
-            )
-        if self.solver.needs_upper_weight and self.upper_weight_decay > 0:
-            problems.append(
-                f"`model.upper_weight_decay` takes λ to 0, where `{type(self.solver).__name__}` has no meaning"
-            )
+        for part in (self.solver, self.weights):
+            if part.needs_upper_weight and (self.initial_upper_weight == 0 or self.upper_weight_decay > 0):
+                problems.append(
+                    f"`{type(part).__name__}` has no meaning at λ = 0; set `model.upper_weight` above 0 and"
+                    " `model.upper_weight_decay` to 0, or use `OneStep` with `SoftmaxWeights`"
+                )
         if self.accumulate_grad_batches < 1:
             problems.append(f"`model.accumulate_grad_batches` is {self.accumulate_grad_batches}; it must be at least 1")
         if problems:
@@ -147,6 +144,8 @@ class LitBilevel(LightningModule):
         inner = self.make_optimizer(self.policy.trainable())
         parameters = list(self.weights.parameters())
         optimizers = [inner, self.make_weight_optimizer(parameters)] if parameters else [inner]
+        if self.learns_weights:
+            check_optimizer(self.weights, optimizers[-1])
         steps = self.trainer.estimated_stepping_batches
         total = None if steps == float("inf") else int(steps)
         scheduler = get_scheduler(self.lr_scheduler_name, inner, self.warmup_steps, total)
@@ -173,7 +172,7 @@ class LitBilevel(LightningModule):
         features, s_B, losses = self._gathered(problem, s_B)
         if self._clipped(inner.optimizer) and bool(torch.isfinite(s_B).all()):
             inner.step()
-            self.weights.count_visits(features)
+            self.weights.observe(features)
             if self.learns_weights and self.global_step > self.weight_warmup_steps:
                 self._step_weights(outer, features, s_B)
         else:

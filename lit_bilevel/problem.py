@@ -73,7 +73,7 @@ class BilevelProblem(ABC):
         """1/(√v̂ + eps) of the policy's Adam-like optimizer; `None` before its first step.
 
         Raises:
-            ValueError: if the optimizer keeps no second moments.
+            UserError: if the optimizer keeps no second moments.
         """
 
 

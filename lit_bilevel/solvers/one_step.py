@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lit_bilevel.errors import UserError
 from lit_bilevel.problem import BilevelProblem, Values, added, norm, scaled
 from lit_bilevel.solvers.base import BilevelSolver
 
@@ -40,10 +41,12 @@ class OneStep(BilevelSolver):
         preconditioned: bool = True,
         direction_decay: float = 0.9,
     ):
+        if derivative not in ("auto", "one_sided", "central", "forward"):
+            raise UserError(f"`derivative` is {derivative!r}; it must be auto, one_sided, central or forward.")
         if not 0 <= direction_decay < 1:
-            raise ValueError(f"`direction_decay` is {direction_decay}; it must be in [0, 1).")
+            raise UserError(f"`direction_decay` is {direction_decay}; it must be in [0, 1).")
         if epsilon is not None and epsilon <= 0:
-            raise ValueError(f"`epsilon` is {epsilon}; it must be above 0.")
+            raise UserError(f"`epsilon` is {epsilon}; it must be above 0.")
         self.derivative = derivative
         self.epsilon = epsilon
         self.preconditioned = preconditioned
@@ -68,7 +71,7 @@ class OneStep(BilevelSolver):
         if self.derivative == "auto":
             return "one_sided" if problem.differences else "forward"
         if self.derivative != "forward" and not problem.differences:
-            raise ValueError(
+            raise UserError(
                 f"`OneStep(derivative={self.derivative!r})` takes differences of losses, which vanish in the rounding"
                 " of bfloat16 or float16; use `derivative: forward` (or `auto`), or `trainer.precision: 32-true`."
             )
@@ -89,4 +92,4 @@ class OneStep(BilevelSolver):
         return {} if self._average is None else {"average": self._average}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._average = state.get("average")
+        self._average = [value.clone() for value in state["average"]] if state else None
