@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
 from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.gather import gathered_scores
 from lit_bilevel.losses import example_nll
 from lit_bilevel.optim import ExponentiatedGradient, check_optimizer
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
@@ -169,7 +170,7 @@ class LitBilevel(LightningModule):
         problem = self._problem(batch, inner.optimizer)
         s_B = self.solver(problem) if self.learns_weights else None
         problem.complete()
-        features, s_B, losses = self._gathered(problem, s_B)
+        features, s_B, losses = gathered_scores(problem, s_B, self.trainer.strategy)
         if self._clipped(inner.optimizer) and bool(torch.isfinite(s_B).all()):
             inner.step()
             self.weights.observe(features)
@@ -209,30 +210,6 @@ class LitBilevel(LightningModule):
             optimizer,
             engine,
         )
-
-    def _gathered(self, problem: PolicyProblem, s_B: Tensor | None) -> tuple[Features, Tensor, dict[str, Tensor]]:
-        """Rows, scores and losses of all processes, in one order that does not depend on how rows were dealt out."""
-        own = [batch.features for batch in problem.lower]
-        loss_B = problem.lower_losses()
-        columns = [
-            torch.cat([features.row_B for features in own]),
-            torch.cat([features.source_B for features in own]),
-            torch.cat([features.length_B for features in own]),
-            loss_B,
-            problem.weights(),
-            torch.zeros_like(loss_B) if s_B is None else s_B,
-        ]
-        table = torch.stack([column.double() for column in columns], dim=1)
-        upper = problem.upper_loss
-        if self.trainer.world_size > 1:
-            table = self.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]
-            upper = None if upper is None else self.trainer.strategy.reduce(upper, reduce_op="mean")
-        order = table[:, 0].argsort(descending=True)[: problem.lower[0].window_rows]  # padding sorts last
-        row, source, length, loss, weight, s = table[order].unbind(1)
-        losses = {"lower/loss": loss.mean(), "lower/weighted_loss": (weight * loss).mean()}
-        if upper is not None:
-            losses["upper/loss"] = upper
-        return Features(row.long(), source.long(), length.long(), loss), s, losses
 
     def _clipped(self, optimizer: Optimizer) -> bool:
         """Clip the policy's gradient; False if it is not finite, on every process alike."""

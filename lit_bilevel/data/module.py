@@ -9,7 +9,6 @@ result independent of the number of processes.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +20,9 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lit_bilevel.data.collate import collate, micro_batches, share_of_rank
-from lit_bilevel.data.encode import Encoder
+from lit_bilevel.data.encode import Encoder, encoded_table
 from lit_bilevel.data.rows import Source
+from lit_bilevel.data.split import refuse_overlap, split
 from lit_bilevel.data.stream import PairedStream, Schedule
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.types import Batch, Example, Row
@@ -121,8 +121,8 @@ class BilevelDataModule(LightningDataModule):
                 source = Source(path, **self.source_settings)
                 rows[name] = source.read()
                 self.skipped[name] = source.skipped
-        _refuse_overlap(rows)
-        upper, monitor = _split(rows.pop("validation"), self.monitor_fraction)
+        refuse_overlap(rows)
+        upper, monitor = split(rows.pop("validation"), self.monitor_fraction)
         rows |= {"upper": upper, "monitor": monitor}
         if self.truth is not None and not Path(self.truth).is_file():
             raise UserError(f"{self.truth} does not exist; check `data.truth`, or leave it out.")
@@ -141,31 +141,15 @@ class BilevelDataModule(LightningDataModule):
 
     def _encoded(self, name: str, rows: list[Row], encoder: Encoder) -> Dataset:
         """A table with the rows and their token ids; rows whose response was cut away completely are bad rows."""
-        numbers = {source: number for number, source in enumerate(self.source_names)}
-        columns: dict[str, list[Any]] = {
-            key: [] for key in ("row", "id", "prompt", "response", "source", "input_ids", "response_start", "truncated")
-        }
-        lost = []
-        for start in range(0, len(rows), 1000):
-            part = rows[start : start + 1000]
-            for row, encoded in zip(part, encoder.rows(part), strict=True):
-                if encoded.response_start >= len(encoded.input_ids):
-                    lost.append(f"id {row.id!r}: the prompt alone has {encoded.response_start} tokens")
-                    continue
-                for key, value in (
-                    *((key, getattr(row, key)) for key in ("row", "id", "prompt", "response")),
-                    ("source", numbers.get(row.source, -1)),
-                    *((key, getattr(encoded, key)) for key in ("input_ids", "response_start", "truncated")),
-                ):
-                    columns[key].append(value)
-        if lost and self.source_settings["on_bad_row"] == "error":
+        table, lost = encoded_table(rows, encoder, self.source_names)
+        if lost and (self.source_settings["on_bad_row"] == "error" or not len(table)):
             raise gathered(
                 f"{self.paths.get(name) or self.paths['validation']}: no response token fits into `data.max_length`"
                 f" {self.max_length} (raise it, or set `data.on_bad_row: skip`)",
                 lost,
             )
         self.skipped.setdefault(name, []).extend(lost)
-        return Dataset.from_dict(columns)
+        return table
 
     # ---- what others ask for ----
 
@@ -281,35 +265,3 @@ def _examples(dataset: Dataset, rows: Any) -> list[Example]:
     table = dataset.select_columns(["source", "input_ids", "response_start"])[rows]
     columns = (table["source"], table["input_ids"], table["response_start"])
     return [Example(row, *values) for row, *values in zip(rows, *columns, strict=True)]
-
-
-def _split(rows: list[Row], monitor_fraction: float) -> tuple[list[Row], list[Row]]:
-    """Upper and monitor parts, by hash of the id so that the order of the file does not matter."""
-    count = round(len(rows) * monitor_fraction)
-    if count < 1 or len(rows) - count < 1:
-        raise UserError(
-            f"the validation file has {len(rows)} usable rows, too few to split into an upper and a monitor part at"
-            f" `data.monitor_fraction` {monitor_fraction}; add rows or change the fraction."
-        )
-    ranked = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())
-    chosen = {row.id for row in ranked[:count]}
-    return [row for row in rows if row.id not in chosen], [row for row in rows if row.id in chosen]
-
-
-def _refuse_overlap(rows: dict[str, list[Row]]) -> None:
-    pool = {row.prompt.strip(): row for row in rows["pool"]}
-    problems = [
-        f"{name} id {row.id!r} has the prompt of pool id {pool[row.prompt.strip()].id!r}"
-        for name in ("validation", "test")
-        for row in rows.get(name, ())
-        if row.prompt.strip() in pool
-    ]
-    if problems:
-        raise gathered(
-            "validation and test must share no prompt with the pool (the weights would be learned or scored on what"
-            " they select; remove these rows from one of the files)",
-            problems,
-        )
-
-
-__all__ = ["BilevelDataModule"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -73,6 +74,10 @@ class _Steps(Dataset):
         return self.make(*address)
 
 
+def _unchanged(item: Any) -> Any:
+    return item
+
+
 class PairedStream:
     """An epoch of policy steps; iterating again gives the next one. Its whole state is `position`.
 
@@ -109,6 +114,7 @@ class PairedStream:
         loader = DataLoader(
             _Steps(self.make),
             batch_size=None,
+            collate_fn=_unchanged,
             sampler=[(epoch, step, epoch * steps + step) for step in range(start, steps)],
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,

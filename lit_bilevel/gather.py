@@ -1,0 +1,48 @@
+"""Scores of all processes brought together, so that each of them takes the same weight step.
+
+O(global batch) numbers are exchanged, never O(N). Rows are ordered by their number, so the result does not depend on
+how they were dealt out; rows that only filled a shape are dropped. Left out: gathering gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_bilevel.policy.problem import PolicyProblem
+from lit_bilevel.types import Features
+
+
+def gathered_scores(
+    problem: PolicyProblem, s_B: Tensor | None, strategy: Any
+) -> tuple[Features, Tensor, dict[str, Tensor]]:
+    """Features with losses, scores, and the losses to log, over the global window.
+
+    Args:
+        problem: the policy step, with its lower losses computed.
+        s_B: this process's scores, or `None` where nothing is learned (they count as 0).
+        strategy: Lightning's strategy, for `all_gather` and `reduce`.
+    """
+    own = [batch.features for batch in problem.lower]
+    loss_B = problem.lower_losses()
+    columns = [
+        torch.cat([features.row_B for features in own]),
+        torch.cat([features.source_B for features in own]),
+        torch.cat([features.length_B for features in own]),
+        loss_B,
+        problem.weights(),
+        torch.zeros_like(loss_B) if s_B is None else s_B,
+    ]
+    table = torch.stack([column.double() for column in columns], dim=1)
+    upper = problem.upper_loss
+    if problem.engine.world_size > 1:
+        table = strategy.all_gather(table).flatten(0, 1)
+        upper = None if upper is None else strategy.reduce(upper, reduce_op="mean")
+    order = table[:, 0].argsort(descending=True)[: problem.lower[0].window_rows]  # padding sorts last
+    row, source, length, loss, weight, s = table[order].unbind(1)
+    losses = {"lower/loss": loss.mean(), "lower/weighted_loss": (weight * loss).mean()}
+    if upper is not None:
+        losses["upper/loss"] = upper
+    return Features(row.long(), source.long(), length.long(), loss), s, losses

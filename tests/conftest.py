@@ -1,0 +1,59 @@
+"""Shared fixtures: small slices of the toy data, and a trainer that is quiet and quick."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+TOY = ROOT / "lit_bilevel" / "toy"
+SHARED = ROOT.parent / "shared"
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _in_repository(monkeypatch, request):
+    monkeypatch.chdir(ROOT)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_jsonl(path: Path, records: list[dict]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> dict[str, str]:
+    """Paths of a pool of 90 rows, 30 validation rows, 16 test rows and the truth."""
+    folder = tmp_path_factory.mktemp("small")
+    sizes = {"pool": 90, "validation": 30, "test": 16, "truth": 90}
+    return {
+        name: write_jsonl(folder / f"{name}.jsonl", read_jsonl(TOY / f"{name}.jsonl")[:size])
+        for name, size in sizes.items()
+    }
+
+
+@pytest.fixture
+def flags(small, tmp_path) -> list[str]:
+    """Command-line flags of a short run on the small data."""
+    return [
+        "--config=configs/quickstart.yaml",
+        *(f"--data.{name}={path}" for name, path in small.items()),
+        "--data.batch_size=8",
+        "--trainer.max_epochs=1",
+        "--trainer.val_check_interval=4",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        f"--trainer.default_root_dir={tmp_path / 'run'}",
+    ]

@@ -1,0 +1,118 @@
+"""The shape of the house: which part may import which, how long files and functions may be."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "lit_bilevel"
+FILES = sorted(path for path in PACKAGE.rglob("*.py"))
+TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in FILES}
+HEAVY = ("lightning", "transformers", "peft", "datasets")
+PURE = ("types.py", "losses.py", "problem.py", "optim.py", "ratios.py", "errors.py", "weights/", "solvers/")
+
+
+def imports(name: str) -> set[str]:
+    """Every module a file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} uses a relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def inside(name: str, *places: str) -> list[str]:
+    """Imports of a file that lead into the given places of the package."""
+    return [other for other in imports(name) if any(f"{other}.".startswith(f"lit_bilevel.{p}.") for p in places)]
+
+
+@pytest.mark.parametrize("name", [n for n in TREES if n.startswith(PURE)])
+def test_the_mathematics_knows_torch_alone(name):
+    assert not [other for other in imports(name) if other.split(".")[0] in HEAVY]
+    assert not inside(name, "data", "policy", "module", "callbacks", "cli")
+
+
+@pytest.mark.parametrize("name", [n for n in TREES if n.startswith(("weights/", "solvers/"))])
+def test_weights_and_solvers_do_not_know_each_other(name):
+    room, other = ("weights", "solvers") if name.startswith("weights/") else ("solvers", "weights")
+    assert not inside(name, other)
+    if not name.endswith(("base.py", "__init__.py")):
+        own = [m.removeprefix(f"lit_bilevel.{room}.").split(".")[0] for m in inside(name, room)]
+        assert set(own) <= {"base"}, f"{name} knows a concrete sibling"
+
+
+@pytest.mark.parametrize("name", list(TREES))
+def test_floors(name):
+    if name.startswith("data/"):
+        assert not inside(name, "policy", "module", "callbacks", "cli")
+    if name.startswith("policy/"):
+        assert not inside(name, "data", "module", "callbacks", "cli")
+    if not name.startswith("callbacks/") and name not in ("cli.py", "__init__.py"):
+        assert not inside(name, "callbacks")
+    if name not in ("__main__.py",):
+        assert not inside(name, "cli")
+
+
+def test_the_module_knows_sockets_only():
+    concrete = [
+        other
+        for other in inside("module.py", "weights", "solvers")
+        if not other.startswith(("lit_bilevel.weights.base", "lit_bilevel.solvers.base"))
+    ]
+    assert not concrete
+
+
+@pytest.mark.parametrize("name", list(TREES))
+def test_budgets(name):
+    assert len((PACKAGE / name).read_text().splitlines()) <= 300
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = node.end_lineno - node.lineno + 1
+            assert length <= 60, f"{name}: {node.name} has {length} lines"
+            if name == "module.py" and node.name == "training_step":
+                assert length <= 30
+
+
+@pytest.mark.parametrize("name", [n for n in TREES if n != "__init__.py"])
+def test_every_module_says_what_it_is(name):
+    assert ast.get_docstring(TREES[name])
+
+
+def test_imports_have_no_circle():
+    def module(name: str) -> str:
+        return "lit_bilevel." + name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+    graph = {module(n): {o for o in imports(n) if o.startswith("lit_bilevel.")} for n in TREES if n != "__init__.py"}
+    graph = {n: {o for o in others if o in graph and o != n} for n, others in graph.items()}
+    state: dict[str, int] = {}
+
+    def visit(node: str, path: list[str]) -> None:
+        assert state.get(node) != 1, f"circle: {' > '.join([*path, node])}"
+        if node not in state:
+            state[node] = 1
+            for other in graph[node]:
+                if not node.startswith(f"{other}."):  # a package's __init__ may import its rooms
+                    visit(other, [*path, node])
+            state[node] = 2
+
+    for node in graph:
+        visit(node, [])
+
+
+@pytest.mark.parametrize("name", list(TREES))
+def test_every_module_imports(name):
+    parts = name.removesuffix(".py").split("/")
+    importlib.import_module(".".join(["lit_bilevel", *(part for part in parts if part != "__init__")]))
+
+
+def test_public_names_exist():
+    package = importlib.import_module("lit_bilevel")
+    for name in package.__all__:
+        assert getattr(package, name) is not None
