@@ -4,9 +4,9 @@ Adam on a table moves every row at every step, so the learned order is mostly th
 AUROC 0.84 on two groups of constant loss, where visited-rows-only updates give 1.00). Everything here leaves rows
 without a gradient alone.
 
-`check_optimizer` refuses combinations that fail the tests' visit-order property. Scores have unit scale, and the rounding
-noise of equal scores is 1e-4 of that or less: an optimizer that divides by its own second moments blows this noise up
-to full steps, unless its `eps` is as large as the scores.
+`check_optimizer` refuses combinations that fail the tests' visit-order property. Scores have unit scale, and the
+rounding noise of equal scores is 1e-4 of that or less: an optimizer that divides by its own second moments blows this
+noise up to full steps, unless its `eps` is as large as the scores.
 
 Left out: momentum on the table; it would move rows that were not visited.
 """

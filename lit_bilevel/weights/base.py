@@ -7,8 +7,8 @@ Every weighting receives the same centred and scaled score,
 over the global batch. Without b, all scores drifting together would spread the weights by order of visit; without the
 floor in c, the rounding noise of equal scores would be blown up. Both are computed in float64 and checkpointed.
 
-With `kl_to_uniform` ρ the objective gains ρ·Σ_i p_i·log(N·p_i), p = w/N: a row's scaled score gains ρ·log w_i, centred in
-the same way, and the weights settle at w ∝ exp(−(s − b)/(ρ·c)) where they would otherwise run to the best row.
+With `kl_to_uniform` ρ the objective gains ρ·Σ_i p_i·log(N·p_i), p = w/N: a row's scaled score gains ρ·log w_i, centred
+in the same way, and the weights settle at w ∝ exp(−(s − b)/(ρ·c)) where they would otherwise run to the best row.
 
 Left out: weights that depend on the policy's hidden states; they would need the policy inside the weighting.
 """
@@ -32,8 +32,8 @@ SMALLEST_LOG_WEIGHT = -20.0
 class ExampleWeights(nn.Module, ABC):
     """Maps features of pool rows to their data weights: at least 0, mean 1 over the pool.
 
-    A subclass implements `create`, `weigh`, `assign_gradient` and `table`; `TableWeights` and `RunningWeights` do most of it. Parameters and buffers keep their precision
-    whatever the policy is cast to, and stay whole on every process.
+    A subclass implements `create`, `weigh`, `assign_gradient` and `table`; `TableWeights` and `RunningWeights` do most
+    of that. Parameters and buffers keep their precision whatever the policy is cast to, and stay whole everywhere.
 
     Args:
         kl_to_uniform: strength ρ of the pull towards equal weights, in units of the scaled score.

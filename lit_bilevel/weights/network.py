@@ -44,11 +44,10 @@ class NetworkWeights(RunningWeights):
         with torch.random.fork_rng(devices=[]):  # the same network on every process, and no random number used up
             torch.manual_seed(0)
             self.source_embedding = nn.Embedding(int(source_N.max()) + 1, self.source_size)
-            self.network = nn.Sequential(
-                nn.Linear(2 + self.source_size, self.hidden_size), nn.Tanh(), nn.Linear(self.hidden_size, 1)
-            )
-        nn.init.zeros_(self.network[2].weight)
-        nn.init.zeros_(self.network[2].bias)
+            last = nn.Linear(self.hidden_size, 1)
+            self.network = nn.Sequential(nn.Linear(2 + self.source_size, self.hidden_size), nn.Tanh(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
         for module in (self.source_embedding, self.network):
             for parameter in module.parameters():
                 parameter.data = parameter.data.to(device, dtype)
