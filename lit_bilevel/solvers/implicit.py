@@ -43,6 +43,8 @@ class Implicit(BilevelSolver):
         damping: float = 0.0,
         step_size: float | None = None,
     ):
+        if method not in ("conjugate_gradient", "neumann"):
+            raise UserError(f"`method` is {method!r}; it must be conjugate_gradient or neumann.")
         if iterations < 1:
             raise UserError(f"`iterations` is {iterations}; it must be at least 1.")
         if damping < 0:
