@@ -198,7 +198,9 @@ def separable_problem(upper_weight: float) -> LinearProblem:
     y_upper = x_upper @ normal(size, seed=16) + normal(30, seed=17)
     best = torch.linalg.lstsq(x_upper, y_upper[:, None]).solution[:, 0]
     y = x @ best + torch.tensor([0.0] * 4 + [3.0, -3.0, 4.0]).double()
-    return LinearProblem(torch.zeros(size).double(), (x, y), (x_upper, y_upper), torch.ones(rows).double(), upper_weight)
+    return LinearProblem(
+        torch.zeros(size).double(), (x, y), (x_upper, y_upper), torch.ones(rows).double(), upper_weight
+    )
 
 
 def train(

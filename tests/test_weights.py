@@ -64,7 +64,8 @@ def visit(weights, optimizer, epochs, score, loss_N, seed=0, check=lambda: None,
     if weights.needs_scoring:
         rows = torch.arange(ROWS)
         weights.score(features_of(rows, loss_N) if order is None else features_of_permuted(rows, order, loss_N))
-    return weights.table()
+    with torch.no_grad():
+        return weights.table()
 
 
 def features_of_permuted(batch, order, loss_N):
@@ -191,9 +192,11 @@ def test_statistics_are_those_of_the_table(name):
     weights = built(name)
     optimizer = ExponentiatedGradient(weights.parameters()) if weights.learnable else None
     visit(weights, optimizer, 3, lambda step, rows: GROUPS[rows], GROUPS)
+    if name in RUNNING:
+        visit(weights, None, 6, None, GROUPS)  # running means over windows, so the weights have to stand still
     table, statistics = weights.table(), weights.statistics()
     share = table / table.sum()
-    tolerance = 0.05 if name in RUNNING else 1e-9  # running means over windows
+    tolerance = 0.05 if name in RUNNING else 1e-9
     assert float(statistics["effective_size"] * (share**2).sum()) == pytest.approx(1, rel=tolerance)
     if "entropy" in statistics:
         entropy = -torch.xlogy(share, share).sum()
@@ -295,7 +298,9 @@ def test_the_network_weighs_rows_it_never_saw():
         weights.observe(features)
         weights.set_gradient(features, GROUPS[rows])
         optimizer.step()
-    new = Features(torch.tensor([60, 63]), torch.tensor([0, 1]), torch.tensor([6, 6]), torch.tensor([1.0, 2.0]).double())
+    new = Features(
+        torch.tensor([60, 63]), torch.tensor([0, 1]), torch.tensor([6, 6]), torch.tensor([1.0, 2.0]).double()
+    )
     low, high = weights(new)
     assert low > high
 
@@ -386,7 +391,7 @@ def test_the_pull_to_uniform_settles_at_the_softmax_of_the_scores():
 @pytest.mark.parametrize("name", ["softmax", "sigmoid", "softmax+temperature", "softmax+cap"])
 def test_a_table_starts_from_earlier_weights(name):
     weights, earlier = built(name), normal(ROWS, seed=4).exp()
-    earlier = (earlier / earlier.mean()).clamp_max(2.5)
+    earlier = (earlier / earlier.mean()).clamp_max(2.0)
     earlier = earlier / earlier.mean()
     weights.start_from(earlier)
     torch.testing.assert_close(weights.table(), earlier)

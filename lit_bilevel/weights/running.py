@@ -25,6 +25,7 @@ from lit_bilevel.types import Features
 from lit_bilevel.weights.base import ExampleWeights
 
 CHUNK = 1 << 20
+STATISTICS_DECAY = 0.9
 
 
 class RunningWeights(ExampleWeights):
@@ -80,7 +81,7 @@ class RunningWeights(ExampleWeights):
         self.log_normaliser.copy_(torch.logaddexp(keep.log() + self.log_normaliser, (1 - keep).log() + log_mean))
         w_B = (log_u_B - self.log_normaliser).exp()
         now = torch.stack([w_B.mean(), (w_B * w_B).mean(), torch.xlogy(w_B, w_B).mean()])
-        self.moments.lerp_(now, 1 - keep)
+        self.moments.lerp_(now, torch.where(self.started, 1 - STATISTICS_DECAY, 1.0).double())
         self.started.fill_(True)
 
     def score(self, features: Features) -> None:
@@ -103,7 +104,7 @@ class RunningWeights(ExampleWeights):
         return self.log_unnormalised(Features(rows, self.source_N[rows].long(), self.length_N[rows].long(), loss_B))
 
     def statistics(self) -> dict[str, Tensor]:
-        """From running means over windows of w, w² and w·log w."""
+        """From running means over the last ten windows or so of w, w² and w·log w."""
         mean, square, w_log_w = self.moments
         return {
             "effective_size": self.pool_rows * mean**2 / square,

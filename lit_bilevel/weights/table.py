@@ -26,6 +26,8 @@ from lit_bilevel.errors import gathered
 from lit_bilevel.types import Features
 from lit_bilevel.weights.base import ExampleWeights
 
+TIE = 0.01  # rows whose log u is this close count as equal, or rounding noise would decide whom the gate drops
+
 
 class TableWeights(ExampleWeights):
     """One weight per row.
@@ -130,7 +132,7 @@ class TableWeights(ExampleWeights):
         log_u = self._free(slice(None))
         if self.keep < 1:
             gated = len(log_u) - math.ceil(self.keep * len(log_u))
-            self.log_threshold.copy_(log_u.kthvalue(gated + 1).values - 1e-9)  # rounding must not drop ties
+            self.log_threshold.copy_(log_u.kthvalue(gated + 1).values - TIE)
         self._recount(log_u)
 
     def _recount(self, log_u: Tensor) -> None:
@@ -169,12 +171,10 @@ def _ceiling(log_u: Tensor, cap: float) -> Tensor:
 
     With the k largest u at t, t = cap·(Σ of the others) / (N − cap·k); the right k is the first whose next u fits.
     """
-    shift = log_u.max()
-    most = math.ceil(len(log_u) / cap)
-    u = (log_u - shift).exp()
-    top = u.topk(min(most, len(u))).values
-    others = u.sum() - top.cumsum(0) + top
-    capped = torch.arange(len(top), dtype=u.dtype, device=u.device)
-    candidates = cap * others / (len(u) - cap * capped)
-    first = (top <= candidates).int().argmax()
-    return candidates[first].log() + shift
+    rows = len(log_u)
+    log_u = log_u.sort(descending=True).values
+    log_others = log_u.flip(0).logcumsumexp(0).flip(0)[: math.ceil(rows / cap)]
+    capped = torch.arange(len(log_others), dtype=log_u.dtype, device=log_u.device)
+    candidates = log_others + math.log(cap) - (rows - cap * capped).log()
+    first = (log_u[: len(candidates)] <= candidates).int().argmax()
+    return candidates[first]
