@@ -4,8 +4,11 @@ Every weighting receives the same centred and scaled score,
 
     (s_i − b) / c      b = Σ_B w_i s_i / Σ_B w_i      c = max(EMA|s − b|, 1e-3 · EMA|s|), decay 0.99, bias-corrected
 
-over the global batch. Without b, all scores drifting together would spread the weights by order of visit; without the
-floor in c, the rounding noise of equal scores would be blown up. Both are computed in float64 and checkpointed.
+over the global batch, cut at ±3. Without b, all scores drifting together would spread the weights by order of visit;
+without the floor in c, the rounding noise of equal scores would be blown up; without the cut, the first steps of a
+policy optimizer whose moments are still poor decide single rows for good (measured on the toy task: effective size 2 %
+of the pool without, 43 % with). b and c are computed in float64 and checkpointed. A row with a score that is not finite
+is left alone, without asking the device.
 
 With `kl_to_uniform` ρ the objective gains ρ·Σ_i p_i·log(N·p_i), p = w/N: a row's scaled score gains ρ·log w_i, centred
 in the same way, and the weights settle at w ∝ exp(−(s − b)/(ρ·c)) where they would otherwise run to the best row.
@@ -26,6 +29,7 @@ from lit_bilevel.types import Features
 DECAY = 0.99
 FLOOR = 1e-3
 TINY = torch.finfo(torch.float64).tiny
+CUT = 3.0
 SMALLEST_LOG_WEIGHT = -20.0
 
 
@@ -153,16 +157,18 @@ class ExampleWeights(nn.Module, ABC):
                 "the global batch has one row, so its score has no baseline to be compared with;"
                 " set `data.batch_size` (or `model.accumulate_grad_batches`) so that a step sees at least 2 rows."
             )
-        s_B = s_B.double()
-        w_B = self(features).double() + TINY  # rows that all weigh 0 have the plain mean as their baseline
-        centred_B = _centred(s_B, w_B)
+        valid_B = torch.isfinite(s_B)
+        s_B = torch.where(valid_B, s_B.double(), 0.0)
+        w_B = (self(features).double() + TINY) * valid_B  # rows that all weigh 0 have the plain mean as their baseline
+        centred_B = _centred(s_B, w_B) * valid_B
         self.updates += 1
         self.spread_average.mul_(DECAY).add_(centred_B.abs().mean(), alpha=1 - DECAY)
         self.score_average.mul_(DECAY).add_(s_B.abs().mean(), alpha=1 - DECAY)
         scale = torch.maximum(self.spread_average, FLOOR * self.score_average) / (1 - DECAY**self.updates)
-        score_B = centred_B / scale.clamp_min(TINY)
+        score_B = (centred_B / scale.clamp_min(TINY)).clamp(-CUT, CUT)
         if self.kl_to_uniform > 0:
-            score_B = score_B + self.kl_to_uniform * _centred(w_B.log().clamp_min(SMALLEST_LOG_WEIGHT), w_B)
+            pull_B = _centred(w_B.clamp_min(TINY).log().clamp_min(SMALLEST_LOG_WEIGHT), w_B)
+            score_B = score_B + self.kl_to_uniform * pull_B * valid_B
         self.assign_gradient(features, score_B)
 
     def _apply(self, fn, recurse: bool = True):
@@ -172,4 +178,4 @@ class ExampleWeights(nn.Module, ABC):
 
 def _centred(values_B: Tensor, w_B: Tensor) -> Tensor:
     """Values less their weighted mean."""
-    return values_B - (w_B * values_B).sum() / w_B.sum()
+    return values_B - (w_B * values_B).sum() / w_B.sum().clamp_min(TINY)

@@ -76,18 +76,22 @@ class RunningWeights(ExampleWeights):
         self.score(features)
         with torch.no_grad():
             log_u_B = self.log_unnormalised(features)
-        log_mean = log_u_B.logsumexp(0) - math.log(len(log_u_B))
+        valid_B = torch.isfinite(log_u_B)
+        any_valid = valid_B.any()
+        log_u_B = log_u_B.masked_fill(~valid_B, -math.inf)
+        log_mean = torch.where(any_valid, log_u_B.logsumexp(0) - valid_B.sum().log(), self.log_normaliser)
         keep = self.decay * self.started.double()
         self.log_normaliser.copy_(torch.logaddexp(keep.log() + self.log_normaliser, (1 - keep).log() + log_mean))
         w_B = (log_u_B - self.log_normaliser).exp()
         now = torch.stack([w_B.mean(), (w_B * w_B).mean(), torch.xlogy(w_B, w_B).mean()])
-        self.moments.lerp_(now, torch.where(self.started, 1 - STATISTICS_DECAY, 1.0).double())
-        self.started.fill_(True)
+        share = torch.where(self.started, 1 - STATISTICS_DECAY, 1.0).double() * any_valid
+        self.moments.lerp_(now, share)
+        self.started.logical_or_(any_valid)
 
     def score(self, features: Features) -> None:
         assert features.loss_B is not None
-        rows = features.row_B
-        self.loss_N[rows] = features.loss_B.to(self.loss_N.dtype)
+        rows, loss_B = features.row_B, features.loss_B.to(self.loss_N.dtype)
+        self.loss_N[rows] = torch.where(loss_B.isfinite(), loss_B, self.loss_N[rows])
         self.length_N[rows] = features.length_B.to(torch.int32)
 
     @torch.no_grad()

@@ -1,18 +1,35 @@
-"""Scores of all processes brought together, so that each of them takes the same weight step.
+"""What a policy step exchanges with other processes: gradients through the strategy, scores by gathering.
 
+Scores of all processes are brought together, so that each of them takes the same weight step.
 O(global batch) numbers are exchanged, never O(N). Rows are ordered by their number, so the result does not depend on
 how they were dealt out; rows that only filled a shape are dropped. Left out: gathering gradients.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lit_bilevel.policy.problem import PolicyProblem
+from lit_bilevel.policy.problem import Engine, PolicyProblem
 from lit_bilevel.types import Features
+
+
+def lightning_engine(module: LightningModule) -> Engine:
+    """The machinery around a step, from the module's strategy and precision."""
+    trainer, strategy = module.trainer, module.trainer.strategy
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return Engine(
+        backward=module.manual_backward,
+        unsynchronised=getattr(strategy, "block_backward_sync", nullcontext),
+        average=lambda values: [strategy.reduce(value, reduce_op="mean") for value in values],
+        world_size=trainer.world_size,
+        loss_scale=1.0 if scaler is None else scaler.get_scale(),
+        differences=trainer.precision in ("32-true", "64-true"),
+    )
 
 
 def gathered_scores(
