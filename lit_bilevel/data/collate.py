@@ -89,8 +89,9 @@ def _sequences(example: Example, index: int, numbers: Iterator[int]) -> Iterator
         return
     responses = example.group.responses
     scale = 1.0 / (len(responses) * example.group.mean_length)  # a constant length, and 1/G′ once
+    prompt = example.input_ids
     for response in responses:
-        yield _Sequence(example.input_ids + response.token_ids, len(example.input_ids), index, scale, response, next(numbers))
+        yield _Sequence(prompt + response.token_ids, len(prompt), index, scale, response, next(numbers))
 
 
 def _generated(examples: Sequence[Example], sequences: list[_Sequence]) -> Generated | None:

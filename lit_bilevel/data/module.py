@@ -194,12 +194,12 @@ class BilevelDataModule(LightningDataModule):
         return self._stream
 
     def val_dataloader(self) -> DataLoader:
-        return self._evaluation_loader("monitor")
+        return self.evaluation_loader("monitor")
 
     def test_dataloader(self) -> DataLoader:
         if "test" not in self.sets:
             raise UserError("`data.test` is not set, so there is nothing to test on; give a file of held-out rows.")
-        return self._evaluation_loader("test")
+        return self.evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
         """The test prompts: lists of `Question`."""
@@ -219,7 +219,8 @@ class BilevelDataModule(LightningDataModule):
         batches: Any = [own[i : i + self.eval_batch_size] for i in range(0, len(own), self.eval_batch_size)]
         return DataLoader(batches, batch_size=None, collate_fn=list)
 
-    def _evaluation_loader(self, name: str) -> DataLoader:
+    def evaluation_loader(self, name: str) -> DataLoader:
+        """Every row of a set once, dealt out to the processes."""
         dataset = self.sets[name]
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         examples = share_of_rank(examples_of(dataset, range(len(dataset))), rank, world)
