@@ -26,7 +26,9 @@ _HOMES = {
     **dict.fromkeys(
         ("BilevelSolver", "Implicit", "Mixing", "OneStep", "Penalty", "ValueFunction"), "lit_bilevel.solvers"
     ),
-    **dict.fromkeys(("BilevelCheckpoint", "Export", "RandomState", "WeightInspector"), "lit_bilevel.callbacks"),
+    **dict.fromkeys(
+        ("BilevelCheckpoint", "Export", "RandomState", "WarmStart", "WeightInspector"), "lit_bilevel.callbacks"
+    ),
 }
 
 __all__ = ["__version__", *_HOMES]

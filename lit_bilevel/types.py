@@ -70,7 +70,7 @@ class Features:
         return replace(self, loss_B=loss_B)
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning's `*-true` precisions rebuild it field by field
 class Batch:
     """Right-padded token sequences with the response tokens that are predicted, on one device.
 

@@ -4,5 +4,6 @@ from lit_bilevel.callbacks.checkpoint import BilevelCheckpoint
 from lit_bilevel.callbacks.export import Export
 from lit_bilevel.callbacks.inspect import WeightInspector
 from lit_bilevel.callbacks.random_state import RandomState
+from lit_bilevel.callbacks.warm_start import WarmStart
 
-__all__ = ["BilevelCheckpoint", "Export", "RandomState", "WeightInspector"]
+__all__ = ["BilevelCheckpoint", "Export", "RandomState", "WarmStart", "WeightInspector"]
