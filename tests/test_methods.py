@@ -95,3 +95,11 @@ def test_the_example_of_contributing_works(flags, tmp_path, monkeypatch):
         sys.modules.pop("my_methods", None)
     assert abs(weights.mean() - 1) < 1e-6
     assert len(weights.unique()) > 10
+
+
+@pytest.mark.parametrize("name", ["value_function", "bmo", "network", "sigmoid"])
+def test_a_resumed_run_ends_with_the_same_weights(name, flags, tmp_path):
+    flags = [*flags, *RUNS[name], "--trainer.max_epochs=2", "--checkpoint.every_n_steps=1"]
+    whole = fitted(flags, tmp_path, name="whole")
+    fitted(flags, tmp_path, "--trainer.max_steps=14", name="parts")
+    assert fitted(flags, tmp_path, "--ckpt_path=last", name="parts") == whole
