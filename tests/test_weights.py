@@ -28,9 +28,11 @@ def built(name: str, dtype=torch.float64) -> ExampleWeights:
 
 
 def accepted() -> list[tuple[str, str]]:
-    """All pairs of weighting and optimizer that a run may combine."""
+    """All pairs of weighting and optimizer that a run may combine; settings of a class with the default one alone."""
     pairs = []
     for name, optimizer in itertools.product(LEARNED, WEIGHT_OPTIMIZERS):
+        if "+" in name and optimizer != "exponentiated_gradient":
+            continue
         weights = built(name)
         try:
             check_optimizer(weights, WEIGHT_OPTIMIZERS[optimizer](weights.parameters()))
