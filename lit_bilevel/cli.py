@@ -15,9 +15,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 
 import lit_bilevel.optim
+import lit_bilevel.policy.backends
+import lit_bilevel.ratios
 import lit_bilevel.solvers
 import lit_bilevel.weights  # noqa: F401  (known classes can be named in YAML without their module)
-from lit_bilevel.callbacks import BilevelCheckpoint, Export, RandomState, WeightInspector
+from lit_bilevel.callbacks import BilevelCheckpoint, Export, Predictions, RandomState, WeightInspector
 from lit_bilevel.callbacks.export import is_rehearsal
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
@@ -56,6 +58,7 @@ class BilevelCLI(LightningCLI):
         parser.add_lightning_class_args(Export, "export")
         parser.add_lightning_class_args(WeightInspector, "inspect")
         parser.add_lightning_class_args(RandomState, "random_state")
+        parser.add_lightning_class_args(Predictions, "predictions")
         parser.set_defaults({"trainer.default_root_dir": "runs/default"})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class UserError(ValueError):
     """A wrong setting, file or combination; the message says the fact, the cause and the remedy."""
@@ -14,3 +17,14 @@ def gathered(title: str, problems: list[str], limit: int = 20) -> UserError:
     shown = "".join(f"\n  {problem}" for problem in problems[:limit])
     more = f"\n  … and {len(problems) - limit} more" if len(problems) > limit else ""
     return UserError(f"{title}: {len(problems)} problems{shown}{more}")
+
+
+def misfit(expected: Mapping[str, Any], found: Mapping[str, Any]) -> UserError:
+    """The error for a checkpoint whose entries (names to shapes) are not those of the model."""
+    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    first = different[0]
+    return UserError(
+        f"the checkpoint does not fit the model: {len(different)} entries differ, the first is `{first}`"
+        f" (checkpoint: {found.get(first)}, model: {expected.get(first)}); use the settings and the data it was written"
+        " with (its `config.yaml`)."
+    )

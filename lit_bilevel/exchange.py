@@ -57,9 +57,18 @@ def gathered_scores(
     if problem.engine.world_size > 1:
         table = strategy.all_gather(table).flatten(0, 1)
         upper = None if upper is None else strategy.reduce(upper, reduce_op="mean")
-    order = table[:, 0].argsort(descending=True)[: problem.lower[0].window_rows]  # padding sorts last
-    row, source, length, loss, weight, s = table[order].unbind(1)
-    losses = {"lower/loss": loss.mean(), "lower/weighted_loss": (weight * loss).mean()}
+    table = table[table[:, 0] >= 0]  # no padding; rows can be fewer than examples, for a refined one may have two
+    row, source, length, loss, weight, s = table[table[:, 0].argsort(descending=True)].unbind(1)
+    rows = problem.lower[0].window_rows
+    losses = {"lower/loss": loss.mean(), "lower/weighted_loss": (weight * loss).sum() / rows}
     if upper is not None:
         losses["upper/loss"] = upper
     return Features(row.long(), source.long(), length.long(), loss), s, losses
+
+
+def gathered_measures(found: Tensor, strategy: Any, world_size: int) -> Tensor:
+    """What all processes found on their generated responses: the first entry's maximum, the sum of the others."""
+    if world_size == 1:
+        return found
+    table = strategy.all_gather(found)
+    return torch.cat([table[:, :1].amax(0), table[:, 1:].sum(0)])

@@ -4,14 +4,13 @@
     ω    ← outer optimizer( mean_i s_i · dw_i/dω )              weight step, from the rows of all processes
     θ    ← inner optimizer( λ·∇f + (1−λ)·∇ mean_i w_i·ℓ_i )     policy step, with the new weights
 
-Weights first: in the other order a row is always trained on before its own first score, and in the first epoch the
-weights of a table could not act at all (measured on real text: the run equalled direct mixing until its second epoch).
+Weights first: in the other order a row is trained on before its own first score, and in the first epoch the weights of
+a table could not act at all (measured on real text: the run equalled direct mixing until its second epoch).
 
 Manual optimization with two optimizers. The outer one is stepped raw, so `global_step` counts policy steps and
 `max_steps`, checkpoint cadence and logging mean what they always mean. Every process applies the same weight step.
 
-Left out: automatic optimization, which knows one optimizer; the Trainer's clipping and accumulation, which manual
-optimization takes away, are arguments here.
+Left out: automatic optimization, which knows one optimizer; the Trainer's clipping and accumulation are arguments here.
 """
 
 from __future__ import annotations
@@ -25,18 +24,21 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from lit_bilevel.checks import check_settings
-from lit_bilevel.errors import UserError
-from lit_bilevel.exchange import gathered_scores, lightning_engine
-from lit_bilevel.losses import example_nll
+from lit_bilevel.errors import UserError, misfit
+from lit_bilevel.evaluation import Evaluation
+from lit_bilevel.exchange import gathered_measures, gathered_scores, lightning_engine
 from lit_bilevel.optim import ExponentiatedGradient, check_optimizer
+from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
+from lit_bilevel.policy.score import measures, weigh_responses
+from lit_bilevel.ratios import ResponseWeights, Uniform
+from lit_bilevel.refinement import Refinement
 from lit_bilevel.solvers.base import BilevelSolver
-from lit_bilevel.types import Batch, Features
+from lit_bilevel.types import Batch, Question
 from lit_bilevel.weights.base import ExampleWeights
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
@@ -61,6 +63,8 @@ class LitBilevel(LightningModule):
         warmup_steps: policy steps over which the learning rate rises from 0.
         gradient_clip_val: largest norm of the policy's gradient.
         accumulate_grad_batches: micro-batches in a policy step.
+        response_weights: how generated responses count inside their row's group (with the `SelfRefine` callback).
+        max_new_tokens: longest answer that `predict` generates.
     """
 
     def __init__(
@@ -79,6 +83,8 @@ class LitBilevel(LightningModule):
         warmup_steps: int = 0,
         gradient_clip_val: float | None = None,
         accumulate_grad_batches: int = 1,
+        response_weights: ResponseWeights | None = None,
+        max_new_tokens: int = 256,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -86,7 +92,9 @@ class LitBilevel(LightningModule):
         self.policy_settings = policy
         self.policy: Policy | None = None
         self.weights = weights
+        self.refinement = Refinement(weights, response_weights or Uniform(), weight_optimizer)
         self.solver = solver
+        self.max_new_tokens = max_new_tokens
         self.make_optimizer = optimizer
         self.make_weight_optimizer = weight_optimizer
         self.initial_upper_weight = upper_weight
@@ -99,8 +107,7 @@ class LitBilevel(LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
         self.skipped_steps = 0
-        self.loss_per_row = torch.nn.ModuleDict({name: MeanMetric() for name in ("monitor", "test")})
-        self.loss_per_token = MeanMetric()
+        self.evaluation = Evaluation()
         self._solver_state: dict[str, Any] | None = None
         check_settings(self)
 
@@ -112,7 +119,6 @@ class LitBilevel(LightningModule):
         return load_tokenizer(self.policy_settings)
 
     def setup(self, stage: str) -> None:
-        """Give the weights their shape; the data module has read the pool by now."""
         if self.weights.pool_rows == 0:
             sources = getattr(getattr(self.trainer, "datamodule", None), "pool_sources", None)
             if sources is None:
@@ -125,8 +131,10 @@ class LitBilevel(LightningModule):
             dtype = torch.get_default_dtype()
             self.policy = load_policy(self.policy_settings, dtype)
         # the data weights take the same step on every process, so DDP must not average their gradients
-        self._ddp_params_and_buffers_to_ignore = [f"weights.{name}" for name, _ in self.weights.named_parameters()] + [
-            f"weights.{name}" for name, _ in self.weights.named_buffers()
+        own = [name for name, _ in (*self.weights.named_parameters(), *self.weights.named_buffers())]
+        self._ddp_params_and_buffers_to_ignore = [
+            *(f"{prefix}.{name}" for prefix in ("weights", "refinement.weights") for name in own),
+            *(f"refinement.{name}" for name in ("rows", "frozen")),
         ]
 
     def configure_optimizers(self) -> Any:
@@ -169,16 +177,18 @@ class LitBilevel(LightningModule):
         inner, outer = self._optimizers()
         inner.optimizer.zero_grad(set_to_none=True)
         problem = self._problem(batch, inner.optimizer)
+        found = weigh_responses(problem, self.refinement.rule) if self.refinement.active else None
         s_B = self.solver(problem) if self.learns_weights else None
         if s_B is None:
             problem.complete()
         features, s_B, losses = gathered_scores(problem, s_B, self.trainer.strategy)
-        self.weights.observe(features)
+        self.refinement.observe(self.weights, features)
         if self.learns_weights and self.progress >= self.weight_start:
-            self._step_weights(outer, features, s_B)
+            self.refinement.step(self.weights, outer, features, s_B)
         problem.complete()  # with the new weights: a row's first score counts at its first visit
         if self._clipped(inner.optimizer):
             inner.step()
+            losses |= self._follow(found)
         else:
             self.skipped_steps += 1
         self.lr_schedulers().step()  # type: ignore[union-attr]
@@ -197,7 +207,7 @@ class LitBilevel(LightningModule):
             self.policy,
             batch["lower"],
             batch["upper"],
-            self.weights,
+            functools.partial(self.refinement.weigh, self.weights),
             self.weights.needs_loss,
             self.upper_weight,
             optimizer,
@@ -216,12 +226,15 @@ class LitBilevel(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
         return bool(torch.isfinite(norm))
 
-    def _step_weights(self, outer: Optimizer | None, features: Features, s_B: Tensor) -> None:
-        self.weights.set_gradient(features, s_B)
-        if outer is not None:
-            outer.step()
-            outer.zero_grad(set_to_none=True)
-        self.weights.after_step()
+    def _follow(self, found: Tensor | None) -> dict[str, Tensor]:
+        """Let the rule take in the step's responses; returns what is logged of them, if there were any."""
+        if found is None:
+            return {}
+        found = gathered_measures(found, self.trainer.strategy, self.trainer.world_size)
+        if not found[2] > 0:
+            return {}
+        self.refinement.rule.follow(found[-2:])
+        return measures(found)
 
     def _log_step(self, losses: dict[str, Tensor]) -> None:
         statistics = {f"weights/{name}": value for name, value in self.weights.statistics().items()}
@@ -250,15 +263,13 @@ class LitBilevel(LightningModule):
 
     def _evaluate(self, name: str, batch: Batch) -> None:
         assert self.policy is not None
-        loss_B = example_nll(self.policy(batch), batch)
-        real_B = (batch.row_B >= 0).to(loss_B.dtype)
-        metric = self.loss_per_row[name]
-        assert isinstance(metric, MeanMetric)
-        metric.update(loss_B, real_B)
-        self.log(f"{name}/loss", metric, prog_bar=name == "monitor")
-        if name == "test":
-            self.loss_per_token.update(loss_B, real_B * batch.length_B)
-            self.log("test/loss_per_token", self.loss_per_token)
+        for key, metric in self.evaluation(name, self.policy, batch).items():
+            self.log(key, metric, prog_bar=key == "monitor/loss")
+
+    def predict_step(self, batch: list[Question], batch_idx: int) -> list[dict[str, str]]:
+        """Greedy answers to test prompts: dicts of `id`, `prompt` and `response`."""
+        assert self.policy is not None
+        return answers(self.policy, self.tokenizer, batch, self.max_new_tokens)
 
     # ---- checkpoints ----
 
@@ -270,20 +281,20 @@ class LitBilevel(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         frozen = self._frozen_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-        checkpoint["lit_bilevel"] = {"solver": self.solver.state_dict(), "skipped_steps": self.skipped_steps}
+        checkpoint["lit_bilevel"] = {
+            "solver": self.solver.state_dict(),
+            "skipped_steps": self.skipped_steps,
+            "refinement": self.refinement.checkpoint(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint.get("lit_bilevel")
         if own is None:
             raise UserError("lit_bilevel did not write this checkpoint; give one from a run's `checkpoints/` folder.")
         self._solver_state, self.skipped_steps = own["solver"], own["skipped_steps"]
+        self.refinement.restore(own["refinement"], self.weights.pool_rows)
         frozen = self._frozen_names()
         expected = {name: value.shape for name, value in self.state_dict().items() if name not in frozen}
         found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if expected != found:
-            different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            raise UserError(
-                f"the checkpoint does not fit the model: {len(different)} entries differ, the first is `{different[0]}`"
-                f" (checkpoint: {found.get(different[0])}, model: {expected.get(different[0])}); use the settings"
-                " and the data it was written with (its `config.yaml`)."
-            )
+            raise misfit(expected, found)

@@ -6,6 +6,8 @@ Suffixes name the axes of a tensor, one letter an axis:
     S   token sequences of a batch (S = B for offline data; a refined row has several sequences)
     T   tokens of a padded sequence
     K   predicted response tokens of a batch, all sequences one after the other
+    R   generated responses of a batch (each is one of its S sequences)
+    J   tokens of generated responses (some of the K)
     N   rows of the pool
     D   hidden size
     V   vocabulary size
@@ -16,6 +18,7 @@ Prompt tokens are never predicted, so they have no K entry; that is all that mas
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,18 +38,66 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Response:
+    """One sampled response: the ids as they were drawn, and what the policy that drew them gave each of them.
+
+    Args:
+        token_ids: sampled ids, the end-of-sequence token included if it was drawn.
+        token_logprobs: log-probability of each at the sampling temperature.
+        finished: whether the response ended by itself.
+    """
+
+    token_ids: list[int]
+    token_logprobs: list[float]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """The responses that stand in for a row's own: ℓ̃ = (1/G′)·Σ_g Σ_t r_gt·NLL_gt / L̄.
+
+    Args:
+        responses: G′ responses, at least one.
+        mean_length: L̄, the mean length in tokens of all responses of their round.
+        temperature: at which they were sampled.
+    """
+
+    responses: tuple[Response, ...]
+    mean_length: float
+    temperature: float
+
+
+@dataclass(frozen=True)
 class Example:
-    """One row as token ids; tokens from `response_start` on are predicted."""
+    """One row as token ids; tokens from `response_start` on are predicted.
+
+    With a `group`, `input_ids` is the prompt alone and the example has as many sequences as the group has responses.
+    """
 
     row: int
     source: int
     input_ids: list[int]
     response_start: int
+    group: Group | None = None
 
     @property
     def response_length(self) -> int:
-        """Number of predicted tokens."""
-        return len(self.input_ids) - self.response_start
+        """Number of predicted tokens; of a group, the mean per response, rounded."""
+        if self.group is None:
+            return len(self.input_ids) - self.response_start
+        lengths = [len(response.token_ids) for response in self.group.responses]
+        return round(sum(lengths) / len(lengths))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt to answer: its position, id and text, its token ids, and how many more tokens the context has."""
+
+    row: int
+    id: str
+    prompt: str
+    prompt_ids: list[int]
+    room: int
 
 
 @dataclass(frozen=True)
@@ -70,7 +121,44 @@ class Features:
         return replace(self, loss_B=loss_B)
 
 
-@dataclass  # not frozen: Lightning's `*-true` precisions rebuild it field by field
+@dataclass(frozen=True)
+class Generated:
+    """What is known about the generated responses of a batch.
+
+    Args:
+        sequence_R: [R] the sequence (0 … S−1) that holds each response.
+        example_R: [R] the example (0 … B−1) that each belongs to.
+        token_J: [J] index (0 … K−1) of each generated token among the predicted ones.
+        response_J: [J] the response (0 … R−1) of each generated token.
+        logprob_J: [J] behaviour log-probabilities: those of the policy that sampled, at the sampling temperature.
+        temperature: the sampling temperature.
+    """
+
+    sequence_R: Tensor
+    example_R: Tensor
+    token_J: Tensor
+    response_J: Tensor
+    logprob_J: Tensor
+    temperature: float
+
+
+class Part(NamedTuple):
+    """Neighbouring sequences that go through the policy in one call, cut to their own width.
+
+    Args:
+        start: the first of them.
+        stop: after the last.
+        width: tokens of the longest.
+        predicted: how many of the K tokens they hold.
+    """
+
+    start: int
+    stop: int
+    width: int
+    predicted: int
+
+
+@dataclass(frozen=True)
 class Batch:
     """Right-padded token sequences with the response tokens that are predicted, on one device.
 
@@ -83,7 +171,10 @@ class Batch:
         target_K: [K] predicted token ids.
         segment_K: [K] the example (0 … B−1) that each predicted token belongs to.
         scale_K: [K] factor of each token's NLL in its example's loss (1/length for a token mean, 0 for padding).
-        window_rows: examples in the whole policy step, over all micro-batches and processes, padding not counted.
+        parts: the sequences, sorted by length, as they go through the policy: one call a part, to compute little
+            padding.
+        window_rows: rows in the whole policy step, over all micro-batches and processes, padding not counted.
+        generated: which of the sequences were sampled from the policy, or `None` where all are offline data.
     """
 
     row_B: Tensor
@@ -94,7 +185,9 @@ class Batch:
     target_K: Tensor
     segment_K: Tensor
     scale_K: Tensor
+    parts: tuple[Part, ...]
     window_rows: int
+    generated: Generated | None = None
 
     @property
     def size(self) -> int:
@@ -108,13 +201,18 @@ class Batch:
 
     def map(self, function) -> Batch:
         """Apply `function` to every tensor."""
-        changed = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "window_rows"}
-        return replace(self, **changed)
+        mapped = _mapped(self, function)
+        return mapped if self.generated is None else replace(mapped, generated=_mapped(self.generated, function))
 
     def to(self, device: torch.device, **kwargs) -> Batch:
         """Copy to a device; Lightning calls this for every batch."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Page-locked copy; the data loader calls this when asked to pin memory."""
+        """Page-locked copy, for quick transfer."""
         return self.map(lambda tensor: tensor.pin_memory())
+
+
+def _mapped(record: Any, function) -> Any:
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    return replace(record, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})

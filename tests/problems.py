@@ -132,8 +132,8 @@ class LinearProblem(BilevelProblem):
     def hessian_vector_product(self, vector: Values) -> Values:
         return [self.hessian() @ vector[0]]
 
-    def preconditioner(self) -> Values | None:
-        return None
+    def preconditioned(self, direction: Values) -> Values:
+        return direction
 
     def step(self) -> Tensor:
         """θ after one gradient step on λ·f + (1−λ)·g."""

@@ -1,9 +1,24 @@
 """Callbacks: one file, one class, one sentence each."""
 
 from lit_bilevel.callbacks.checkpoint import BilevelCheckpoint
+from lit_bilevel.callbacks.choose import BelowThreshold, Choose, LowestFraction, RandomFraction
 from lit_bilevel.callbacks.export import Export
 from lit_bilevel.callbacks.inspect import WeightInspector
+from lit_bilevel.callbacks.predict import Predictions
 from lit_bilevel.callbacks.random_state import RandomState
+from lit_bilevel.callbacks.refine import SelfRefine
 from lit_bilevel.callbacks.warm_start import WarmStart
 
-__all__ = ["BilevelCheckpoint", "Export", "RandomState", "WarmStart", "WeightInspector"]
+__all__ = [
+    "BelowThreshold",
+    "BilevelCheckpoint",
+    "Choose",
+    "Export",
+    "LowestFraction",
+    "Predictions",
+    "RandomFraction",
+    "RandomState",
+    "SelfRefine",
+    "WarmStart",
+    "WeightInspector",
+]

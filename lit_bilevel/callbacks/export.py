@@ -30,7 +30,7 @@ class Export(Callback):
         policy: whether to write `policy/`, a `save_pretrained` folder.
     """
 
-    FILES = ("weights.parquet", "metrics.json", "policy")
+    FILES = ("weights.parquet", "metrics.json", "policy", "responses.jsonl")
 
     def __init__(self, policy: bool = True):
         self.policy = policy
@@ -92,13 +92,16 @@ class Export(Callback):
         data = trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
         names = trainer.datamodule.source_names  # type: ignore[attr-defined]
         weights = pl_module.weights
+        rows_M, weight_M = pl_module.refinement.table()
+        groups = dict(zip(rows_M.tolist(), weight_M.tolist(), strict=True))
+        refined = [groups.get(row) for row in range(len(data))]
         table = pyarrow.table(
             {
                 "id": pyarrow.array(data["id"][:], pyarrow.string()),
                 "row": pyarrow.array(data["row"][:], pyarrow.int64()),
                 "source": pyarrow.array([names[number] for number in data["source"][:]], pyarrow.string()),
                 "weight": pyarrow.array(weights.table().cpu().numpy(), pyarrow.float64()),
-                "weight_refined": pyarrow.nulls(len(data), pyarrow.float64()),
+                "weight_refined": pyarrow.array(refined, pyarrow.float64()),
                 "visits": pyarrow.array(weights.visits.cpu().numpy(), pyarrow.int32()),
             }
         )

@@ -49,12 +49,13 @@ class WeightInspector(Callback):
         lines = ["| weight | visits | id | prompt | response |", "|---|---|---|---|---|"]
         for row in rows.tolist():
             record = data[row]
-            texts = [self._cell(record[name]) for name in ("id", "prompt", "response")]
+            texts = [table_cell(record[name], self.characters) for name in ("id", "prompt", "response")]
             lines.append(f"| {table[row]:.3g} | {visits[row]} | {' | '.join(texts)} |")
         return "\n".join(lines)
 
-    def _cell(self, text: str) -> str:
-        """Text that is safe in a Markdown table: nothing in it is markup."""
-        cut = text if len(text) <= self.characters else text[: self.characters] + " …"
-        escaped = "".join(f"&#{ord(c)};" if c in MARKUP else c for c in html.escape(cut))
-        return "<br>".join(escaped.splitlines())
+
+def table_cell(text: str, characters: int = 300) -> str:
+    """Text that is safe in a Markdown table: nothing in it is markup."""
+    cut = text if len(text) <= characters else text[:characters] + " …"
+    escaped = "".join(f"&#{ord(c)};" if c in MARKUP else c for c in html.escape(cut))
+    return "<br>".join(escaped.splitlines())

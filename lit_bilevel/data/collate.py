@@ -1,39 +1,44 @@
 """Examples to batches: right padding, and flat indices of the tokens that are predicted.
 
-The indices are made here, on the CPU, so that the training step selects response positions without asking the device
-how many there are. Left out: packing.
+Offline and generated sequences go into the same batch. The indices are made here, on the CPU, so that the training step
+selects response positions without asking the device how many there are. Left out: packing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from lit_bilevel.types import PADDING_ROW, Batch, Example
+from lit_bilevel.types import PADDING_ROW, Batch, Example, Generated, Part, Response
 
 
-def collate(examples: Sequence[Example], window_rows: int) -> Batch:
-    """One batch of examples, one sequence each.
+def collate(examples: Sequence[Example], window_rows: int, call_cost: float = math.inf) -> Batch:
+    """One batch of examples: one sequence each, or one per response where an example has a group.
 
     Args:
         examples: at least one; those with `PADDING_ROW` fill the shape and count nothing.
-        window_rows: examples in the whole policy step.
+        window_rows: rows in the whole policy step.
+        call_cost: how many tokens' computation one more call of the policy is worth saving.
     """
-    lengths = [len(example.input_ids) for example in examples]
-    width = max(lengths)
-    input_ids = np.zeros((len(examples), width), dtype=np.int64)
+    responses = itertools.count()
+    sequences = [s for index, example in enumerate(examples) for s in _sequences(example, index, responses)]
+    sequences.sort(key=lambda sequence: len(sequence.ids))
+    width = len(sequences[-1].ids)
+    input_ids = np.zeros((len(sequences), width), dtype=np.int64)
     positions, targets, segments, scales = [], [], [], []
-    for index, example in enumerate(examples):
-        ids = np.asarray(example.input_ids, dtype=np.int64)
-        input_ids[index, : len(ids)] = ids
-        start, length = example.response_start, example.response_length
-        positions.append(np.arange(start - 1, len(ids) - 1) + index * width)
-        targets.append(ids[start:])
-        segments.append(np.full(length, index))
-        scales.append(np.full(length, 0.0 if example.row == PADDING_ROW else 1.0 / length))
+    for place, sequence in enumerate(sequences):
+        ids = np.asarray(sequence.ids, dtype=np.int64)
+        input_ids[place, : len(ids)] = ids
+        positions.append(np.arange(sequence.start - 1, len(ids) - 1) + place * width)
+        targets.append(ids[sequence.start :])
+        segments.append(np.full(len(ids) - sequence.start, sequence.example))
+        scales.append(np.full(len(ids) - sequence.start, sequence.scale))
     return Batch(
         row_B=torch.tensor([example.row for example in examples]),
         source_B=torch.tensor([example.source for example in examples]),
@@ -43,7 +48,67 @@ def collate(examples: Sequence[Example], window_rows: int) -> Batch:
         target_K=torch.from_numpy(np.concatenate(targets)),
         segment_K=torch.from_numpy(np.concatenate(segments)),
         scale_K=torch.from_numpy(np.concatenate(scales)),
+        parts=tuple(_parts(sequences, call_cost)),
         window_rows=window_rows,
+        generated=_generated(examples, sequences),
+    )
+
+
+def _parts(sequences: list[_Sequence], call_cost: float) -> Iterator[Part]:
+    """The cut into neighbours that computes the fewest tokens, calls included (dynamic programming)."""
+    lengths = [len(sequence.ids) for sequence in sequences]
+    starts, best = [0], [0.0]
+    for stop in range(1, len(lengths) + 1):
+        first = 0 if math.isinf(call_cost) else stop - 1
+        cut = min(range(first + 1), key=lambda start: best[start] + (stop - start) * lengths[stop - 1])
+        starts.append(cut)
+        best.append(best[cut] + (stop - cut) * lengths[stop - 1] + (0 if math.isinf(call_cost) else call_cost))
+    cuts = [len(lengths)]
+    while cuts[-1] > 0:
+        cuts.append(starts[cuts[-1]])
+    for stop, start in reversed(list(itertools.pairwise(cuts))):
+        predicted = sum(len(sequence.ids) - sequence.start for sequence in sequences[start:stop])
+        yield Part(start, stop, lengths[stop - 1], predicted)
+
+
+class _Sequence(NamedTuple):
+    """One sequence of a batch; `response`, and its `number` in the batch, are set where it was sampled."""
+
+    ids: list[int]
+    start: int
+    example: int
+    scale: float
+    response: Response | None = None
+    number: int = -1
+
+
+def _sequences(example: Example, index: int, numbers: Iterator[int]) -> Iterator[_Sequence]:
+    if example.group is None:
+        scale = 0.0 if example.row == PADDING_ROW else 1.0 / example.response_length
+        yield _Sequence(example.input_ids, example.response_start, index, scale)
+        return
+    responses = example.group.responses
+    scale = 1.0 / (len(responses) * example.group.mean_length)  # a constant length, and 1/G′ once
+    prompt = example.input_ids
+    for response in responses:
+        yield _Sequence(prompt + response.token_ids, len(prompt), index, scale, response, next(numbers))
+
+
+def _generated(examples: Sequence[Example], sequences: list[_Sequence]) -> Generated | None:
+    groups = [example.group for example in examples if example.group is not None]
+    if not groups:
+        return None
+    lengths = [len(sequence.ids) - sequence.start for sequence in sequences]
+    first = np.cumsum([0, *lengths])
+    held = [(place, s, s.response) for place, s in enumerate(sequences) if s.response is not None]
+    held.sort(key=lambda item: item[1].number)  # responses in the order of the examples, whatever their length
+    return Generated(
+        sequence_R=torch.tensor([place for place, _, _ in held]),
+        example_R=torch.tensor([sequence.example for _, sequence, _ in held]),
+        token_J=torch.from_numpy(np.concatenate([np.arange(first[p], first[p + 1]) for p, _, _ in held])),
+        response_J=torch.from_numpy(np.repeat(np.arange(len(held)), [lengths[place] for place, _, _ in held])),
+        logprob_J=torch.tensor([p for _, _, response in held for p in response.token_logprobs]),
+        temperature=groups[0].temperature,
     )
 
 
@@ -53,8 +118,3 @@ def share_of_rank(examples: list[Example], rank: int, world_size: int) -> list[E
     each = -(-len(ordered) // world_size)
     mine = ordered[rank::world_size]
     return mine + [replace(ordered[0], row=PADDING_ROW)] * (each - len(mine))
-
-
-def micro_batches(examples: list[Example], size: int, window_rows: int) -> list[Batch]:
-    """Batches of at most `size` examples, those of like length together."""
-    return [collate(examples[i : i + size], window_rows) for i in range(0, len(examples), size)]

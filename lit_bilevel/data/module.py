@@ -9,6 +9,7 @@ result independent of the number of processes.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,15 +18,17 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
-from lit_bilevel.data.collate import collate, micro_batches, share_of_rank
+from lit_bilevel.data.collate import collate, share_of_rank
 from lit_bilevel.data.encode import Encoder, encoded_table
+from lit_bilevel.data.responses import ResponseStore
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.split import refuse_overlap, split
-from lit_bilevel.data.stream import PairedStream, Schedule
+from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, Window, examples_of
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.types import Batch, Example, Row
+from lit_bilevel.types import Batch, Question, Row
 
 
 class BilevelDataModule(LightningDataModule):
@@ -85,6 +88,7 @@ class BilevelDataModule(LightningDataModule):
         self.source_names: list[str] = []
         self.sets: dict[str, Dataset] = {}
         self.skipped: dict[str, list[str]] = {}
+        self.responses = ResponseStore()
         self._stream: PairedStream | None = None
         self._position = 0
         self._check_settings()
@@ -178,17 +182,14 @@ class BilevelDataModule(LightningDataModule):
             )
         trainer = self.trainer
         assert trainer is not None
-        make = _StepMaker(
+        make = StepMaker(
             schedule,
             {level: self.sets[name] for level, name in (("lower", "pool"), ("upper", "upper"))},
-            {"lower": self.batch_size, "upper": self.upper_batch_size},
             trainer.global_rank,
             trainer.world_size,
             repeat_first_epoch=trainer.overfit_batches > 0,  # type: ignore[attr-defined]
         )
-        self._stream = PairedStream(
-            make, schedule.steps, lambda: int(trainer.num_training_batches), self.num_workers, self.pin_memory
-        )
+        self._stream = PairedStream(make, schedule.steps, lambda: int(trainer.num_training_batches), self.num_workers)
         self._stream.position = self._position
         return self._stream
 
@@ -201,67 +202,73 @@ class BilevelDataModule(LightningDataModule):
         return self.evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        return self.test_dataloader()
+        """The test prompts: lists of `Question`."""
+        if "test" not in self.sets:
+            raise UserError("`data.test` is not set, so there are no prompts to answer; give a file of held-out rows.")
+        questions = [
+            Question(position, id, prompt, ids[:start], self.max_length - start)
+            for position, (id, prompt, ids, start) in enumerate(
+                zip(
+                    *(self.sets["test"][name][:] for name in ("id", "prompt", "input_ids", "response_start")),
+                    strict=True,
+                )
+            )
+        ]
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        own = sorted(questions, key=lambda question: (len(question.prompt_ids), question.row))[rank::world]
+        batches: Any = [own[i : i + self.eval_batch_size] for i in range(0, len(own), self.eval_batch_size)]
+        return DataLoader(batches, batch_size=None, collate_fn=list)
 
     def evaluation_loader(self, name: str) -> DataLoader:
         """Every row of a set once, dealt out to the processes."""
         dataset = self.sets[name]
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        examples = share_of_rank(_examples(dataset, range(len(dataset))), rank, world)
-        batches: Any = [examples[i : i + self.eval_batch_size] for i in range(0, len(examples), self.eval_batch_size)]
-        return DataLoader(batches, batch_size=None, collate_fn=_Collate(len(dataset)), pin_memory=self.pin_memory)
+        examples = share_of_rank(examples_of(dataset, range(len(dataset))), rank, world)
+        size = self.eval_batch_size
+        windows: Any = [Window(examples[i : i + size], len(dataset)) for i in range(0, len(examples), size)]
+        return DataLoader(windows, batch_size=None, collate_fn=_unchanged)
+
+    # ---- what the main process adds ----
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Collate windows in the main process, refined rows with their current responses."""
+        if isinstance(batch, Window):
+            return collate(batch.examples, batch.rows, self._call_cost)
+        if not isinstance(batch, dict):
+            return batch
+        return {level: self._micro_batches(level, window) for level, window in batch.items()}
+
+    @property
+    def _call_cost(self) -> float:
+        """Tokens that one more call of the policy costs; a sharded policy needs as many calls on every process."""
+        if self.trainer is None or isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return math.inf
+        return 256 if self.trainer.strategy.root_device.type == "cpu" else 4096
+
+    def _micro_batches(self, level: str, window: Window) -> list[Batch]:
+        """Batches of at most `batch_size` rows, those of like length together; as many on every process."""
+        size = self.batch_size if level == "lower" else self.upper_batch_size
+        batches = []
+        for start in range(0, len(window.examples), size):
+            examples = window.examples[start : start + size]
+            if level == "lower":
+                examples = self.responses.overlay(examples, len(self.sets["pool"]))
+            batches.append(collate(examples, window.rows, self._call_cost))
+        return [batch.pin_memory() for batch in batches] if self.pin_memory else batches
 
     # ---- state ----
 
     def state_dict(self) -> dict[str, Any]:
-        return {"position": self._stream.position if self._stream else self._position, "seed": self.seed}
+        position = self._stream.position if self._stream else self._position
+        return {"position": position, "seed": self.seed, "responses": self.responses.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._position = state_dict["position"]
         self.seed = state_dict["seed"]
+        self.responses.load_state_dict(state_dict["responses"])
         if self._stream is not None:
             self._stream.position = self._position
 
 
-class _Collate:
-    """Collates evaluation batches (a class so that worker processes can receive it)."""
-
-    def __init__(self, rows: int):
-        self.rows = rows
-
-    def __call__(self, examples: list[Example]) -> Batch:
-        return collate(examples, self.rows)
-
-
-class _StepMaker:
-    """Makes this process's micro-batches of a policy step."""
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        sets: dict[str, Dataset],
-        sizes: dict[str, int],
-        rank: int,
-        world_size: int,
-        repeat_first_epoch: bool,
-    ):
-        self.schedule, self.sets, self.sizes = schedule, sets, sizes
-        self.rank, self.world_size = rank, world_size
-        self.repeat_first_epoch = repeat_first_epoch
-
-    def __call__(self, epoch: int, step: int, position: int) -> dict[str, list[Batch]]:
-        if self.repeat_first_epoch:
-            epoch, position = 0, step
-        rows = {"lower": self.schedule.lower(epoch, step), "upper": self.schedule.upper(position)}
-        return {level: self._batches(level, rows[level]) for level in rows}
-
-    def _batches(self, level: str, rows: list[int]) -> list[Batch]:
-        examples = share_of_rank(_examples(self.sets[level], rows), self.rank, self.world_size)
-        return micro_batches(examples, self.sizes[level], len(rows))
-
-
-def _examples(dataset: Dataset, rows: Any) -> list[Example]:
-    rows = list(rows)
-    table = dataset.select_columns(["source", "input_ids", "response_start"])[rows]
-    columns = (table["source"], table["input_ids"], table["response_start"])
-    return [Example(row, *values) for row, *values in zip(rows, *columns, strict=True)]
+def _unchanged(item: Any) -> Any:
+    return item

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lit_bilevel.types import Batch
+from lit_bilevel.data.collate import share_of_rank
+from lit_bilevel.types import Example
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,62 @@ def _permutation(size: int, seed: int, turn: int) -> torch.Tensor:
     return torch.randperm(size, generator=generator)
 
 
-class _Steps(Dataset):
-    """Makes the batches of one policy step from its address (epoch, step, position)."""
+class Window:
+    """One process's examples of one level in a policy step.
 
-    def __init__(self, make: Callable[[int, int, int], dict[str, list[Batch]]]):
+    No dataclass, for Lightning would walk into it token by token.
+
+    Args:
+        examples: the process's share.
+        rows: rows of the level in the whole step, over all processes.
+    """
+
+    def __init__(self, examples: list[Example], rows: int):
+        self.examples = examples
+        self.rows = rows
+
+
+class StepMaker:
+    """Makes this process's windows of a policy step.
+
+    Args:
+        schedule: which rows each step sees.
+        sets: the table of each level.
+        rank: this process.
+        world_size: number of processes.
+        repeat_first_epoch: every epoch is the first one (for `overfit_batches`).
+    """
+
+    def __init__(self, schedule: Schedule, sets: dict[str, Any], rank: int, world_size: int, repeat_first_epoch: bool):
+        self.schedule, self.sets = schedule, sets
+        self.rank, self.world_size = rank, world_size
+        self.repeat_first_epoch = repeat_first_epoch
+
+    def __call__(self, epoch: int, step: int, position: int) -> dict[str, Window]:
+        if self.repeat_first_epoch:
+            epoch, position = 0, step
+        rows = {"lower": self.schedule.lower(epoch, step), "upper": self.schedule.upper(position)}
+        return {level: self._window(self.sets[level], rows[level]) for level in rows}
+
+    def _window(self, table: Any, rows: list[int]) -> Window:
+        return Window(share_of_rank(examples_of(table, rows), self.rank, self.world_size), len(rows))
+
+
+def examples_of(dataset: Any, rows: Any) -> list[Example]:
+    """The rows of a table as examples."""
+    rows = list(rows)
+    table = dataset.select_columns(["source", "input_ids", "response_start"])[rows]
+    columns = (table["source"], table["input_ids"], table["response_start"])
+    return [Example(row, *values) for row, *values in zip(rows, *columns, strict=True)]
+
+
+class _Steps(Dataset):
+    """Makes the windows of one policy step from its address (epoch, step, position)."""
+
+    def __init__(self, make: Callable[[int, int, int], dict[str, Window]]):
         self.make = make
 
-    def __getitem__(self, address: tuple[int, int, int]) -> dict[str, list[Batch]]:
+    def __getitem__(self, address: tuple[int, int, int]) -> dict[str, Window]:
         return self.make(*address)
 
 
@@ -86,23 +136,20 @@ class PairedStream:
         steps: policy steps in a full epoch.
         epoch_steps: returns the steps that are run in an epoch (fewer under `limit_train_batches`); asked when the
             first batch is drawn, because Lightning creates the iterator before it restores its own position.
-        num_workers: worker processes that collate.
-        pin_memory: whether to pin batches.
+        num_workers: worker processes that read.
     """
 
     def __init__(
         self,
-        make: Callable[[int, int, int], dict[str, list[Batch]]],
+        make: Callable[[int, int, int], dict[str, Window]],
         steps: int,
         epoch_steps: Callable[[], int],
         num_workers: int = 0,
-        pin_memory: bool = False,
     ):
         self.make = make
         self.steps = steps
         self.epoch_steps = epoch_steps
         self.num_workers = num_workers
-        self.pin_memory = pin_memory
         self.position = 0
 
     def __len__(self) -> int:
@@ -116,7 +163,7 @@ class PairedStream:
         """Continue from a position."""
         self.position = state_dict["position"]
 
-    def __iter__(self) -> Iterator[dict[str, list[Batch]]]:
+    def __iter__(self) -> Iterator[dict[str, Window]]:
         steps = min(self.steps, self.epoch_steps())
         epoch, start = divmod(self.position, steps)
         loader = DataLoader(
@@ -125,7 +172,6 @@ class PairedStream:
             collate_fn=_unchanged,
             sampler=[(epoch, step, epoch * steps + step) for step in range(start, steps)],
             num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
             generator=torch.Generator().manual_seed(0),  # its own, or drawing a seed would shift dropout
         )
         for batch in loader:

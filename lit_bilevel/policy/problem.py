@@ -236,22 +236,24 @@ class PolicyProblem(BilevelProblem):
             torch._foreach_add_(gradients, self._upper_gradient, alpha=self.upper_weight * self.engine.loss_scale)
         self._completed = True
 
-    def preconditioner(self) -> Values | None:
-        state = self.optimizer.state
-        if not state:
-            return None
-        result = []
+    def preconditioned(self, direction: Values) -> Values:
+        known = dict(zip(self.parameters, direction, strict=True))
         for group in self.optimizer.param_groups:
+            if "betas" not in group or "eps" not in group:
+                raise UserError(
+                    f"`{type(self.optimizer).__name__}` keeps no second moments, so the direction cannot be"
+                    " preconditioned; use AdamW as `model.optimizer`, or set `preconditioned: false`."
+                )
+            decay = group["betas"][1]
             for parameter in group["params"]:
-                moments = state[parameter]
-                if "exp_avg_sq" not in moments:
-                    raise UserError(
-                        f"`{type(self.optimizer).__name__}` keeps no second moments, so the direction cannot be"
-                        " preconditioned; use AdamW as `model.optimizer`, or set `preconditioned: false`."
-                    )
-                correction = 1 - group["betas"][1] ** float(moments["step"])
-                result.append(((moments["exp_avg_sq"] / correction).sqrt_().add_(group["eps"])).reciprocal_())
-        return result
+                moments = self.optimizer.state.get(parameter, {})
+                slope = known[parameter]
+                second = (1 - decay) * slope**2
+                if moments:
+                    second.add_(moments["exp_avg_sq"], alpha=decay)
+                correction = 1 - decay ** (float(moments["step"]) + 1 if moments else 1)
+                known[parameter] = slope / (second / correction).sqrt_().add_(group["eps"])
+        return [known[parameter] for parameter in self.parameters]
 
     def _replay_dropout(self) -> None:
         """Start every pass over the lower rows from the random state of the first."""

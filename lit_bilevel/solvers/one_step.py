@@ -1,6 +1,6 @@
 """The one-step solver: how much would a small step on this row's loss raise or lower the validation loss?
 
-    s_i = −⟨d, ∇ℓ_i(θ)⟩       d = ∇f, or P·∇f with P = 1/(√v̂ + eps) of the policy's Adam       (running mean over steps)
+    s_i = −⟨d, ∇ℓ_i(θ)⟩       d = ∇f, or P·∇f as the policy's Adam would step       (running mean over steps)
 
 Source: L2RW (arXiv 1803.09050), Meta-Weight-Net (1902.07379), DARTS (1806.09055), as a direction derivative:
 
@@ -8,7 +8,8 @@ Source: L2RW (arXiv 1803.09050), Meta-Weight-Net (1902.07379), DARTS (1806.09055
     central     −‖d‖·(ℓ_i(θ + ε·d/‖d‖) − ℓ_i(θ − ε·d/‖d‖)) / 2ε   two more forward passes
     forward     forward-mode differentiation, exact               one pass that carries tangents
 
-Differences lose their digits in bfloat16, so `auto` takes forward mode there and one-sided differences elsewhere.
+Differences lose their digits in bfloat16, so `auto` takes forward mode there; also in float64, which is chosen for
+exactness; and one-sided differences, the cheapest, in float32.
 Left out: per-example gradients, which cost a backward pass per row; unrolling over several steps.
 """
 
@@ -78,7 +79,8 @@ class OneStep(BilevelSolver):
 
     def _derivative(self, problem: BilevelProblem) -> str:
         if self.derivative == "auto":
-            return "one_sided" if problem.differences else "forward"
+            exact = not problem.differences or problem.values()[0].dtype == torch.float64
+            return "forward" if exact else "one_sided"
         if self.derivative != "forward" and not problem.differences:
             raise UserError(
                 f"`OneStep(derivative={self.derivative!r})` takes differences of losses, which vanish in the rounding"
@@ -93,8 +95,7 @@ class OneStep(BilevelSolver):
             torch._foreach_lerp_(self._average, problem.upper_gradient(), 1 - self.direction_decay)
         self._steps += 1
         gradient = self._average
-        preconditioner = problem.preconditioner() if self.preconditioned else None
-        return gradient if preconditioner is None else list(torch._foreach_mul(gradient, preconditioner))
+        return problem.preconditioned(gradient) if self.preconditioned else gradient
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._average is None else {"average": self._average, "steps": self._steps}

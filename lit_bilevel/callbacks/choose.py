@@ -1,0 +1,80 @@
+"""Which rows are refined: one small class a rule, and a socket for others.
+
+All of them see the weights of the whole pool, on every process the same. Left out: rules that read the policy's losses;
+the weights already sum up what the losses said.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from lit_bilevel.errors import UserError
+
+
+class Choose(ABC):
+    """Chooses rows of the pool for refinement."""
+
+    @abstractmethod
+    def rows(self, weight_N: Tensor, seed: int) -> Tensor:
+        """Row numbers.
+
+        Args:
+            weight_N: [N] weights of all rows, those of refined rows as they were frozen.
+            seed: that of the data order.
+        """
+
+
+def _count(fraction: float, rows: int) -> int:
+    return max(1, round(fraction * rows))
+
+
+def _checked(fraction: float) -> float:
+    if not 0 < fraction <= 1:
+        raise UserError(f"`fraction` is {fraction}; it must be in (0, 1].")
+    return fraction
+
+
+class LowestFraction(Choose):
+    """The lowest-weighted share of the pool, chosen anew at each refresh.
+
+    Args:
+        fraction: share of the pool.
+    """
+
+    def __init__(self, fraction: float = 0.1):
+        self.fraction = _checked(fraction)
+
+    def rows(self, weight_N: Tensor, seed: int) -> Tensor:
+        return weight_N.argsort(stable=True)[: _count(self.fraction, len(weight_N))]
+
+
+class RandomFraction(Choose):
+    """A random share of the pool, the same at every refresh.
+
+    Args:
+        fraction: share of the pool.
+    """
+
+    def __init__(self, fraction: float = 0.1):
+        self.fraction = _checked(fraction)
+
+    def rows(self, weight_N: Tensor, seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randperm(len(weight_N), generator=generator)[: _count(self.fraction, len(weight_N))]
+
+
+class BelowThreshold(Choose):
+    """All rows that weigh less than a threshold; the mean weight is 1.
+
+    Args:
+        threshold: largest weight that is refined, not included.
+    """
+
+    def __init__(self, threshold: float = 0.1):
+        self.threshold = threshold
+
+    def rows(self, weight_N: Tensor, seed: int) -> Tensor:
+        return (weight_N < self.threshold).nonzero()[:, 0]

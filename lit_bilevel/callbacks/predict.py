@@ -1,0 +1,52 @@
+"""`predictions.jsonl`: the policy's greedy answers to the test prompts, from `lit-bilevel predict`.
+
+Left out: sampling; one answer a prompt that is the same at every run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+
+
+class Predictions(Callback):
+    """Writes what `predict` returns, in the order of the test file."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[int, dict[str, str]]] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._found = []
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._found += [(question.row, answer) for question, answer in zip(batch, outputs, strict=True)]
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if is_rehearsal(trainer):
+            return
+        parts: list[Any] = [self._found]
+        if trainer.world_size > 1:
+            parts = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, self._found)
+        if trainer.is_global_zero:
+            answers = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
+            path = run_folder(trainer) / "predictions.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            lines = (json.dumps(answer, ensure_ascii=False) + "\n" for _, answer in answers)
+            partial.write_text("".join(lines), encoding="utf-8")
+            os.replace(partial, path)

@@ -1,0 +1,282 @@
+"""Online self-refining generation: keep the question of a badly weighted row, let the policy answer it anew.
+
+    choose rows → sample G responses each with the current policy → score them once → store them       (every refresh)
+
+From then on these rows contribute their responses (METHOD section 3; arXiv 2511.21056). A row once chosen stays
+refined, and every refresh regenerates all of them; its offline weight is frozen, its group weighs 1 anew. Responses
+that are empty or did not end by themselves are kept on file and out of training; a row left with none keeps its
+offline pair. The first refresh comes after `start` epochs (or steps), none at the very end of training.
+
+Left out: policies whose parameters are sharded; every process scores its own responses, which sharding does not allow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from tqdm import tqdm
+
+from lit_bilevel.callbacks.choose import Choose, LowestFraction
+from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.inspect import table_cell
+from lit_bilevel.callbacks.record import ResponseFile
+from lit_bilevel.data.collate import collate
+from lit_bilevel.data.responses import ResponseStore, is_usable
+from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.generate import GenerationBackend, HFGenerate, Request, Sample, Sampling, end_tokens
+from lit_bilevel.policy.policy import Policy
+from lit_bilevel.policy.score import response_logprobs
+from lit_bilevel.types import Example, Group, Response
+
+Found = list[tuple[int, Response]]
+
+
+class SelfRefine(Callback):
+    """Replaces the responses of chosen rows by the policy's own, every so often.
+
+    Args:
+        choose: which rows; by default the lowest-weighted tenth.
+        responses: G, responses of a row.
+        every_n_epochs: epochs between refreshes; 1 unless `every_n_steps` is set.
+        every_n_steps: policy steps between refreshes.
+        start: epochs (or steps) before the first refresh.
+        sampling: how responses are drawn.
+        offline_share: κ, what the offline pair of a refined row still counts.
+        keep_unfinished: train also on responses that were cut at the longest length.
+        backend: what generates; by default `HFGenerate`.
+        rows_shown: rows of the table in TensorBoard.
+    """
+
+    def __init__(
+        self,
+        choose: Choose | None = None,
+        responses: int = 1,
+        every_n_epochs: int | None = None,
+        every_n_steps: int | None = None,
+        start: int = 1,
+        sampling: Sampling | None = None,
+        offline_share: float = 0.0,
+        keep_unfinished: bool = False,
+        backend: GenerationBackend | None = None,
+        rows_shown: int = 20,
+    ):
+        self.choose = choose or LowestFraction()
+        self.responses = responses
+        self.by_steps = every_n_steps is not None
+        self.every = every_n_steps if every_n_steps is not None else (every_n_epochs or 1)
+        self.start = start
+        self.sampling = sampling or Sampling()
+        self.offline_share = offline_share
+        self.keep_unfinished = keep_unfinished
+        self.backend = backend or HFGenerate()
+        self.rows_shown = rows_shown
+        self._file: ResponseFile | None = None
+        self._length = 0
+        self._refined_at = -1
+        self._check_settings(every_n_epochs, every_n_steps)
+
+    def _check_settings(self, every_n_epochs: int | None, every_n_steps: int | None) -> None:
+        problems = []
+        if every_n_epochs is not None and every_n_steps is not None:
+            problems.append("`every_n_epochs` and `every_n_steps` are both set; set one of them")
+        for name, value, least in (
+            ("responses", self.responses, 1),
+            ("every_n_epochs", every_n_epochs, 1),
+            ("every_n_steps", every_n_steps, 1),
+            ("start", self.start, 0),
+        ):
+            if value is not None and value < least:
+                problems.append(f"`{name}` is {value}; it must be at least {least}")
+        if not 0 <= self.offline_share < 1:
+            problems.append(f"`offline_share` is {self.offline_share}; it must be in [0, 1)")
+        if self.sampling.temperature == 0 and self.responses > 1:
+            problems.append(f"`sampling.temperature` is 0, so all {self.responses} `responses` would be the same")
+        if problems:
+            raise gathered("bad settings of `SelfRefine`", problems)
+
+    # ---- when ----
+
+    def should_refine(self, done: int) -> bool:
+        """Whether a refresh is due after so many epochs (or steps)."""
+        return done >= self.start and done > 0 and (done - self.start) % self.every == 0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        last = step == trainer.max_steps or (trainer.is_last_batch and _is_last_epoch(trainer))
+        if self.by_steps and step != self._refined_at and self.should_refine(step) and not last:
+            self._refined_at = step  # a skipped step must not refine again
+            self.refine(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.by_steps and self.should_refine(trainer.current_epoch + 1) and not _is_last_epoch(trainer):
+            self.refine(trainer, pl_module)
+
+    # ---- a refresh ----
+
+    def refine(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Generate, store, record and show one round."""
+        assert isinstance(pl_module, LitBilevel)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        store: ResponseStore = data.responses
+        weight_N = pl_module.weights.table().cpu()
+        rows = sorted({*store.chosen, *self.choose.rows(weight_N, data.seed).tolist()})
+        started = time.monotonic()
+        responses = self._responses(trainer, pl_module, rows)
+        seconds = time.monotonic() - started
+        temperature = self.sampling.temperature or 1.0
+        store.put(responses, temperature, self.offline_share, self.keep_unfinished)
+        kept = torch.tensor(store.rows, dtype=torch.int64)
+        pl_module.refinement.refresh(kept, pl_module.weights, data.pool_sources, self.offline_share)
+        if trainer.is_global_zero:
+            if self._file is not None:
+                self._file.append(_records(data, pl_module.tokenizer, responses, store.round, temperature))
+            self._report(trainer, pl_module, responses, seconds)
+
+    def _responses(self, trainer: Trainer, pl_module: LitBilevel, rows: list[int]) -> dict[int, list[Response]]:
+        """All responses of every row, on every process."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        round = data.responses.round + 1
+        table = data.sets["pool"].select_columns(["row", "input_ids", "response_start"])[rows]
+        owners, requests = [], []
+        for row, number, ids, start in zip(rows, *(table[name] for name in table), strict=True):
+            room = min(self.sampling.max_new_tokens, data.max_length - start)
+            for sample in range(self.responses if room > 0 else 0):
+                owners.append(row)
+                requests.append(Request(ids[:start], (data.seed, round, number, sample), room))
+        responses: dict[int, list[Response]] = {row: [] for row in rows}
+        for owner, response in zip(owners, self._generated(trainer, pl_module, requests), strict=True):
+            responses[owner].append(response)
+        return responses
+
+    def _generated(self, trainer: Trainer, pl_module: LitBilevel, requests: list[Request]) -> list[Response]:
+        """Responses in the order of the requests; batches are dealt out to the processes."""
+        policy = pl_module.policy
+        assert policy is not None
+        ends = end_tokens(policy, pl_module.tokenizer)
+        found: Found = []
+        with (
+            trainer.precision_plugin.forward_context(),
+            tqdm(desc="refine", unit="token", disable=not self._shows_progress(trainer), leave=False) as bar,
+        ):
+            for batch in self.backend.batches(requests)[trainer.global_rank :: trainer.world_size]:
+                own = [requests[i] for i in batch]
+                samples = self.backend.generate(policy, own, self.sampling, ends, bar.update)
+                scored = score(policy, own, samples, self.sampling.temperature or 1.0, pl_module.device)
+                found += zip(batch, scored, strict=True)
+        if trainer.world_size > 1:
+            parts: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, found)
+            found = [pair for part in parts for pair in part]
+        return [response for _, response in sorted(found, key=lambda pair: pair[0])]
+
+    @staticmethod
+    def _shows_progress(trainer: Trainer) -> bool:
+        bar = trainer.progress_bar_callback
+        return trainer.is_global_zero and bar is not None and not getattr(bar, "is_disabled", False)
+
+    # ---- what is shown ----
+
+    def _report(
+        self, trainer: Trainer, pl_module: LitBilevel, responses: dict[int, list[Response]], seconds: float
+    ) -> None:
+        store: ResponseStore = trainer.datamodule.responses  # type: ignore[attr-defined]
+        all_of_them = [response for group in responses.values() for response in group]
+        count, tokens = max(1, len(all_of_them)), sum(len(response.token_ids) for response in all_of_them)
+        shares = {
+            "refine/finished": sum(response.finished for response in all_of_them) / count,
+            "refine/usable": sum(is_usable(response, self.keep_unfinished) for response in all_of_them) / count,
+            "refine/length": tokens / count,
+            "refine/rows": float(len(store)),
+        }
+        rank_zero_info(
+            f"refinement round {store.round}: {len(all_of_them)} responses to {len(responses)} rows,"
+            f" {shares['refine/finished']:.0%} finished, {shares['refine/usable']:.0%} used for training (those with"
+            f" content{'' if self.keep_unfinished else ' that ended by themselves'}),"
+            f" {len(responses) - len(store)} rows keep their offline pair; {tokens / max(seconds, 1e-9):.0f} tokens/s"
+        )
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            logger.log_metrics(shares, step)
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("refine/responses", self._markdown(trainer, pl_module, responses), step)
+
+    def _markdown(self, trainer: Trainer, pl_module: LitBilevel, responses: dict[int, list[Response]]) -> str:
+        lines = ["| question | offline answer | new answer | weight |", "|---|---|---|---|"]
+        weights, pool = pl_module.weights.table().cpu(), trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
+        for row in list(responses)[: self.rows_shown]:
+            record = pool[row]
+            new = [_text(pl_module.tokenizer, response) for response in responses[row]]
+            cells = [table_cell(text) for text in (record["prompt"], record["response"], "\n".join(new))]
+            lines.append(f"| {' | '.join(cells)} | {weights[row]:.3g} |")
+        return "\n".join(lines)
+
+    # ---- the run ----
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+            raise UserError(
+                f"`SelfRefine` scores different responses on every process, which `{type(trainer.strategy).__name__}`"
+                " does not allow; use `trainer.strategy: ddp`."
+            )
+        if trainer.is_global_zero and not is_rehearsal(trainer):
+            self._file = ResponseFile(run_folder(trainer) / "responses.jsonl")
+            self._file.cut(self._length)
+
+    def state_dict(self) -> dict[str, Any]:
+        length = self._length if self._file is None else self._file.length
+        return {"length": length, "refined_at": self._refined_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._length, self._refined_at = state_dict["length"], state_dict["refined_at"]
+
+
+def score(
+    policy: Policy, requests: Sequence[Request], samples: Sequence[Sample], temperature: float, device: torch.device
+) -> list[Response]:
+    """Responses with their behaviour log-probabilities, by the pass that training uses."""
+    examples = []
+    for request, sample in zip(requests, samples, strict=True):
+        unscored = Response(sample.token_ids, [0.0] * len(sample.token_ids), sample.finished)
+        group = Group((unscored,), 1.0, temperature)
+        examples.append(Example(0, 0, request.prompt_ids, len(request.prompt_ids), group))
+    batch = collate(examples, len(examples)).to(device)
+    parts = response_logprobs(policy, batch).float().cpu().split([len(sample.token_ids) for sample in samples])
+    return [Response(s.token_ids, part.tolist(), s.finished) for s, part in zip(samples, parts, strict=True)]
+
+
+def _is_last_epoch(trainer: Trainer) -> bool:
+    steps_done = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    return steps_done or trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+
+
+def _text(tokenizer: Any, response: Response) -> str:
+    return tokenizer.decode(response.token_ids, skip_special_tokens=True)
+
+
+def _records(data: Any, tokenizer: Any, responses: dict[int, list[Response]], round: int, temperature: float) -> Any:
+    pool = data.sets["pool"].select_columns(["id", "row"])
+    for row, group in responses.items():
+        record = pool[row]
+        for sample, response in enumerate(group):
+            yield {
+                "id": record["id"],
+                "row": record["row"],
+                "round": round,
+                "sample": sample,
+                "response": _text(tokenizer, response),
+                "token_ids": response.token_ids,
+                "token_logprobs": response.token_logprobs,
+                "logprob": sum(response.token_logprobs),
+                "temperature": temperature,
+                "finished": response.finished,
+            }

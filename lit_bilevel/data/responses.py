@@ -1,0 +1,126 @@
+"""The store of generated responses: overlays pool rows in the main process and never edits them.
+
+Loaders and their workers never see it, so no worker is stale and nothing is reloaded. A row once chosen stays chosen;
+each round replaces its responses. A row none of whose responses is usable keeps its offline pair.
+
+Left out: responses of earlier rounds; `responses.jsonl` in the run folder has them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lit_bilevel.errors import UserError
+from lit_bilevel.types import Example, Group, Response
+
+
+def is_usable(response: Response, keep_unfinished: bool = False) -> bool:
+    """Whether a response may be trained on: it has content, and it ended by itself (unless that is waived)."""
+    content = len(response.token_ids) - int(response.finished)
+    return content > 0 and (response.finished or keep_unfinished)
+
+
+class ResponseStore:
+    """Responses of the refined rows in the current round."""
+
+    def __init__(self) -> None:
+        self.chosen: list[int] = []
+        """All rows that were ever chosen, sorted."""
+        self.round = 0
+        """Rounds so far."""
+        self.share = 0.0
+        """κ, what a refined row's offline pair still counts."""
+        self.temperature = 1.0
+        self.mean_length = 1.0
+        self._responses: dict[int, list[Response]] = {}
+        self._positions: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._responses)
+
+    @property
+    def rows(self) -> list[int]:
+        """Rows that are refined: chosen, with at least one usable response; sorted."""
+        return list(self._positions)
+
+    def responses(self, row: int) -> list[Response]:
+        """The usable responses of a refined row."""
+        return self._responses[row]
+
+    def put(
+        self,
+        responses: Mapping[int, Sequence[Response]],
+        temperature: float,
+        share: float = 0.0,
+        keep_unfinished: bool = False,
+    ) -> None:
+        """Start a round with these responses; everything of the round before is replaced.
+
+        Args:
+            responses: all responses of every chosen row.
+            temperature: at which they were sampled.
+            share: κ in [0, 1).
+            keep_unfinished: whether responses that were cut at the longest length may be trained on.
+        """
+        if not 0 <= share < 1:
+            raise UserError(f"`offline_share` is {share}; it must be in [0, 1).")
+        self.chosen = sorted(responses)
+        usable = {row: [r for r in responses[row] if is_usable(r, keep_unfinished)] for row in self.chosen}
+        lengths = [len(response.token_ids) for group in usable.values() for response in group]
+        self.round += 1
+        self.share, self.temperature = share, temperature
+        self.mean_length = sum(lengths) / len(lengths) if lengths else 1.0
+        self._keep({row: group for row, group in usable.items() if group})
+
+    def _keep(self, responses: dict[int, list[Response]]) -> None:
+        self._responses = responses
+        self._positions = {row: position for position, row in enumerate(sorted(responses))}
+
+    def overlay(self, examples: Sequence[Example], pool_rows: int) -> list[Example]:
+        """Examples with refined rows replaced by their groups; where κ > 0 the offline pair stays beside it."""
+        if not self._responses:
+            return list(examples)
+        result = []
+        for example in examples:
+            position = self._positions.get(example.row)
+            if position is None or self.share > 0:
+                result.append(example)
+            if position is not None:
+                group = Group(tuple(self._responses[example.row]), self.mean_length, self.temperature)
+                prompt = example.input_ids[: example.response_start]
+                result.append(replace(example, row=pool_rows + position, input_ids=prompt, group=group))
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers only, so that it loads with `weights_only=True`."""
+        kept = [(row, response) for row in self.rows for response in self._responses[row]]
+        return {
+            "round": self.round,
+            "share": self.share,
+            "temperature": self.temperature,
+            "mean_length": self.mean_length,
+            "chosen": torch.tensor(self.chosen, dtype=torch.int64),
+            "row": torch.tensor([row for row, _ in kept], dtype=torch.int64),
+            "length": torch.tensor([len(response.token_ids) for _, response in kept], dtype=torch.int64),
+            "finished": torch.tensor([response.finished for _, response in kept], dtype=torch.bool),
+            "token_ids": torch.tensor([i for _, r in kept for i in r.token_ids], dtype=torch.int64),
+            "token_logprobs": torch.tensor([p for _, r in kept for p in r.token_logprobs], dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.round, self.share = state["round"], state["share"]
+        self.temperature, self.mean_length = state["temperature"], state["mean_length"]
+        self.chosen = state["chosen"].tolist()
+        lengths = state["length"].tolist()
+        ids, logprobs = (state[name].split(lengths) for name in ("token_ids", "token_logprobs"))
+        responses: dict[int, list[Response]] = {}
+        for row, own, logprob, finished in zip(
+            state["row"].tolist(), ids, logprobs, state["finished"].tolist(), strict=True
+        ):
+            responses.setdefault(row, []).append(Response(own.tolist(), logprob.tolist(), finished))
+        self._keep(responses)
