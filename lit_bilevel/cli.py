@@ -49,6 +49,10 @@ class BilevelCLI(LightningCLI):
             **settings,
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; unlike Lightning's, without a warning where a program with arguments of its own calls this CLI."""
+        self.config = parser.parse_args(args)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(BilevelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Export, "export")

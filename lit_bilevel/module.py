@@ -1,8 +1,11 @@
 """The LightningModule: policy and data weights in one place, stepped in turn.
 
     s_B  = solver(problem)                                      one score per pool row of the step
-    θ    ← inner optimizer( λ·∇f + (1−λ)·∇ mean_i w_i·ℓ_i )     policy step
     ω    ← outer optimizer( mean_i s_i · dw_i/dω )              weight step, from the rows of all processes
+    θ    ← inner optimizer( λ·∇f + (1−λ)·∇ mean_i w_i·ℓ_i )     policy step, with the new weights
+
+Weights first: in the other order a row is always trained on before its own first score, and in the first epoch the
+weights of a table could not act at all (measured on real text: the run equalled direct mixing until its second epoch).
 
 Manual optimization with two optimizers. The outer one is stepped raw, so `global_step` counts policy steps and
 `max_steps`, checkpoint cadence and logging mean what they always mean. Every process applies the same weight step.
@@ -24,15 +27,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
-from lit_bilevel.errors import UserError, gathered, misfit
-from lit_bilevel.gather import gathered_measures, gathered_scores
+from lit_bilevel.checks import check_settings
+from lit_bilevel.errors import UserError, misfit
+from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
 from lit_bilevel.losses import example_nll
 from lit_bilevel.optim import ExponentiatedGradient
 from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.policy import Policy
-from lit_bilevel.policy.problem import Engine, PolicyProblem
-from lit_bilevel.policy.score import measures, weigh_responses
+from lit_bilevel.policy.problem import PolicyProblem
+from lit_bilevel.policy.score import weigh_responses
 from lit_bilevel.ratios import ResponseWeights, Uniform
 from lit_bilevel.refinement import Refinement
 from lit_bilevel.solvers.base import BilevelSolver
@@ -53,8 +57,11 @@ class LitBilevel(LightningModule):
         weight_optimizer: makes the weights' optimizer.
         upper_weight: λ; the policy minimises λ·f + (1−λ)·g.
         upper_weight_decay: taken off λ after every epoch, down to 0.
-        weight_warmup_steps: policy steps before the weights begin to move.
+        upper_weight_start: share of the run after which λ takes effect; until then it is 0 and the policy sees no
+            validation row, so that scores come from a gradient that is not memorised.
+        weight_start: share of the run after which the weights begin to move.
         lr_scheduler: schedule of the policy's learning rate, by its name in `transformers.get_scheduler`.
+        lr_scheduler_kwargs: settings of that schedule, such as `min_lr_rate`.
         warmup_steps: policy steps over which the learning rate rises from 0.
         gradient_clip_val: largest norm of the policy's gradient.
         accumulate_grad_batches: micro-batches in a policy step.
@@ -71,8 +78,10 @@ class LitBilevel(LightningModule):
         weight_optimizer: OptimizerCallable = ExponentiatedGradient,
         upper_weight: float = 0.5,
         upper_weight_decay: float = 0.0,
-        weight_warmup_steps: int = 0,
+        upper_weight_start: float = 0.0,
+        weight_start: float = 0.0,
         lr_scheduler: str = "constant",
+        lr_scheduler_kwargs: dict[str, Any] | None = None,
         warmup_steps: int = 0,
         gradient_clip_val: float | None = None,
         accumulate_grad_batches: int = 1,
@@ -92,8 +101,10 @@ class LitBilevel(LightningModule):
         self.make_weight_optimizer = weight_optimizer
         self.initial_upper_weight = upper_weight
         self.upper_weight_decay = upper_weight_decay
-        self.weight_warmup_steps = weight_warmup_steps
+        self.upper_weight_start = upper_weight_start
+        self.weight_start = weight_start
         self.lr_scheduler_name = lr_scheduler
+        self.lr_scheduler_kwargs = lr_scheduler_kwargs
         self.warmup_steps = warmup_steps
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
@@ -101,30 +112,7 @@ class LitBilevel(LightningModule):
         self.loss_per_row = torch.nn.ModuleDict({name: MeanMetric() for name in ("monitor", "test")})
         self.loss_per_token = MeanMetric()
         self._solver_state: dict[str, Any] | None = None
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        problems = []
-        if not (0 <= self.initial_upper_weight < 1 or (self.initial_upper_weight == 1 and not self.learns_weights)):
-            problems.append(
-                f"`model.upper_weight` is {self.initial_upper_weight}; it must be in [0, 1), or 1 with the `Mixing`"
-                " solver, for training on validation rows alone"
-            )
-        if self.upper_weight_decay < 0:
-            problems.append(f"`model.upper_weight_decay` is {self.upper_weight_decay}; it must be at least 0")
-        if self.solver.needs_upper_weight and self.initial_upper_weight == 0:
-            problems.append(
-                f"`{type(self.solver).__name__}` divides by `model.upper_weight`, which is 0; set it above 0, or use"
-                " `OneStep`"
-            )
-        if self.solver.needs_upper_weight and self.upper_weight_decay > 0:
-            problems.append(
-                f"`model.upper_weight_decay` takes λ to 0, where `{type(self.solver).__name__}` has no meaning"
-            )
-        if self.accumulate_grad_batches < 1:
-            problems.append(f"`model.accumulate_grad_batches` is {self.accumulate_grad_batches}; it must be at least 1")
-        if problems:
-            raise gathered("bad settings", problems)
+        check_settings(self)
 
     # ---- building ----
 
@@ -162,14 +150,24 @@ class LitBilevel(LightningModule):
         optimizers = [inner, self.make_weight_optimizer(parameters)] if parameters else [inner]
         steps = self.trainer.estimated_stepping_batches
         total = None if steps == float("inf") else int(steps)
-        scheduler = get_scheduler(self.lr_scheduler_name, inner, self.warmup_steps, total)
+        scheduler = get_scheduler(
+            self.lr_scheduler_name, inner, self.warmup_steps, total, scheduler_specific_kwargs=self.lr_scheduler_kwargs
+        )
         return optimizers, [{"scheduler": scheduler, "interval": "step"}]
 
     # ---- training ----
 
     @property
+    def progress(self) -> float:
+        """Share of the run that is done; 1 where its length is not known."""
+        steps = self.trainer.estimated_stepping_batches
+        return 1.0 if steps == float("inf") else self.global_step / steps
+
+    @property
     def upper_weight(self) -> float:
-        """λ in this epoch."""
+        """λ in this step."""
+        if self.progress < self.upper_weight_start:
+            return 0.0
         return max(0.0, self.initial_upper_weight - self.upper_weight_decay * self.current_epoch)
 
     @property
@@ -183,18 +181,19 @@ class LitBilevel(LightningModule):
         problem = self._problem(batch, inner.optimizer)
         found = weigh_responses(problem, self.refinement.rule) if self.refinement.active else None
         s_B = self.solver(problem) if self.learns_weights else None
-        problem.complete()
+        if s_B is None:
+            problem.complete()
         features, s_B, losses = gathered_scores(problem, s_B, self.trainer.strategy)
-        if self._clipped(inner.optimizer) and bool(torch.isfinite(s_B).all()):
+        self.refinement.observe(self.weights, features)
+        if self.learns_weights and self.progress >= self.weight_start:
+            self.refinement.step(self.weights, outer, features, s_B)
+        problem.complete()  # with the new weights: a row's first score counts at its first visit
+        if self._clipped(inner.optimizer):
             inner.step()
-            self.refinement.observe(self.weights, features)
-            if self.learns_weights and self.global_step > self.weight_warmup_steps:
-                self.refinement.step(self.weights, outer, features, s_B)
-            losses |= self._follow(found)
         else:
             self.skipped_steps += 1
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self._log_step(losses)
+        self._log_step(losses | followed(found, self.refinement.rule, self.trainer))
 
     def _optimizers(self) -> tuple[Any, Optimizer | None]:
         """The inner optimizer as Lightning wraps it (its steps count), and the outer one raw (its steps do not)."""
@@ -213,7 +212,7 @@ class LitBilevel(LightningModule):
             self.weights.needs_loss,
             self.upper_weight,
             optimizer,
-            Engine.of(self.trainer, self.manual_backward),
+            lightning_engine(self),
         )
 
     def _clipped(self, optimizer: Optimizer) -> bool:
@@ -227,16 +226,6 @@ class LitBilevel(LightningModule):
         if self.gradient_clip_val is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
         return bool(torch.isfinite(norm))
-
-    def _follow(self, found: Tensor | None) -> dict[str, Tensor]:
-        """Let the rule take in the step's responses; returns what is logged of them, if there were any."""
-        if found is None:
-            return {}
-        found = gathered_measures(found, self.trainer.strategy, self.trainer.world_size)
-        if not found[2] > 0:
-            return {}
-        self.refinement.rule.follow(found[-2:])
-        return measures(found)
 
     def _log_step(self, losses: dict[str, Tensor]) -> None:
         statistics = {f"weights/{name}": value for name, value in self.weights.statistics().items()}
@@ -282,8 +271,13 @@ class LitBilevel(LightningModule):
 
     # ---- checkpoints ----
 
+    def _frozen_names(self) -> set[str]:
+        """Parameters that checkpoints leave out, under every name they have (tied ones have several)."""
+        named = self.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in named if not parameter.requires_grad and name.startswith("policy.")}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        frozen = self._frozen_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         checkpoint["lit_bilevel"] = {
             "solver": self.solver.state_dict(),
@@ -297,7 +291,7 @@ class LitBilevel(LightningModule):
             raise UserError("lit_bilevel did not write this checkpoint; give one from a run's `checkpoints/` folder.")
         self._solver_state, self.skipped_steps = own["solver"], own["skipped_steps"]
         self.refinement.restore(own["refinement"], self.weights.pool_rows)
-        frozen = {name for name, parameter in self.named_parameters() if not parameter.requires_grad}
+        frozen = self._frozen_names()
         expected = {name: value.shape for name, value in self.state_dict().items() if name not in frozen}
         found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if expected != found:

@@ -106,7 +106,7 @@ def clean_pool_flags(config: str, shared: list[str], folder: Path) -> list[str]:
     from lit_bilevel.data.rows import Source
     from lit_bilevel.scoring import read_truth
 
-    settings = BilevelCLI(["fit", f"--config={config}", *shared], run=False).config["fit"]
+    settings = BilevelCLI([f"--config={config}", *shared], run=False).config
     rows = Source(settings.data.pool, settings.data.format, settings.data.columns or {}).read()
     kinds = read_truth(settings.data.truth, [row.id for row in rows])
     path = folder / "clean.jsonl"

@@ -47,7 +47,8 @@ class BilevelCheckpoint(ModelCheckpoint):
     ) -> None:
         if self._should_skip_saving_checkpoint(trainer):
             return
-        due = bool(self.every_n_steps) and trainer.global_step % (self.every_n_steps or 1) == 0
+        due = trainer.global_step == trainer.max_steps
+        due |= bool(self.every_n_steps) and trainer.global_step % (self.every_n_steps or 1) == 0
         if self.every_minutes is not None:
             late = time.monotonic() - self._saved_at >= 60 * self.every_minutes
             due = trainer.strategy.broadcast(due or late)  # clocks differ; rank 0 decides
@@ -55,7 +56,8 @@ class BilevelCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not is_rehearsal(trainer):
+        complete = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch  # not cut short by `max_steps`
+        if complete and not is_rehearsal(trainer):
             self._save_last(trainer)
 
     def _save_last(self, trainer: Trainer) -> None:

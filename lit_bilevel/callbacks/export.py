@@ -76,7 +76,7 @@ class Export(Callback):
             return {}
         table = pyarrow.parquet.read_table(path, columns=["id", "weight"])
         kinds = read_truth(truth, table["id"].to_pylist())
-        return flat(aurocs(torch.from_numpy(table["weight"].to_numpy()), kinds))
+        return flat(aurocs(torch.tensor(table["weight"].to_numpy()), kinds))
 
     def _write_weights(self, trainer: Trainer, pl_module: LitBilevel, path: Path) -> None:
         import pyarrow

@@ -155,6 +155,14 @@ class PairedStream:
     def __len__(self) -> int:
         return self.steps
 
+    def state_dict(self) -> dict[str, int]:
+        """The position: policy steps drawn since the start of the run."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue from a position."""
+        self.position = state_dict["position"]
+
     def __iter__(self) -> Iterator[dict[str, Window]]:
         steps = min(self.steps, self.epoch_steps())
         epoch, start = divmod(self.position, steps)

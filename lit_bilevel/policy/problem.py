@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,20 +47,6 @@ class Engine:
     loss_scale: float = 1.0
     differences: bool = True
 
-    @classmethod
-    def of(cls, trainer: Any, backward: Callable[[Tensor], None]) -> Engine:
-        """The machinery of a Lightning trainer."""
-        strategy = trainer.strategy
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        return cls(
-            backward=backward,
-            unsynchronised=getattr(strategy, "block_backward_sync", torch.enable_grad),
-            average=lambda values: [strategy.reduce(value, reduce_op="mean") for value in values],
-            world_size=trainer.world_size,
-            loss_scale=1.0 if scaler is None else scaler.get_scale(),
-            differences=trainer.precision in ("32-true", "64-true"),
-        )
-
 
 class PolicyProblem(BilevelProblem):
     """One policy step as a bilevel problem.
@@ -93,10 +78,12 @@ class PolicyProblem(BilevelProblem):
         self.weigh, self.needs_loss = weigh, needs_loss
         self.optimizer, self.engine = optimizer, engine
         self.parameters = policy.trainable()
-        self._weights: list[Tensor] | None = None if needs_loss else [weigh(batch.features) for batch in lower]
+        self._weights: Tensor | None = None
         self._lower_losses: Tensor | None = None
+        self._graph: Tensor | None = None
+        self._completed = False
         self._upper_gradient: Values | None = None
-        self._random = _random_states(self.parameters[0].device) if policy.has_dropout else None
+        self._random: list[Tensor] | None = None
         self.upper_loss: Tensor | None = None
         """This process's part of f, detached; the mean over processes is f."""
 
@@ -107,15 +94,18 @@ class PolicyProblem(BilevelProblem):
 
     def weights(self) -> Tensor:
         if self._weights is None:
-            self.lower_losses()
-        assert self._weights is not None
-        return torch.cat(self._weights)
+            features = [batch.features for batch in self.lower]
+            if self.needs_loss:
+                losses = self.lower_losses().split([batch.size for batch in self.lower])
+                features = [known.with_loss(loss_B) for known, loss_B in zip(features, losses, strict=True)]
+            self._weights = torch.cat([self.weigh(known) for known in features])
+        return self._weights
 
     # ---- the upper level ----
 
     def upper_gradient(self) -> Values:
         if self._upper_gradient is None:
-            assert self._lower_losses is None, "∇f has to be asked for before the lower losses"
+            assert self.upper_loss is None, "∇f has to be asked for before the lower losses"
             self._backward_upper(1.0, last=True)
             scale = self.engine.loss_scale
             gradients = [_gradient(parameter) for parameter in self.parameters]
@@ -139,31 +129,33 @@ class PolicyProblem(BilevelProblem):
 
     def lower_losses(self) -> Tensor:
         if self._lower_losses is None:
-            if self._upper_gradient is None and self.upper_weight > 0:
-                self._backward_upper(self.upper_weight, last=self.upper_weight == 1)
-            self._lower_losses = self._backward_lower()
+            self._finish_upper()
+            self._replay_dropout()
+            single = len(self.lower) == 1 and self.upper_weight < 1  # its graph waits for `complete`
+            with nullcontext() if single else torch.no_grad():
+                losses = [example_nll(self.policy(batch), batch) for batch in self.lower]
+            self._graph = losses[0] if single else None
+            self._lower_losses = torch.cat(losses).detach()
         return self._lower_losses
 
-    def _backward_lower(self) -> Tensor:
+    def _finish_upper(self) -> None:
+        """Let λ·∇f accumulate, where the solver did not ask for ∇f by itself."""
+        if self._upper_gradient is None and self.upper_loss is None and self.upper_weight > 0:
+            self._backward_upper(self.upper_weight, last=self.upper_weight == 1)
+
+    def _backward_lower(self) -> None:
+        """(1−λ)·∇ mean_i w_i·ℓ_i, with the weights as they are now."""
         self._replay_dropout()
-        losses, weights = [], []
+        losses = []
         for index, batch in enumerate(self.lower):
             final = index == len(self.lower) - 1
-            if self.upper_weight == 1:
-                context: AbstractContextManager = torch.no_grad()
-            else:
-                context = nullcontext() if final else self.engine.unsynchronised()
-            with context:
-                loss_B = example_nll(self.policy(batch), batch)
-                features = batch.features.with_loss(loss_B.detach())
-                weight_B = self._weights[index] if self._weights else self.weigh(features)
-                total = (weight_B.to(loss_B.dtype) * loss_B).sum()
-                if self.upper_weight < 1:
-                    self.engine.backward(total * ((1 - self.upper_weight) * self.engine.world_size / batch.window_rows))
+            with nullcontext() if final else self.engine.unsynchronised():
+                loss_B = self._graph if self._graph is not None else example_nll(self.policy(batch), batch)
+                weight_B = self.weigh(batch.features.with_loss(loss_B.detach())).to(loss_B.dtype)
+                share = (1 - self.upper_weight) * self.engine.world_size / batch.window_rows
+                self.engine.backward((weight_B * loss_B).sum() * share)
             losses.append(loss_B.detach())
-            weights.append(weight_B)
-        self._weights = weights
-        return torch.cat(losses)
+        self._graph, self._lower_losses = None, torch.cat(losses)
 
     def lower_losses_at(self, values: Values) -> Tensor:
         self._replay_dropout()
@@ -221,11 +213,18 @@ class PolicyProblem(BilevelProblem):
     # ---- the policy's step ----
 
     def complete(self) -> None:
-        """Compute what the solver did not ask for, and leave the policy's gradient on its parameters."""
-        self.lower_losses()
+        """Leave the policy's gradient on its parameters, with the weights as they are now; once."""
+        if self._completed:
+            return
+        self._finish_upper()
+        if self.upper_weight == 1:
+            self.lower_losses()
+        else:
+            self._backward_lower()
         if self._upper_gradient is not None and self.upper_weight > 0:
             gradients = [_gradient(parameter) for parameter in self.parameters]
             torch._foreach_add_(gradients, self._upper_gradient, alpha=self.upper_weight * self.engine.loss_scale)
+        self._completed = True
 
     def preconditioner(self) -> Values | None:
         state = self.optimizer.state
@@ -245,7 +244,12 @@ class PolicyProblem(BilevelProblem):
         return result
 
     def _replay_dropout(self) -> None:
-        if self._random is not None:
+        """Start every pass over the lower rows from the random state of the first."""
+        if not self.policy.has_dropout:
+            return
+        if self._random is None:
+            self._random = _random_states(self.parameters[0].device)
+        else:
             _restore_random_states(self._random, self.parameters[0].device)
 
 

@@ -31,6 +31,8 @@ class OneStep(BilevelSolver):
         epsilon: length of the finite step in parameter space; by default 1e-2 in float32 and 1e-6 in float64.
         preconditioned: scale the direction by the second moments of the policy's optimizer, as its own step would.
         direction_decay: decay of the running mean of the validation gradient over steps; 0 uses this step's alone.
+            Averaging takes out the noise of a small validation batch and of the policy's own oscillation.
+        direction_every: compute the validation gradient in every so many steps, and keep the running mean in between.
     """
 
     def __init__(
@@ -39,15 +41,20 @@ class OneStep(BilevelSolver):
         epsilon: float | None = None,
         preconditioned: bool = True,
         direction_decay: float = 0.9,
+        direction_every: int = 1,
     ):
         if not 0 <= direction_decay < 1:
             raise ValueError(f"`direction_decay` is {direction_decay}; it must be in [0, 1).")
+        if direction_every < 1 or (direction_every > 1 and direction_decay == 0):
+            raise ValueError(f"`direction_every` is {direction_every}; above 1 it needs `direction_decay` above 0.")
         if epsilon is not None and epsilon <= 0:
             raise ValueError(f"`epsilon` is {epsilon}; it must be above 0.")
         self.derivative = derivative
         self.epsilon = epsilon
         self.preconditioned = preconditioned
         self.direction_decay = direction_decay
+        self.direction_every = direction_every
+        self._steps = 0
         self._average: Values | None = None
 
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:
@@ -75,18 +82,17 @@ class OneStep(BilevelSolver):
         return self.derivative
 
     def _direction(self, problem: BilevelProblem) -> Values:
-        gradient = problem.upper_gradient()
-        if self.direction_decay > 0:
-            if self._average is None:
-                self._average = [g.clone() for g in gradient]
-            else:
-                torch._foreach_lerp_(self._average, gradient, 1 - self.direction_decay)
-            gradient = self._average
+        if self._average is None:
+            self._average = [g.clone() for g in problem.upper_gradient()]
+        elif self._steps % self.direction_every == 0:
+            torch._foreach_lerp_(self._average, problem.upper_gradient(), 1 - self.direction_decay)
+        self._steps += 1
+        gradient = self._average
         preconditioner = problem.preconditioner() if self.preconditioned else None
         return gradient if preconditioner is None else list(torch._foreach_mul(gradient, preconditioner))
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._average is None else {"average": self._average}
+        return {} if self._average is None else {"average": self._average, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._average = state.get("average")
+        self._average, self._steps = state.get("average"), state.get("steps", 0)

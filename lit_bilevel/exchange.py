@@ -1,18 +1,39 @@
-"""Scores of all processes brought together, so that each of them takes the same weight step.
+"""What a policy step exchanges with other processes: gradients through the strategy, scores by gathering.
 
+Scores of all processes are brought together, so that each of them takes the same weight step.
 O(global batch) numbers are exchanged, never O(N). Rows are ordered by their number, so the result does not depend on
 how they were dealt out; rows that only filled a shape are dropped. Left out: gathering gradients.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lit_bilevel.policy.problem import PolicyProblem
+from lit_bilevel.policy.problem import Engine, PolicyProblem
+from lit_bilevel.policy.score import measures
+from lit_bilevel.ratios import ResponseWeights
 from lit_bilevel.types import Features
+
+if TYPE_CHECKING:
+    from lit_bilevel.module import LitBilevel
+
+
+def lightning_engine(module: LitBilevel) -> Engine:
+    """The machinery around a step, from the module's strategy and precision."""
+    trainer, strategy = module.trainer, module.trainer.strategy
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return Engine(
+        backward=module.manual_backward,
+        unsynchronised=getattr(strategy, "block_backward_sync", nullcontext),
+        average=lambda values: [strategy.reduce(value, reduce_op="mean") for value in values],
+        world_size=trainer.world_size,
+        loss_scale=1.0 if scaler is None else scaler.get_scale(),
+        differences=trainer.precision in ("32-true", "64-true"),
+    )
 
 
 def gathered_scores(
@@ -49,9 +70,23 @@ def gathered_scores(
     return Features(row.long(), source.long(), length.long(), loss), s, losses
 
 
-def gathered_measures(found: Tensor, strategy: Any, world_size: int) -> Tensor:
-    """What all processes found on their generated responses: the first entry's maximum, the sum of the others."""
-    if world_size == 1:
-        return found
-    table = strategy.all_gather(found)
-    return torch.cat([table[:, :1].amax(0), table[:, 1:].sum(0)])
+def followed(found: Tensor | None, rule: ResponseWeights, trainer: Any) -> dict[str, Tensor]:
+    """Let the rule take in the generated responses of a step on all processes.
+
+    Args:
+        found: what `weigh_responses` returned here, or `None` where no row is refined.
+        rule: of the response weights.
+        trainer: Lightning's.
+
+    Returns:
+        What is logged of the responses, if there were any.
+    """
+    if found is None:
+        return {}
+    if trainer.world_size > 1:
+        table = trainer.strategy.all_gather(found)
+        found = torch.cat([table[:, :1].amax(0), table[:, 1:].sum(0)])
+    if not found[2] > 0:
+        return {}
+    rule.follow(found[-2:])
+    return measures(found)
