@@ -18,7 +18,7 @@ Prompt tokens are never predicted, so they have no K entry; that is all that mas
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,8 +89,7 @@ class Example:
         return round(sum(lengths) / len(lengths))
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A prompt to answer: its position, id and text, its token ids, and how many more tokens the context has."""
 
     row: int

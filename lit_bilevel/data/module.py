@@ -24,9 +24,9 @@ from lit_bilevel.data.encode import Encoder, encoded_table
 from lit_bilevel.data.responses import ResponseStore
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.split import refuse_overlap, split
-from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, Window, examples_of
+from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, Window, examples_of, unchanged
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.types import Batch, Example, Question, Row
+from lit_bilevel.types import Batch, Question, Row
 
 
 class BilevelDataModule(LightningDataModule):
@@ -215,19 +215,25 @@ class BilevelDataModule(LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         own = sorted(questions, key=lambda question: (len(question.prompt_ids), question.row))[rank::world]
         batches: Any = [own[i : i + self.eval_batch_size] for i in range(0, len(own), self.eval_batch_size)]
-        return DataLoader(batches, batch_size=None, collate_fn=list)
+        return DataLoader(batches, batch_size=None, collate_fn=unchanged)
 
     def _evaluation_loader(self, name: str) -> DataLoader:
         dataset = self.sets[name]
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         examples = share_of_rank(examples_of(dataset, range(len(dataset))), rank, world)
-        batches: Any = [examples[i : i + self.eval_batch_size] for i in range(0, len(examples), self.eval_batch_size)]
-        return DataLoader(batches, batch_size=None, collate_fn=_Collate(len(dataset)), pin_memory=self.pin_memory)
+        starts = range(0, len(examples), self.eval_batch_size)
+        windows: Any = [Window(examples[i : i + self.eval_batch_size], len(dataset)) for i in starts]
+        return DataLoader(windows, batch_size=None, collate_fn=unchanged)
 
     # ---- what the main process adds ----
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Collate the windows of a policy step, refined rows with their current responses."""
+        """Collate windows, in training with the current responses of refined rows.
+
+        Here and not in the loader, for Lightning converts tensors to the run's precision just before.
+        """
+        if isinstance(batch, Window):
+            return self._pinned([collate(batch.examples, batch.rows)])[0]
         if not isinstance(batch, dict):
             return batch
         return {level: self._micro_batches(level, window) for level, window in batch.items()}
@@ -241,6 +247,9 @@ class BilevelDataModule(LightningDataModule):
             if level == "lower":
                 examples = self.responses.overlay(examples, len(self.sets["pool"]))
             batches.append(collate(examples, window.rows))
+        return self._pinned(batches)
+
+    def _pinned(self, batches: list[Batch]) -> list[Batch]:
         return [batch.pin_memory() for batch in batches] if self.pin_memory else batches
 
     # ---- state ----
@@ -255,13 +264,3 @@ class BilevelDataModule(LightningDataModule):
         self.responses.load_state_dict(state_dict["responses"])
         if self._stream is not None:
             self._stream.position = self._position
-
-
-class _Collate:
-    """Collates evaluation batches (a class so that worker processes can receive it)."""
-
-    def __init__(self, rows: int):
-        self.rows = rows
-
-    def __call__(self, examples: list[Example]) -> Batch:
-        return collate(examples, self.rows)
