@@ -5,16 +5,13 @@ Left out: settings of the data, which the data module checks itself.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lit_bilevel.errors import gathered
 
-if TYPE_CHECKING:
-    from lit_bilevel.module import LitBilevel
 
-
-def check_settings(module: LitBilevel) -> None:
-    """Refuse settings that have no meaning, all in one message.
+def check_settings(module: Any) -> None:
+    """Refuse settings of a `LitBilevel` that have no meaning, all in one message.
 
     Raises:
         UserError: naming each of them.

@@ -8,9 +8,10 @@ how they were dealt out; rows that only filled a shape are dropped. Left out: ga
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_bilevel.policy.problem import Engine, PolicyProblem
@@ -18,11 +19,8 @@ from lit_bilevel.policy.score import measures
 from lit_bilevel.ratios import ResponseWeights
 from lit_bilevel.types import Features
 
-if TYPE_CHECKING:
-    from lit_bilevel.module import LitBilevel
 
-
-def lightning_engine(module: LitBilevel) -> Engine:
+def lightning_engine(module: LightningModule) -> Engine:
     """The machinery around a step, from the module's strategy and precision."""
     trainer, strategy = module.trainer, module.trainer.strategy
     scaler = getattr(trainer.precision_plugin, "scaler", None)

@@ -25,12 +25,11 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import move_data_to_device
 from torch import Tensor
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
 from lit_bilevel.checks import check_settings
 from lit_bilevel.errors import UserError, misfit
+from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
-from lit_bilevel.losses import example_nll
 from lit_bilevel.optim import ExponentiatedGradient
 from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
@@ -109,8 +108,7 @@ class LitBilevel(LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
         self.skipped_steps = 0
-        self.loss_per_row = torch.nn.ModuleDict({name: MeanMetric() for name in ("monitor", "test")})
-        self.loss_per_token = MeanMetric()
+        self.evaluation = Evaluation()
         self._solver_state: dict[str, Any] | None = None
         check_settings(self)
 
@@ -254,15 +252,8 @@ class LitBilevel(LightningModule):
 
     def _evaluate(self, name: str, batch: Batch) -> None:
         assert self.policy is not None
-        loss_B = example_nll(self.policy(batch), batch)
-        real_B = (batch.row_B >= 0).to(loss_B.dtype)
-        metric = self.loss_per_row[name]
-        assert isinstance(metric, MeanMetric)
-        metric.update(loss_B, real_B)
-        self.log(f"{name}/loss", metric, prog_bar=name == "monitor")
-        if name == "test":
-            self.loss_per_token.update(loss_B, real_B * batch.length_B)
-            self.log("test/loss_per_token", self.loss_per_token)
+        for key, metric in self.evaluation(name, self.policy, batch).items():
+            self.log(key, metric, prog_bar=key == "monitor/loss")
 
     def predict_step(self, batch: list[Question], batch_idx: int) -> list[dict[str, str]]:
         """Greedy answers to test prompts: dicts of `id`, `prompt` and `response`."""

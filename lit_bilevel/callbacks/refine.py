@@ -182,7 +182,7 @@ class SelfRefine(Callback):
     @staticmethod
     def _shows_progress(trainer: Trainer) -> bool:
         bar = trainer.progress_bar_callback
-        return trainer.is_global_zero and bar is not None and bar.is_enabled
+        return trainer.is_global_zero and bar is not None and not getattr(bar, "is_disabled", False)
 
     # ---- what is shown ----
 
