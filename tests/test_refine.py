@@ -160,13 +160,13 @@ def test_micro_batches_change_nothing(small, tmp_path, rule, responses):
             response_weights=rule,
             solver=Mixing(),
             weights=UniformWeights(),
-            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),  # Adam blows rounding up where ∇ is 0
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.005),  # Adam blows rounding up where ∇ is 0
             accumulate_grad_batches=8 // size,
             trainer_settings={"precision": "64-true"},
         )
         tables.append([parameter.detach().clone() for parameter in model.policy.trainable()])
     for one, other in zip(*tables, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
+        torch.testing.assert_close(one, other, atol=1e-8, rtol=0)
 
 
 # ---- weights ----
