@@ -16,8 +16,16 @@ _HOMES = {
     "PolicySettings": "lit_bilevel.policy.load",
     "LoraSettings": "lit_bilevel.policy.load",
     "ExponentiatedGradient": "lit_bilevel.optim",
-    **dict.fromkeys(("ExampleWeights", "SigmoidWeights", "SoftmaxWeights", "UniformWeights"), "lit_bilevel.weights"),
-    **dict.fromkeys(("BilevelSolver", "Mixing", "OneStep", "Penalty"), "lit_bilevel.solvers"),
+    **dict.fromkeys(
+        (
+            *("BMOWeights", "ExampleWeights", "NetworkWeights", "RunningWeights", "SigmoidWeights", "SoftmaxWeights"),
+            *("SourceWeights", "TableWeights", "UniformWeights"),
+        ),
+        "lit_bilevel.weights",
+    ),
+    **dict.fromkeys(
+        ("BilevelSolver", "Implicit", "Mixing", "OneStep", "Penalty", "ValueFunction"), "lit_bilevel.solvers"
+    ),
     **dict.fromkeys(
         ("BelowThreshold", "BilevelCheckpoint", "Choose", "Export", "LowestFraction", "Predictions", "RandomFraction"),
         "lit_bilevel.callbacks",

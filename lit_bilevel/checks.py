@@ -24,15 +24,19 @@ def check_settings(module: Any) -> None:
         )
     if module.upper_weight_decay < 0:
         problems.append(f"`model.upper_weight_decay` is {module.upper_weight_decay}; it must be at least 0")
-    if module.solver.needs_upper_weight and module.initial_upper_weight == 0:
-        problems.append(
-            f"`{type(module.solver).__name__}` divides by `model.upper_weight`, which is 0; set it above 0, or use"
-            " `OneStep`"
-        )
-    if module.solver.needs_upper_weight and module.upper_weight_decay > 0:
-        problems.append(
-            f"`model.upper_weight_decay` takes λ to 0, where `{type(module.solver).__name__}` has no meaning"
-        )
+    for part in (module.solver, module.weights):
+        if not part.needs_upper_weight:
+            continue
+        for name, value, wrong in (
+            ("upper_weight", module.initial_upper_weight, module.initial_upper_weight == 0),
+            ("upper_weight_decay", module.upper_weight_decay, module.upper_weight_decay > 0),
+            ("upper_weight_start", module.upper_weight_start, module.upper_weight_start > 0),
+        ):
+            if wrong:
+                problems.append(
+                    f"`model.{name}` is {value}, so λ is 0 in some step, where `{type(part).__name__}` has no meaning;"
+                    " change it, or use `OneStep` with `SoftmaxWeights`"
+                )
     if module.accumulate_grad_batches < 1:
         problems.append(f"`model.accumulate_grad_batches` is {module.accumulate_grad_batches}; it must be at least 1")
     if problems:

@@ -4,14 +4,13 @@
     ω    ← outer optimizer( mean_i s_i · dw_i/dω )              weight step, from the rows of all processes
     θ    ← inner optimizer( λ·∇f + (1−λ)·∇ mean_i w_i·ℓ_i )     policy step, with the new weights
 
-Weights first: in the other order a row is always trained on before its own first score, and in the first epoch the
-weights of a table could not act at all (measured on real text: the run equalled direct mixing until its second epoch).
+Weights first: in the other order a row is trained on before its own first score, and in the first epoch the weights of
+a table could not act at all (measured on real text: the run equalled direct mixing until its second epoch).
 
 Manual optimization with two optimizers. The outer one is stepped raw, so `global_step` counts policy steps and
 `max_steps`, checkpoint cadence and logging mean what they always mean. Every process applies the same weight step.
 
-Left out: automatic optimization, which knows one optimizer; the Trainer's clipping and accumulation, which manual
-optimization takes away, are arguments here.
+Left out: automatic optimization, which knows one optimizer; the Trainer's clipping and accumulation are arguments here.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from lit_bilevel.checks import check_settings
 from lit_bilevel.errors import UserError, misfit
 from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
-from lit_bilevel.optim import ExponentiatedGradient
+from lit_bilevel.optim import ExponentiatedGradient, check_optimizer
 from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.policy import Policy
@@ -120,7 +119,6 @@ class LitBilevel(LightningModule):
         return load_tokenizer(self.policy_settings)
 
     def setup(self, stage: str) -> None:
-        """Give the weights their shape; the data module has read the pool by now."""
         if self.weights.pool_rows == 0:
             sources = getattr(getattr(self.trainer, "datamodule", None), "pool_sources", None)
             if sources is None:
@@ -146,6 +144,8 @@ class LitBilevel(LightningModule):
         inner = self.make_optimizer(self.policy.trainable())
         parameters = list(self.weights.parameters())
         optimizers = [inner, self.make_weight_optimizer(parameters)] if parameters else [inner]
+        if self.learns_weights:
+            check_optimizer(self.weights, optimizers[-1])
         steps = self.trainer.estimated_stepping_batches
         total = None if steps == float("inf") else int(steps)
         scheduler = get_scheduler(

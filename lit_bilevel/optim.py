@@ -4,6 +4,10 @@ Adam on a table moves every row at every step, so the learned order is mostly th
 AUROC 0.84 on two groups of constant loss, where visited-rows-only updates give 1.00). Everything here leaves rows
 without a gradient alone.
 
+`check_optimizer` refuses combinations that fail the tests' visit-order property. Scores have unit scale, and the
+rounding noise of equal scores is 1e-4 of that or less: an optimizer that divides by its own second moments blows this
+noise up to full steps, unless its `eps` is as large as the scores.
+
 Left out: momentum on the table; it would move rows that were not visited.
 """
 
@@ -12,7 +16,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer, SparseAdam
+
+from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.weights.base import ExampleWeights
+
+SAFE_EPS = 1.0
 
 
 class ExponentiatedGradient(Optimizer):
@@ -27,7 +36,7 @@ class ExponentiatedGradient(Optimizer):
 
     def __init__(self, params, lr: float = 0.3):
         if lr < 0:
-            raise ValueError(f"`lr` is {lr}; it must be at least 0.")
+            raise UserError(f"`lr` is {lr}; it must be at least 0.")
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
@@ -44,3 +53,33 @@ class ExponentiatedGradient(Optimizer):
                 else:
                     parameter.add_(gradient, alpha=-group["lr"])
         return loss
+
+
+def check_optimizer(weights: ExampleWeights, optimizer: Optimizer) -> None:
+    """Refuse an optimizer under which the weights would follow the order of visits, or rounding noise.
+
+    Raises:
+        UserError: naming the combination and what to use instead.
+    """
+    if isinstance(optimizer, ExponentiatedGradient):
+        return
+    name = f"`{type(optimizer).__name__}`"
+    title = f"{name} is not safe for `{type(weights).__name__}`"
+    remedy = "use `ExponentiatedGradient`" + (", `SGD` or `SparseAdam`" if weights.sparse else ", `SGD` or `AdamW`")
+    kinds: tuple[type[Optimizer], ...] = (SGD, SparseAdam) if weights.sparse else (SGD, Adam, AdamW)
+    if not isinstance(optimizer, kinds):
+        moves = "it moves rows that were not visited, or rescales" if weights.sparse else "it rescales"
+        raise UserError(f"{title}: {moves} rounding noise to full steps; {remedy} as `model.weight_optimizer`.")
+    problems = []
+    for group in optimizer.param_groups:
+        if weights.sparse and (group.get("momentum", 0) or group.get("weight_decay", 0)):
+            problems.append(
+                f"its momentum and weight decay would move rows that were not visited; set both to 0 ({name})"
+            )
+        if group.get("eps", SAFE_EPS) < SAFE_EPS:
+            problems.append(
+                f"its `eps` is {group['eps']}, which rescales the rounding noise of equal scores to full steps;"
+                f" set `eps` to {SAFE_EPS:g} or more, or {remedy.replace(f', `{type(optimizer).__name__}`', '')}"
+            )
+    if problems:
+        raise gathered(title, problems)

@@ -69,11 +69,14 @@ class BilevelProblem(ABC):
         """∇²_θ(λ·f + (1−λ)·g) · vector."""
 
     @abstractmethod
-    def preconditioner(self) -> Values | None:
-        """1/(√v̂ + eps) of the policy's Adam-like optimizer; `None` before its first step.
+    def preconditioned(self, direction: Values) -> Values:
+        """P·direction with P = 1/(√v̂′ + eps) of the policy's Adam, v̂′ being v̂ after a step along the direction.
+
+        With v̂ alone, a parameter whose gradient was 0 so far (a rare token's embedding) would be scaled by 1/eps and
+        outweigh all others.
 
         Raises:
-            ValueError: if the optimizer keeps no second moments.
+            UserError: if the optimizer keeps no second moments.
         """
 
 

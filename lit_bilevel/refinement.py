@@ -94,9 +94,9 @@ class Refinement(nn.Module):
         """Take note of a policy step: its rows and groups, without padding."""
         own, groups = self._parted(features)
         if len(own):
-            offline.count_visits(_taken(features, own))
+            offline.observe(_taken(features, own))
         if self.weights is not None and len(groups):
-            self.weights.count_visits(_taken(features, groups, len(self.frozen)))
+            self.weights.observe(_taken(features, groups, len(self.frozen)))
 
     def step(self, offline: ExampleWeights, optimizer: Optimizer | None, features: Features, s_B: Tensor) -> None:
         """One step of both tables from the scores of the global batch, without padding; frozen rows stay."""

@@ -141,6 +141,22 @@ class Generated:
     temperature: float
 
 
+class Part(NamedTuple):
+    """Neighbouring sequences that go through the policy in one call, cut to their own width.
+
+    Args:
+        start: the first of them.
+        stop: after the last.
+        width: tokens of the longest.
+        predicted: how many of the K tokens they hold.
+    """
+
+    start: int
+    stop: int
+    width: int
+    predicted: int
+
+
 @dataclass(frozen=True)
 class Batch:
     """Right-padded token sequences with the response tokens that are predicted, on one device.
@@ -154,6 +170,8 @@ class Batch:
         target_K: [K] predicted token ids.
         segment_K: [K] the example (0 … B−1) that each predicted token belongs to.
         scale_K: [K] factor of each token's NLL in its example's loss (1/length for a token mean, 0 for padding).
+        parts: the sequences, sorted by length, as they go through the policy: one call a part, to compute little
+            padding.
         window_rows: rows in the whole policy step, over all micro-batches and processes, padding not counted.
         generated: which of the sequences were sampled from the policy, or `None` where all are offline data.
     """
@@ -166,6 +184,7 @@ class Batch:
     target_K: Tensor
     segment_K: Tensor
     scale_K: Tensor
+    parts: tuple[Part, ...]
     window_rows: int
     generated: Generated | None = None
 

@@ -231,7 +231,14 @@ def test_shares_of_ranks_partition_the_window():
 def test_collate_points_at_response_tokens():
     batch = collate([Example(4, 0, [10, 11, 12, 13], 2), Example(PADDING_ROW, 0, [20, 21], 1)], window_rows=1)
     flat = batch.input_ids_ST.flatten()
-    assert flat[batch.position_K].tolist() == [11, 12, 20]
-    assert batch.target_K.tolist() == [12, 13, 21]
-    assert batch.segment_K.tolist() == [0, 0, 1]
-    assert batch.scale_K.tolist() == [0.5, 0.5, 0.0]
+    assert flat[batch.position_K].tolist() == [20, 11, 12]
+    assert batch.target_K.tolist() == [21, 12, 13]
+    assert batch.segment_K.tolist() == [1, 0, 0]
+    assert batch.scale_K.tolist() == [0.0, 0.5, 0.5]
+
+
+def test_batches_are_cut_where_it_saves_padding():
+    examples = [Example(row, 0, [1] * length, 1) for row, length in enumerate([50, 3, 4, 48])]
+    assert [part[:3] for part in collate(examples, 4, call_cost=10).parts] == [(0, 2, 4), (2, 4, 50)]
+    assert [part[:3] for part in collate(examples, 4).parts] == [(0, 4, 50)]
+    assert sum(part.predicted for part in collate(examples, 4, 10).parts) == 49 + 2 + 3 + 47

@@ -238,7 +238,7 @@ def test_bad_data_is_refused(flags, small, capsys, tmp_path):
 
 
 def test_settings_without_meaning_are_refused(flags, capsys):
-    assert "divides by `model.upper_weight`" in refusal(
+    assert "`model.upper_weight` is 0.0, so λ is 0 in some step, where `Penalty` has no meaning" in refusal(
         ["fit", *flags, "--model.solver=Penalty", "--model.upper_weight=0"], capsys
     )
     assert "the pool has 90 rows and a policy step takes 128" in refusal(

@@ -94,25 +94,25 @@ def test_a_batch_of_offline_rows_and_groups():
     """One sequence a response; 1/G′ once; a constant length; targets are the sampled ids, not shifted again."""
     store = filled()
     batch = collate(store.overlay([offline(2), offline(3), offline(7)], POOL), 3)
-    assert batch.input_ids_ST.tolist() == [
+    assert batch.input_ids_ST.tolist() == [  # by length
         [10, 11, 12, 13, 2, 0, 0],
-        [10, 11, 12, 9, 9, 9, 2],
-        [10, 11, 12, 5, 6, 2, 0],
         [10, 11, 12, 8, 2, 0, 0],
+        [10, 11, 12, 5, 6, 2, 0],
+        [10, 11, 12, 9, 9, 9, 2],
     ]
-    assert batch.target_K.tolist() == [13, 2, 9, 9, 9, 2, 5, 6, 2, 8, 2]
+    assert batch.target_K.tolist() == [13, 2, 8, 2, 5, 6, 2, 9, 9, 9, 2]
     assert batch.input_ids_ST.flatten()[batch.position_K + 1].tolist() == batch.target_K.tolist()
-    assert batch.segment_K.tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert batch.segment_K.tolist() == [0, 0, 2, 2, 2, 2, 2, 1, 1, 1, 1]
     assert batch.length_B.tolist() == [2, 4, 2]
     generated = batch.generated
-    assert generated.sequence_R.tolist() == [1, 2, 3]
+    assert generated.sequence_R.tolist() == [3, 2, 1]  # responses in the order of the examples
     assert generated.example_R.tolist() == [1, 2, 2]
     assert batch.target_K[generated.token_J].tolist() == [9, 9, 9, 2, 5, 6, 2, 8, 2]
     assert generated.response_J.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2]
     assert generated.logprob_J.tolist() == [0, -0.5, -1, -1.5, 0, -0.5, -1, 0, -0.5]
     assert generated.temperature == 0.8
     nll_K = torch.arange(1.0, 12.0)
-    expected = [1.5, (3 + 4 + 5 + 6) / 3, 0.5 * (7 + 8 + 9 + 10 + 11) / 3]
+    expected = [1.5, (8 + 9 + 10 + 11) / 3, 0.5 * (3 + 4 + 5 + 6 + 7) / 3]
     assert example_nll(nll_K, batch).tolist() == pytest.approx(expected)
 
 

@@ -17,8 +17,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_bilevel.losses import example_nll
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.scoring import aurocs, flat, read_truth
+from lit_bilevel.types import Features
 
 
 class Export(Callback):
@@ -43,11 +45,16 @@ class Export(Callback):
             for name in self.FILES:
                 _remove(run_folder(trainer) / name)
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_rehearsal(trainer):
             return
         assert isinstance(pl_module, LitBilevel)
+        if pl_module.weights.needs_scoring:
+            score_pool(trainer, pl_module)
+        self._write(trainer, pl_module)
+
+    @rank_zero_only
+    def _write(self, trainer: Trainer, pl_module: LitBilevel) -> None:
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         self._write_weights(trainer, pl_module, folder / "weights.parquet")
@@ -116,6 +123,24 @@ class Export(Callback):
         pl_module.tokenizer.save_pretrained(partial)
         _remove(path)
         os.replace(partial, path)
+
+
+@torch.no_grad()
+def score_pool(trainer: Trainer, module: LitBilevel) -> None:
+    """Show the weights every pool row's loss under the final policy, with dropout off, on all processes alike."""
+    assert module.policy is not None
+    training = module.policy.training
+    module.policy.eval()
+    for batch in trainer.datamodule.evaluation_loader("pool"):  # type: ignore[attr-defined]
+        batch = batch.to(module.device)
+        with trainer.precision_plugin.forward_context():
+            loss_B = example_nll(module.policy(batch), batch)
+        table = torch.stack([batch.row_B, batch.source_B, batch.length_B, loss_B], dim=1).double()
+        if trainer.world_size > 1:
+            table = module.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]
+        row, source, length, loss = table[table[:, 0] >= 0].unbind(1)
+        module.weights.score(Features(row.long(), source.long(), length.long(), loss))
+    module.policy.train(training)
 
 
 def is_rehearsal(trainer: Trainer) -> bool:

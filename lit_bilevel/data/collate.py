@@ -6,6 +6,8 @@ selects response positions without asking the device how many there are. Left ou
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,18 +15,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lit_bilevel.types import PADDING_ROW, Batch, Example, Generated, Response
+from lit_bilevel.types import PADDING_ROW, Batch, Example, Generated, Part, Response
 
 
-def collate(examples: Sequence[Example], window_rows: int) -> Batch:
+def collate(examples: Sequence[Example], window_rows: int, call_cost: float = math.inf) -> Batch:
     """One batch of examples: one sequence each, or one per response where an example has a group.
 
     Args:
         examples: at least one; those with `PADDING_ROW` fill the shape and count nothing.
         window_rows: rows in the whole policy step.
+        call_cost: how many tokens' computation one more call of the policy is worth saving.
     """
-    sequences = [sequence for index, example in enumerate(examples) for sequence in _sequences(example, index)]
-    width = max(len(sequence.ids) for sequence in sequences)
+    responses = itertools.count()
+    sequences = [s for index, example in enumerate(examples) for s in _sequences(example, index, responses)]
+    sequences.sort(key=lambda sequence: len(sequence.ids))
+    width = len(sequences[-1].ids)
     input_ids = np.zeros((len(sequences), width), dtype=np.int64)
     positions, targets, segments, scales = [], [], [], []
     for place, sequence in enumerate(sequences):
@@ -43,30 +48,50 @@ def collate(examples: Sequence[Example], window_rows: int) -> Batch:
         target_K=torch.from_numpy(np.concatenate(targets)),
         segment_K=torch.from_numpy(np.concatenate(segments)),
         scale_K=torch.from_numpy(np.concatenate(scales)),
+        parts=tuple(_parts(sequences, call_cost)),
         window_rows=window_rows,
         generated=_generated(examples, sequences),
     )
 
 
+def _parts(sequences: list[_Sequence], call_cost: float) -> Iterator[Part]:
+    """The cut into neighbours that computes the fewest tokens, calls included (dynamic programming)."""
+    lengths = [len(sequence.ids) for sequence in sequences]
+    starts, best = [0], [0.0]
+    for stop in range(1, len(lengths) + 1):
+        first = 0 if math.isinf(call_cost) else stop - 1
+        cut = min(range(first + 1), key=lambda start: best[start] + (stop - start) * lengths[stop - 1])
+        starts.append(cut)
+        best.append(best[cut] + (stop - cut) * lengths[stop - 1] + (0 if math.isinf(call_cost) else call_cost))
+    cuts = [len(lengths)]
+    while cuts[-1] > 0:
+        cuts.append(starts[cuts[-1]])
+    for stop, start in reversed(list(itertools.pairwise(cuts))):
+        predicted = sum(len(sequence.ids) - sequence.start for sequence in sequences[start:stop])
+        yield Part(start, stop, lengths[stop - 1], predicted)
+
+
 class _Sequence(NamedTuple):
-    """One sequence of a batch; `response` is set where it was sampled."""
+    """One sequence of a batch; `response`, and its `number` in the batch, are set where it was sampled."""
 
     ids: list[int]
     start: int
     example: int
     scale: float
-    response: Response | None
+    response: Response | None = None
+    number: int = -1
 
 
-def _sequences(example: Example, index: int) -> Iterator[_Sequence]:
+def _sequences(example: Example, index: int, numbers: Iterator[int]) -> Iterator[_Sequence]:
     if example.group is None:
         scale = 0.0 if example.row == PADDING_ROW else 1.0 / example.response_length
-        yield _Sequence(example.input_ids, example.response_start, index, scale, None)
+        yield _Sequence(example.input_ids, example.response_start, index, scale)
         return
     responses = example.group.responses
     scale = 1.0 / (len(responses) * example.group.mean_length)  # a constant length, and 1/G′ once
+    prompt = example.input_ids
     for response in responses:
-        yield _Sequence(example.input_ids + response.token_ids, len(example.input_ids), index, scale, response)
+        yield _Sequence(prompt + response.token_ids, len(prompt), index, scale, response, next(numbers))
 
 
 def _generated(examples: Sequence[Example], sequences: list[_Sequence]) -> Generated | None:
@@ -76,6 +101,7 @@ def _generated(examples: Sequence[Example], sequences: list[_Sequence]) -> Gener
     lengths = [len(sequence.ids) - sequence.start for sequence in sequences]
     first = np.cumsum([0, *lengths])
     held = [(place, s, s.response) for place, s in enumerate(sequences) if s.response is not None]
+    held.sort(key=lambda item: item[1].number)  # responses in the order of the examples, whatever their length
     return Generated(
         sequence_R=torch.tensor([place for place, _, _ in held]),
         example_R=torch.tensor([sequence.example for _, sequence, _ in held]),

@@ -9,6 +9,7 @@ result independent of the number of processes.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from lit_bilevel.data.collate import collate, share_of_rank
@@ -192,12 +194,12 @@ class BilevelDataModule(LightningDataModule):
         return self._stream
 
     def val_dataloader(self) -> DataLoader:
-        return self._evaluation_loader("monitor")
+        return self.evaluation_loader("monitor")
 
     def test_dataloader(self) -> DataLoader:
         if "test" not in self.sets:
             raise UserError("`data.test` is not set, so there is nothing to test on; give a file of held-out rows.")
-        return self._evaluation_loader("test")
+        return self.evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader:
         """The test prompts: lists of `Question`."""
@@ -217,7 +219,8 @@ class BilevelDataModule(LightningDataModule):
         batches: Any = [own[i : i + self.eval_batch_size] for i in range(0, len(own), self.eval_batch_size)]
         return DataLoader(batches, batch_size=None, collate_fn=unchanged)
 
-    def _evaluation_loader(self, name: str) -> DataLoader:
+    def evaluation_loader(self, name: str) -> DataLoader:
+        """Every row of a set once, dealt out to the processes."""
         dataset = self.sets[name]
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         examples = share_of_rank(examples_of(dataset, range(len(dataset))), rank, world)
@@ -233,10 +236,17 @@ class BilevelDataModule(LightningDataModule):
         Here and not in the loader, for Lightning converts tensors to the run's precision just before.
         """
         if isinstance(batch, Window):
-            return self._pinned([collate(batch.examples, batch.rows)])[0]
+            return self._pinned([collate(batch.examples, batch.rows, self._call_cost)])[0]
         if not isinstance(batch, dict):
             return batch
         return {level: self._micro_batches(level, window) for level, window in batch.items()}
+
+    @property
+    def _call_cost(self) -> float:
+        """Tokens that one more call of the policy costs; a sharded policy needs as many calls on every process."""
+        if self.trainer is None or isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return math.inf
+        return 256 if self.trainer.strategy.root_device.type == "cpu" else 4096
 
     def _micro_batches(self, level: str, window: Window) -> list[Batch]:
         """Batches of at most `batch_size` rows, those of like length together; as many on every process."""
@@ -246,7 +256,7 @@ class BilevelDataModule(LightningDataModule):
             examples = window.examples[start : start + size]
             if level == "lower":
                 examples = self.responses.overlay(examples, len(self.sets["pool"]))
-            batches.append(collate(examples, window.rows))
+            batches.append(collate(examples, window.rows, self._call_cost))
         return self._pinned(batches)
 
     def _pinned(self, batches: list[Batch]) -> list[Batch]:

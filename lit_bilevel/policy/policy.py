@@ -8,7 +8,7 @@ Left out: attention masks. Sequences are padded on the right and attention is ca
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,11 +48,10 @@ class Policy(nn.Module):
         """NLL in nats of each predicted token, [K]; logits are divided by the temperature."""
         model = self.causal_lm
         if not self.plain_head:
-            logits_STV = model(input_ids=batch.input_ids_ST, use_cache=False).logits
-            return logits_nll(logits_STV.flatten(0, 1)[batch.position_K], batch.target_K, temperature)
-        hidden_STD = model.get_decoder()(input_ids=batch.input_ids_ST, use_cache=False).last_hidden_state
-        head = model.get_output_embeddings()
-        hidden_KD = hidden_STD.flatten(0, 1)[batch.position_K]
+            logits_KV = _selected(lambda ids_ST: model(input_ids=ids_ST, use_cache=False).logits, batch)
+            return logits_nll(logits_KV, batch.target_K, temperature)
+        decoder, head = model.get_decoder(), model.get_output_embeddings()
+        hidden_KD = _selected(lambda ids_ST: decoder(input_ids=ids_ST, use_cache=False).last_hidden_state, batch)
         return token_nll(hidden_KD, head.weight, batch.target_K, head.bias, temperature)
 
     @contextmanager
@@ -88,6 +87,19 @@ class Policy(nn.Module):
         finally:
             for parameter, value in zip(parameters, kept, strict=True):
                 parameter.data = value
+
+
+def _selected(call: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
+    """[K, …] outputs of `call` at the positions before the predicted tokens, part by part."""
+    width, first, outputs = batch.input_ids_ST.shape[1], 0, []
+    for part in batch.parts:
+        position_K = batch.position_K[first : first + part.predicted]
+        if len(batch.parts) > 1:
+            position_K = (position_K // width - part.start) * part.width + position_K % width
+        output = call(batch.input_ids_ST[part.start : part.stop, : part.width])
+        outputs.append(output.flatten(0, 1)[position_K])
+        first += part.predicted
+    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
 def _has_plain_head(model: Any) -> bool:

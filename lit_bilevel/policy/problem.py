@@ -21,6 +21,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
+from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.problem import BilevelProblem, Values, scaled
@@ -171,7 +172,7 @@ class PolicyProblem(BilevelProblem):
                 loss_B = example_nll(self.policy(batch), batch)
                 weight_B = weights_B[start : start + batch.size].to(loss_B.dtype)
                 objective = (weight_B * loss_B).sum() * (self.engine.world_size / batch.window_rows)
-                torch._foreach_add_(totals, list(torch.autograd.grad(objective, self.parameters)))
+                torch._foreach_add_(totals, self._derivative(objective))
                 losses.append(loss_B.detach())
                 start += batch.size
         return torch.cat(losses), self.engine.average(totals)
@@ -193,6 +194,7 @@ class PolicyProblem(BilevelProblem):
     def hessian_vector_product(self, vector: Values) -> Values:
         weights_B = self.weights()
         totals, start = [torch.zeros_like(value) for value in vector], 0
+        self._replay_dropout()  # the same operator at every call
         with sdpa_kernel(SDPBackend.MATH):
             for batch in self.upper:
                 loss = example_nll(self.policy(batch), batch).sum() * (self.upper_weight / batch.window_rows)
@@ -206,9 +208,17 @@ class PolicyProblem(BilevelProblem):
         return self.engine.average(scaled(totals, float(self.engine.world_size)))
 
     def _second_order(self, loss: Tensor, vector: Values) -> Values:
-        gradient = torch.autograd.grad(loss, self.parameters, create_graph=True)
+        gradient = self._derivative(loss, create_graph=True)
         product = torch.stack([(g * v).sum() for g, v in zip(gradient, vector, strict=True)]).sum()
-        return list(torch.autograd.grad(product, self.parameters))
+        return self._derivative(product)
+
+    def _derivative(self, scalar: Tensor, create_graph: bool = False) -> Values:
+        """Gradient of a scalar; zeros for parameters that it does not depend on."""
+        return list(
+            torch.autograd.grad(
+                scalar, self.parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
+            )
+        )
 
     # ---- the policy's step ----
 
@@ -226,22 +236,24 @@ class PolicyProblem(BilevelProblem):
             torch._foreach_add_(gradients, self._upper_gradient, alpha=self.upper_weight * self.engine.loss_scale)
         self._completed = True
 
-    def preconditioner(self) -> Values | None:
-        state = self.optimizer.state
-        if not state:
-            return None
-        result = []
+    def preconditioned(self, direction: Values) -> Values:
+        known = dict(zip(self.parameters, direction, strict=True))
         for group in self.optimizer.param_groups:
+            if "betas" not in group or "eps" not in group:
+                raise UserError(
+                    f"`{type(self.optimizer).__name__}` keeps no second moments, so the direction cannot be"
+                    " preconditioned; use AdamW as `model.optimizer`, or set `preconditioned: false`."
+                )
+            decay = group["betas"][1]
             for parameter in group["params"]:
-                moments = state[parameter]
-                if "exp_avg_sq" not in moments:
-                    raise ValueError(
-                        f"`{type(self.optimizer).__name__}` keeps no second moments, so the direction cannot be"
-                        " preconditioned; use AdamW as `model.optimizer`, or set `preconditioned: false`."
-                    )
-                correction = 1 - group["betas"][1] ** float(moments["step"])
-                result.append(((moments["exp_avg_sq"] / correction).sqrt_().add_(group["eps"])).reciprocal_())
-        return result
+                moments = self.optimizer.state.get(parameter, {})
+                slope = known[parameter]
+                second = (1 - decay) * slope**2
+                if moments:
+                    second.add_(moments["exp_avg_sq"], alpha=decay)
+                correction = 1 - decay ** (float(moments["step"]) + 1 if moments else 1)
+                known[parameter] = slope / (second / correction).sqrt_().add_(group["eps"])
+        return [known[parameter] for parameter in self.parameters]
 
     def _replay_dropout(self) -> None:
         """Start every pass over the lower rows from the random state of the first."""

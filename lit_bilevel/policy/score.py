@@ -20,7 +20,7 @@ from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.problem import Values, added, norm, scaled
 from lit_bilevel.ratios import Ratios, ResponseWeights
-from lit_bilevel.types import Batch
+from lit_bilevel.types import Batch, Part
 
 
 def response_logprobs(policy: Policy, batch: Batch) -> Tensor:
@@ -46,6 +46,7 @@ def generated_only(batch: Batch) -> Batch:
         target_K=batch.target_K[generated.token_J],
         segment_K=generated.response_J,
         scale_K=batch.scale_K[generated.token_J],
+        parts=(Part(0, len(generated.sequence_R), width, len(generated.token_J)),),
         window_rows=batch.window_rows,
     )
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_bilevel.errors import UserError
 from lit_bilevel.problem import BilevelProblem
 
 
@@ -52,3 +53,14 @@ class BilevelSolver(ABC):
                 f"`{type(self).__name__}.weight_gradient` returned {got}; it must return a tensor {tuple(expected)}."
             )
         return torch.as_tensor(s_B).detach()
+
+
+def penalty_strength(problem: BilevelProblem) -> float:
+    """γ = (1−λ)/λ.
+
+    Raises:
+        UserError: at λ = 0, where γ is infinite.
+    """
+    if problem.upper_weight == 0:
+        raise UserError("the penalty strength (1−λ)/λ has no value at λ = 0; set `model.upper_weight` above 0.")
+    return (1 - problem.upper_weight) / problem.upper_weight

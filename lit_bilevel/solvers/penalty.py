@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lit_bilevel.problem import BilevelProblem
-from lit_bilevel.solvers.base import BilevelSolver
+from lit_bilevel.solvers.base import BilevelSolver, penalty_strength
 
 
 class Penalty(BilevelSolver):
@@ -22,5 +22,4 @@ class Penalty(BilevelSolver):
     needs_upper_weight = True
 
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:
-        gamma = (1 - problem.upper_weight) / problem.upper_weight
-        return gamma * problem.lower_losses()
+        return penalty_strength(problem) * problem.lower_losses()

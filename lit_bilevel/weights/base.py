@@ -10,6 +10,9 @@ policy optimizer whose moments are still poor decide single rows for good (measu
 of the pool without, 43 % with). b and c are computed in float64 and checkpointed. A row with a score that is not finite
 is left alone, without asking the device.
 
+With `kl_to_uniform` ρ the objective gains ρ·Σ_i p_i·log(N·p_i), p = w/N: a row's scaled score gains ρ·log w_i, centred
+in the same way, and the weights settle at w ∝ exp(−(s − b)/(ρ·c)) where they would otherwise run to the best row.
+
 Left out: weights that depend on the policy's hidden states; they would need the policy inside the weighting.
 """
 
@@ -25,28 +28,42 @@ from lit_bilevel.types import Features
 
 DECAY = 0.99
 FLOOR = 1e-3
+TINY = torch.finfo(torch.float64).tiny
 CUT = 3.0
+SMALLEST_LOG_WEIGHT = -20.0
 
 
 class ExampleWeights(nn.Module, ABC):
     """Maps features of pool rows to their data weights: at least 0, mean 1 over the pool.
 
-    A subclass implements `create`, `weigh`, `assign_gradient` and `table`. Parameters and buffers keep their precision
-    whatever the policy is cast to, and stay whole on every process.
+    A subclass implements `create`, `weigh`, `assign_gradient` and `table`; `TableWeights` and `RunningWeights` do most
+    of that. Parameters and buffers keep their precision whatever the policy is cast to, and stay whole everywhere.
+
+    Args:
+        kl_to_uniform: strength ρ of the pull towards equal weights, in units of the scaled score.
     """
 
     learnable: bool = True
     """Whether a solver's scores change these weights."""
     needs_loss: bool = False
     """Whether `weigh` reads `features.loss_B`."""
+    needs_scoring: bool = False
+    """Whether `table` is right only after `score` saw every row under the final policy."""
+    needs_upper_weight: bool = False
+    """Whether the weights learn about validation only through a policy that trains on it (λ > 0)."""
+    sparse: bool = False
+    """Whether the gradient is sparse, and an optimizer that moves rows without one spoils the order."""
 
     spread_average: Tensor
     score_average: Tensor
     updates: Tensor
     visits: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, kl_to_uniform: float = 0.0) -> None:
         super().__init__()
+        if kl_to_uniform < 0:
+            raise UserError(f"`kl_to_uniform` is {kl_to_uniform}; it must be at least 0.")
+        self.kl_to_uniform = kl_to_uniform
         for name in ("spread_average", "score_average", "updates"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
         self.register_buffer("visits", torch.zeros(0, dtype=torch.int32))
@@ -86,6 +103,20 @@ class ExampleWeights(nn.Module, ABC):
         """Cheap scalars for logging every step, from running sums: no work that grows with N."""
         return {}
 
+    def score(self, features: Features) -> None:
+        """Take the losses of rows under the final policy; where `needs_scoring`, every row comes by before `table`."""
+
+    def start_from(self, weight_N: Tensor) -> None:
+        """Begin with the weights of an earlier run.
+
+        Args:
+            weight_N: [N] weights, at least 0; what counts is their ratios.
+
+        Raises:
+            UserError: if this weighting cannot.
+        """
+        raise UserError(f"`{type(self).__name__}` cannot start from earlier weights; use `SoftmaxWeights`.")
+
     def refresh(self) -> None:
         """Recompute running sums exactly; called at epoch ends, may take O(N)."""
 
@@ -107,8 +138,8 @@ class ExampleWeights(nn.Module, ABC):
             )
         return weight_B * (features.row_B >= 0)
 
-    def count_visits(self, features: Features) -> None:
-        """Note that these rows, without padding, took part in a policy step."""
+    def observe(self, features: Features) -> None:
+        """Take note of a policy step: once a step, with the rows and losses of all processes, without padding."""
         self.visits.index_add_(0, features.row_B, torch.ones_like(features.row_B, dtype=torch.int32))
 
     def set_gradient(self, features: Features, s_B: Tensor) -> None:
@@ -128,82 +159,23 @@ class ExampleWeights(nn.Module, ABC):
             )
         valid_B = torch.isfinite(s_B)
         s_B = torch.where(valid_B, s_B.double(), 0.0)
-        w_B = self(features).double() * valid_B
-        centred_B = (s_B - (w_B * s_B).sum() / w_B.sum().clamp_min(torch.finfo(torch.float64).tiny)) * valid_B
+        w_B = (self(features).double() + TINY) * valid_B  # rows that all weigh 0 have the plain mean as their baseline
+        centred_B = _centred(s_B, w_B) * valid_B
         self.updates += 1
         self.spread_average.mul_(DECAY).add_(centred_B.abs().mean(), alpha=1 - DECAY)
         self.score_average.mul_(DECAY).add_(s_B.abs().mean(), alpha=1 - DECAY)
         scale = torch.maximum(self.spread_average, FLOOR * self.score_average) / (1 - DECAY**self.updates)
-        score_B = centred_B / scale.clamp_min(torch.finfo(torch.float64).tiny)
-        self.assign_gradient(features, score_B.clamp(-CUT, CUT))
+        score_B = (centred_B / scale.clamp_min(TINY)).clamp(-CUT, CUT)
+        if self.kl_to_uniform > 0:
+            pull_B = _centred(w_B.clamp_min(TINY).log().clamp_min(SMALLEST_LOG_WEIGHT), w_B)
+            score_B = score_B + self.kl_to_uniform * pull_B * valid_B
+        self.assign_gradient(features, score_B)
 
     def _apply(self, fn, recurse: bool = True):
         """Follow the module to a device, never to another precision."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
 
 
-class TableWeights(ExampleWeights):
-    """One logit per pool row, with w_i = N·u(ω_i) / Σ_j u(ω_j) for a positive function u.
-
-    The gradient is sparse: rows not in the batch are not touched by any optimizer that takes sparse gradients, which
-    keeps the learned order from following the order of visits. Σu, Σu² and Σu·log u are kept in float64 and updated
-    from the visited rows, so a step costs the same at any N.
-
-    Args of `unnormalised`: logits in float64 and a shift that keeps u in range; returns log u.
-    """
-
-    logits: nn.Parameter
-    sums: Tensor
-    shift: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros((), dtype=torch.float64))
-        self._pending: tuple[Tensor, Tensor] | None = None
-
-    @abstractmethod
-    def log_unnormalised(self, logits: Tensor) -> Tensor:
-        """log u(ω), elementwise, float64."""
-
-    def create(self, source_N: Tensor, dtype: torch.dtype) -> None:
-        self.logits = nn.Parameter(torch.zeros(len(source_N), dtype=dtype, device=self.sums.device))
-        self.refresh()
-
-    def _log_u(self, rows: Tensor | slice) -> Tensor:
-        return self.log_unnormalised(self.logits.detach()[rows].double()) - self.shift
-
-    @staticmethod
-    def _sums(log_u: Tensor) -> Tensor:
-        u = log_u.exp()
-        return torch.stack([u.sum(), (u * u).sum(), (u * log_u).sum()])
-
-    def weigh(self, features: Features) -> Tensor:
-        rows = features.row_B.clamp_min(0)
-        return (self._log_u(rows).exp() * (len(self.logits) / self.sums[0])).to(self.logits.dtype)
-
-    def assign_gradient(self, features: Features, score_B: Tensor) -> None:
-        rows = features.row_B
-        self._pending = (rows, self._sums(self._log_u(rows)))
-        self.logits.grad = torch.sparse_coo_tensor(
-            rows[None], score_B.to(self.logits.dtype), self.logits.shape, check_invariants=False
-        )
-
-    def after_step(self) -> None:
-        if self._pending is not None:
-            rows, before = self._pending
-            self.sums += self._sums(self._log_u(rows)) - before
-            self._pending = None
-
-    def refresh(self) -> None:
-        log_u = self.log_unnormalised(self.logits.detach().double())
-        self.shift.copy_(log_u.max())
-        self.sums.copy_(self._sums(log_u - self.shift))
-
-    def table(self) -> Tensor:
-        u = self._log_u(slice(None)).exp()
-        return u * (len(u) / u.sum())
-
-    def statistics(self) -> dict[str, Tensor]:
-        total, squares, u_log_u = self.sums
-        return {"effective_size": total**2 / squares, "entropy": total.log() - u_log_u / total}
+def _centred(values_B: Tensor, w_B: Tensor) -> Tensor:
+    """Values less their weighted mean."""
+    return values_B - (w_B * values_B).sum() / w_B.sum().clamp_min(TINY)

@@ -1,4 +1,4 @@
-"""Softmax weights: w_i = N·exp(ω_i) / Σ_j exp(ω_j), one logit per row (arXiv 2511.21056; SEAL, arXiv 2410.07471).
+"""Softmax weights: w_i = N·exp(ω_i/T) / Σ_j exp(ω_j/T), one logit per row (arXiv 2511.21056; SEAL, arXiv 2410.07471).
 
 With `optim.ExponentiatedGradient` on visited rows this is mirror descent on the simplex. The template to copy for a
 new table: one function u. Left out: anything that shares information between rows; see `source` and `network`.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lit_bilevel.weights.base import TableWeights
+from lit_bilevel.weights.table import TableWeights
 
 
 class SoftmaxWeights(TableWeights):
@@ -16,3 +16,6 @@ class SoftmaxWeights(TableWeights):
 
     def log_unnormalised(self, logits: Tensor) -> Tensor:
         return logits
+
+    def logits_of(self, weight_N: Tensor) -> Tensor:
+        return weight_N.log()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lit_bilevel.errors import UserError
 from lit_bilevel.types import Features
 from lit_bilevel.weights.base import ExampleWeights
 
@@ -21,7 +22,7 @@ class UniformWeights(ExampleWeights):
         return torch.ones_like(features.row_B, dtype=torch.float32)
 
     def assign_gradient(self, features: Features, score_B: Tensor) -> None:
-        raise ValueError("`UniformWeights` cannot be learned; choose another `model.weights`, or the `Mixing` solver.")
+        raise UserError("`UniformWeights` cannot be learned; choose another `model.weights`, or the `Mixing` solver.")
 
     def table(self) -> Tensor:
         return torch.ones(self.pool_rows, dtype=torch.float64)

@@ -1,0 +1,67 @@
+"""Weights from a small network on a row's features: w = σ(net(log(1+ℓ), log(1+length), e_source)) / Ẑ.
+
+Source: Meta-Weight-Net (arXiv 1902.07379). What is learned carries over between rows, and to rows never seen; a row
+about which loss, length and source say nothing cannot be told from its like. σ bounds the weights as it does there.
+
+Left out: features from the policy's hidden states, which would need the policy inside the weighting.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lit_bilevel.errors import UserError
+from lit_bilevel.types import Features
+from lit_bilevel.weights.running import RunningWeights
+
+
+class NetworkWeights(RunningWeights):
+    """One hidden layer on loss, length and a source embedding; all weights are equal at the start.
+
+    Args:
+        hidden_size: units of the hidden layer.
+        source_size: numbers in a source's embedding.
+        kl_to_uniform: strength of the pull towards equal weights, in units of the scaled score.
+        decay: β of the running normaliser.
+    """
+
+    network: nn.Sequential
+    source_embedding: nn.Embedding
+
+    def __init__(
+        self, hidden_size: int = 32, source_size: int = 4, kl_to_uniform: float = 0.0, decay: float = 0.99
+    ) -> None:
+        super().__init__(kl_to_uniform, decay)
+        if hidden_size < 1 or source_size < 1:
+            raise UserError(f"`hidden_size` is {hidden_size} and `source_size` {source_size}; both must be at least 1.")
+        self.hidden_size = hidden_size
+        self.source_size = source_size
+
+    def create(self, source_N: Tensor, dtype: torch.dtype) -> None:
+        super().create(source_N, dtype)
+        device = self.loss_N.device
+        with torch.random.fork_rng(devices=[]):  # the same network on every process, and no random number used up
+            torch.manual_seed(0)
+            self.source_embedding = nn.Embedding(int(source_N.max()) + 1, self.source_size)
+            last = nn.Linear(self.hidden_size, 1)
+            self.network = nn.Sequential(nn.Linear(2 + self.source_size, self.hidden_size), nn.Tanh(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        for module in (self.source_embedding, self.network):
+            for parameter in module.parameters():
+                parameter.data = parameter.data.to(device, dtype)
+
+    def log_unnormalised(self, features: Features) -> Tensor:
+        assert features.loss_B is not None
+        embedded_BE = self.source_embedding(features.source_B.clamp_min(0))
+        numbers_B2 = torch.stack([features.loss_B, features.length_B], dim=1).to(embedded_BE.dtype).log1p()
+        return nn.functional.logsigmoid(self.network(torch.cat([numbers_B2, embedded_BE], dim=1))[:, 0].double())
+
+    def assign_gradient(self, features: Features, score_B: Tensor) -> None:
+        with torch.enable_grad():
+            weight_B = (self.log_unnormalised(features) - self.log_normaliser).exp()
+            parameters = list(self.parameters())
+            gradients = torch.autograd.grad((weight_B * score_B).mean(), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient

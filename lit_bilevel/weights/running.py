@@ -1,0 +1,116 @@
+"""Weights that are a function of a row's features, u/Ẑ, with a running normaliser. The base of `bmo` and `network`.
+
+    log Ẑ ← logaddexp(log β + log Ẑ, log(1−β) + log mean_B u)        w_i = u_i / Ẑ
+
+The mean of u over the pool cannot be had from a batch, so Ẑ runs along in float64, once per policy step, over the rows
+of all processes; it starts from the first window, in which every row weighs 1. That way neither accumulation nor the
+number of processes changes anything.
+
+The features last seen of each row are kept, so `table` is exact (mean 1) for what is known; but losses last seen are
+ordered by visit, so an export scores every row under the final policy first.
+
+Left out: a second forward pass that would normalise every window exactly.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from lit_bilevel.errors import UserError
+from lit_bilevel.types import Features
+from lit_bilevel.weights.base import ExampleWeights
+
+CHUNK = 1 << 20
+STATISTICS_DECAY = 0.9
+
+
+class RunningWeights(ExampleWeights):
+    """A weight for every row that shows its loss, seen before or not.
+
+    Args:
+        kl_to_uniform: as in `ExampleWeights`.
+        decay: β of the running normaliser.
+    """
+
+    needs_loss = True
+    needs_scoring = True
+
+    log_normaliser: Tensor
+    moments: Tensor
+    started: Tensor
+    loss_N: Tensor
+    length_N: Tensor
+    source_N: Tensor
+
+    def __init__(self, kl_to_uniform: float = 0.0, decay: float = 0.99) -> None:
+        super().__init__(kl_to_uniform)
+        if not 0 <= decay < 1:
+            raise UserError(f"`decay` is {decay}; it must be in [0, 1).")
+        self.decay = decay
+        self.register_buffer("log_normaliser", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("moments", torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        for name in ("loss_N", "length_N", "source_N"):
+            self.register_buffer(name, torch.zeros(0))
+
+    @abstractmethod
+    def log_unnormalised(self, features: Features) -> Tensor:
+        """log u of the rows in `features`, [B], float64."""
+
+    def create(self, source_N: Tensor, dtype: torch.dtype) -> None:
+        device = self.log_normaliser.device
+        self.loss_N = torch.full((len(source_N),), math.nan, dtype=dtype, device=device)
+        self.length_N = torch.zeros(len(source_N), dtype=torch.int32, device=device)
+        self.source_N = source_N.to(device, torch.int16)
+
+    def weigh(self, features: Features) -> Tensor:
+        weight_B = (self.log_unnormalised(features) - self.log_normaliser).exp()
+        return torch.where(self.started, weight_B, torch.ones_like(weight_B)).to(self.loss_N.dtype)
+
+    def observe(self, features: Features) -> None:
+        super().observe(features)
+        self.score(features)
+        with torch.no_grad():
+            log_u_B = self.log_unnormalised(features)
+        valid_B = torch.isfinite(log_u_B)
+        any_valid = valid_B.any()
+        log_u_B = log_u_B.masked_fill(~valid_B, -math.inf)
+        log_mean = torch.where(any_valid, log_u_B.logsumexp(0) - valid_B.sum().log(), self.log_normaliser)
+        keep = self.decay * self.started.double()
+        self.log_normaliser.copy_(torch.logaddexp(keep.log() + self.log_normaliser, (1 - keep).log() + log_mean))
+        w_B = (log_u_B - self.log_normaliser).exp()
+        now = torch.stack([w_B.mean(), (w_B * w_B).mean(), torch.xlogy(w_B, w_B).mean()])
+        share = torch.where(self.started, 1 - STATISTICS_DECAY, 1.0).double() * any_valid
+        self.moments.lerp_(now, share)
+        self.started.logical_or_(any_valid)
+
+    def score(self, features: Features) -> None:
+        assert features.loss_B is not None
+        rows, loss_B = features.row_B, features.loss_B.to(self.loss_N.dtype)
+        self.loss_N[rows] = torch.where(loss_B.isfinite(), loss_B, self.loss_N[rows])
+        self.length_N[rows] = features.length_B.to(torch.int32)
+
+    @torch.no_grad()
+    def table(self) -> Tensor:
+        """[N] weights from the features last seen; rows not seen yet weigh 1."""
+        log_u = torch.cat([self._remembered(start) for start in range(0, self.pool_rows, CHUNK)])
+        seen = ~self.loss_N.isnan()
+        share = torch.softmax(log_u.masked_fill(~seen, -math.inf), 0) if seen.any() else torch.zeros_like(log_u)
+        return torch.where(seen, share * seen.sum(), torch.ones_like(share))
+
+    def _remembered(self, start: int) -> Tensor:
+        rows = torch.arange(start, min(start + CHUNK, self.pool_rows), device=self.loss_N.device)
+        loss_B = self.loss_N[rows].nan_to_num()
+        return self.log_unnormalised(Features(rows, self.source_N[rows].long(), self.length_N[rows].long(), loss_B))
+
+    def statistics(self) -> dict[str, Tensor]:
+        """From running means over the last ten windows or so of w, w² and w·log w."""
+        mean, square, w_log_w = self.moments
+        return {
+            "effective_size": self.pool_rows * mean**2 / square,
+            "entropy": math.log(self.pool_rows) + mean.log() - w_log_w / mean,
+        }

@@ -1,0 +1,180 @@
+"""One logit per pool row: w_i = N·u(ω_i) / Σ_j u(ω_j) for a positive function u. The base of `softmax` and `sigmoid`.
+
+The gradient is sparse, the idiom of `nn.Embedding(sparse=True)`: rows outside the batch are left alone, which keeps the
+learned order from following the order of visits (METHOD section 2). Σu, Σu² and Σu·log u are kept in float64 and
+updated from the visited rows, so a step costs the same at any N, and the mean is 1 after every step.
+
+Limits, all of which keep the mean at 1:
+
+    cap     u ← min(u, t), with t such that the largest weight is `cap`      t is set at the end of an epoch
+    keep    u ← 0 below a threshold, above which a share `keep` of rows lies   the threshold, too
+    floor   w ← (1 − floor)·w + floor                                          exact at every step
+
+Between two epoch ends, cap and keep hold approximately, the mean exactly. A row that is gated out goes on receiving
+scores, so it can come back. Left out: momentum, and logits that rows share.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from lit_bilevel.errors import gathered
+from lit_bilevel.types import Features
+from lit_bilevel.weights.base import ExampleWeights
+
+TIE = 0.01  # rows whose log u is this close count as equal, or rounding noise would decide whom the gate drops
+
+
+class TableWeights(ExampleWeights):
+    """One weight per row.
+
+    Args:
+        temperature: divides the logits; higher is more even.
+        kl_to_uniform: strength of the pull towards equal weights, in units of the scaled score.
+        floor: least weight of any row.
+        cap: largest weight of any row.
+        keep: share of rows, from the top, that keep a weight above 0; begins after the first epoch.
+    """
+
+    sparse = True
+
+    logits: nn.Parameter
+    sums: Tensor
+    shift: Tensor
+    log_ceiling: Tensor
+    log_threshold: Tensor
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        kl_to_uniform: float = 0.0,
+        floor: float = 0.0,
+        cap: float | None = None,
+        keep: float = 1.0,
+    ) -> None:
+        super().__init__(kl_to_uniform)
+        self.temperature, self.floor, self.cap, self.keep = temperature, floor, cap, keep
+        self._check_settings()
+        limits = {"shift": 0.0, "log_ceiling": math.inf, "log_threshold": -math.inf}
+        for name, value in limits.items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))
+        self._pending: tuple[Tensor, Tensor] | None = None
+
+    def _check_settings(self) -> None:
+        problems = []
+        if self.temperature <= 0:
+            problems.append(f"`temperature` is {self.temperature}; it must be above 0")
+        if not 0 <= self.floor < 1:
+            problems.append(f"`floor` is {self.floor}; it must be in [0, 1)")
+        if not 0 < self.keep <= 1:
+            problems.append(f"`keep` is {self.keep}; it must be in (0, 1]")
+        elif self.cap is not None and self.cap <= 1 / self.keep:
+            problems.append(f"`cap` is {self.cap}; for a mean of 1 it must be above 1 / `keep` = {1 / self.keep:g}")
+        if self.keep < 1 and self.floor > 0:
+            problems.append("`floor` gives every row a weight and `keep` takes it away; set one of them")
+        if problems:
+            raise gathered(f"bad settings of `{type(self).__name__}`", problems)
+
+    @abstractmethod
+    def log_unnormalised(self, logits: Tensor) -> Tensor:
+        """log u(ω), elementwise, of logits in float64 that were divided by the temperature."""
+
+    def create(self, source_N: Tensor, dtype: torch.dtype) -> None:
+        self.logits = nn.Parameter(torch.zeros(len(source_N), dtype=dtype, device=self.sums.device))
+        self._recount(self._free(slice(None)))
+
+    # ---- u ----
+
+    def _free(self, rows: Tensor | slice) -> Tensor:
+        return self.log_unnormalised(self.logits.detach()[rows].double() / self.temperature)
+
+    def _limited(self, log_u: Tensor) -> Tensor:
+        if self.keep < 1:
+            log_u = log_u.masked_fill(log_u < self.log_threshold, -math.inf)
+        return log_u if self.cap is None else log_u.clamp_max(self.log_ceiling)
+
+    def _log_u(self, rows: Tensor | slice) -> Tensor:
+        return self._limited(self._free(rows)) - self.shift
+
+    @staticmethod
+    def _sums(log_u: Tensor) -> Tensor:
+        u = log_u.exp()
+        return torch.stack([u.sum(), (u * u).sum(), torch.xlogy(u, u).sum()])
+
+    def _floored(self, weights: Tensor) -> Tensor:
+        return weights if self.floor == 0 else (1 - self.floor) * weights + self.floor
+
+    # ---- the socket ----
+
+    def weigh(self, features: Features) -> Tensor:
+        u_B = self._log_u(features.row_B.clamp_min(0)).exp()
+        return self._floored(u_B * (self.pool_rows / self.sums[0])).to(self.logits.dtype)
+
+    def assign_gradient(self, features: Features, score_B: Tensor) -> None:
+        rows = features.row_B.unique()
+        self._pending = (rows, self._sums(self._log_u(rows)))
+        self.logits.grad = torch.sparse_coo_tensor(
+            features.row_B[None], score_B.to(self.logits.dtype), self.logits.shape, check_invariants=False
+        )
+
+    def after_step(self) -> None:
+        if self._pending is not None:
+            rows, before = self._pending
+            self.sums += self._sums(self._log_u(rows)) - before
+            self._pending = None
+
+    def refresh(self) -> None:
+        log_u = self._free(slice(None))
+        if self.keep < 1:
+            gated = len(log_u) - math.ceil(self.keep * len(log_u))
+            self.log_threshold.copy_(log_u.kthvalue(gated + 1).values - TIE)
+        self._recount(log_u)
+
+    def _recount(self, log_u: Tensor) -> None:
+        """Set the ceiling, then sum over all rows."""
+        if self.cap is not None:
+            self.log_ceiling.fill_(math.inf)
+            self.log_ceiling.copy_(_ceiling(self._limited(log_u), self.cap))
+        log_u = self._limited(log_u)
+        self.shift.copy_(log_u.max())
+        self.sums.copy_(self._sums(log_u - self.shift))
+
+    def table(self) -> Tensor:
+        u = self._log_u(slice(None)).exp()
+        return self._floored(u * (len(u) / u.sum()))
+
+    def statistics(self) -> dict[str, Tensor]:
+        total, squares, u_log_u = self.sums
+        kept = 1 - self.floor
+        rows = self.pool_rows
+        mean_square = kept**2 * rows * squares / total**2 + 1 - kept**2
+        entropy = {"entropy": total.log() - u_log_u / total} if self.floor == 0 else {}
+        return {"effective_size": rows / mean_square, **entropy}
+
+    def start_from(self, weight_N: Tensor) -> None:
+        with torch.no_grad():
+            self.logits.copy_(self.logits_of(weight_N.double().clamp_min(1e-9)) * self.temperature)
+        self._recount(self._free(slice(None)))
+
+    def logits_of(self, weight_N: Tensor) -> Tensor:
+        """Logits that give these weights, up to a common factor; the inverse of u, for `start_from`."""
+        return super().start_from(weight_N)  # type: ignore[return-value]
+
+
+def _ceiling(log_u: Tensor, cap: float) -> Tensor:
+    """log t such that N·min(u, t) / Σ min(u, t) is at most `cap`, with equality where any u is above t.
+
+    With the k largest u at t, t = cap·(Σ of the others) / (N − cap·k); the right k is the first whose next u fits.
+    """
+    rows = len(log_u)
+    log_u = log_u.sort(descending=True).values
+    log_others = log_u.flip(0).logcumsumexp(0).flip(0)[: math.ceil(rows / cap)]
+    capped = torch.arange(len(log_others), dtype=log_u.dtype, device=log_u.device)
+    candidates = log_others + math.log(cap) - (rows - cap * capped).log()
+    first = (log_u[: len(candidates)] <= candidates).int().argmax()
+    return candidates[first]

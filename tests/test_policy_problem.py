@@ -1,0 +1,260 @@
+"""What a real policy answers to a solver, against plain autograd on a random two-layer transformer in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import normal
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from lit_bilevel import BMOWeights, Implicit, OneStep, ValueFunction
+from lit_bilevel.data.collate import collate
+from lit_bilevel.losses import example_nll
+from lit_bilevel.policy.policy import Policy
+from lit_bilevel.policy.problem import Engine, PolicyProblem
+from lit_bilevel.types import Example
+
+ROWS, UPPER_WEIGHT = 8, 0.3
+WEIGHTS = normal(ROWS, seed=9).exp()
+
+
+def tiny_policy(dropout: float = 0.0) -> Policy:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=32,
+        attention_dropout=dropout,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config)
+    for layer in [model.model, *model.model.layers]:
+        for name, module in layer.named_children():
+            if isinstance(module, LlamaRMSNorm):  # it rounds to float32, whatever the model's precision
+                setattr(layer, name, torch.nn.RMSNorm(16, eps=module.variance_epsilon))
+    policy = Policy(model.double()).train()
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_("proj" in name)  # embeddings stay frozen, as a LoRA base would
+    return policy
+
+
+def batches(first: int, size: int) -> list:
+    generator = torch.Generator().manual_seed(first)
+    examples = []
+    for row in range(ROWS):
+        length = int(torch.randint(5, 11, (), generator=generator))
+        ids = torch.randint(0, 40, (length,), generator=generator).tolist()
+        examples.append(Example(row, row % 2, ids, 2 + row % 2))
+    return [collate(examples[i : i + size], ROWS) for i in range(0, ROWS, size)]
+
+
+ENGINE = Engine(backward=torch.Tensor.backward, unsynchronised=torch.enable_grad, average=lambda values: values)
+
+
+def made(policy, size=ROWS, upper_weight=UPPER_WEIGHT, weigh=None, needs_loss=False, optimizer=None) -> PolicyProblem:
+    policy.zero_grad()
+    return PolicyProblem(
+        policy,
+        batches(1, size),
+        batches(2, size),
+        weigh or (lambda features: WEIGHTS[features.row_B]),
+        needs_loss,
+        upper_weight,
+        optimizer or torch.optim.AdamW(policy.trainable(), lr=1e-3),
+        ENGINE,
+    )
+
+
+def reference(policy, level: int):
+    """Losses and per-example gradients, [B] and [B, everything], one backward pass an example."""
+    loss_B = example_nll(policy(batches(level, ROWS)[0]), batches(level, ROWS)[0])
+    gradients = [torch.autograd.grad(loss, policy.trainable(), retain_graph=True) for loss in loss_B]
+    return loss_B.detach(), torch.stack([flat(gradient) for gradient in gradients])
+
+
+def flat(values) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in values])
+
+
+def direction_of(policy, seed=3) -> list:
+    return [normal(*parameter.shape, seed=seed + i) for i, parameter in enumerate(policy.trainable())]
+
+
+def distance(left, right) -> float:
+    return float((left - right).abs().max())
+
+
+@pytest.mark.parametrize("size", [ROWS, 3])
+def test_losses_and_gradients(size):
+    policy = tiny_policy()
+    f_B, upper = reference(policy, 2)
+    loss_B, lower = reference(policy, 1)
+    problem = made(policy, size)
+    assert distance(flat(problem.upper_gradient()), upper.mean(0)) < 1e-12
+    assert distance(problem.lower_losses(), loss_B) < 1e-12
+    assert distance(problem.upper_loss, f_B.mean()) < 1e-12
+    at, gradient = problem.lower_gradient_at(problem.values())
+    weighted = (WEIGHTS[:, None] * lower).mean(0)
+    assert distance(at, loss_B) < 1e-12
+    assert distance(flat(gradient), weighted) < 1e-12
+    problem.complete()
+    left = flat([parameter.grad for parameter in policy.trainable()])
+    assert distance(left, UPPER_WEIGHT * upper.mean(0) + (1 - UPPER_WEIGHT) * weighted) < 1e-12
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("upper_weight", [0.0, 0.3, 1.0])
+def test_the_policy_gradient_does_not_depend_on_what_was_asked(asked, upper_weight):
+    policy = tiny_policy()
+    upper, lower = reference(policy, 2)[1], reference(policy, 1)[1]
+    problem = made(policy, 3, upper_weight)
+    if asked:
+        problem.upper_gradient()
+    problem.complete()
+    left = flat([parameter.grad for parameter in policy.trainable()])
+    expected = upper_weight * upper.mean(0) + (1 - upper_weight) * (WEIGHTS[:, None] * lower).mean(0)
+    assert distance(left, expected) < 1e-12
+
+
+@pytest.mark.parametrize(("derivative", "tolerance"), [("one_sided", 1e-6), ("central", 1e-6), ("forward", 1e-10)])
+@pytest.mark.parametrize("size", [ROWS, 3])
+def test_one_step_is_the_alignment_of_gradients(derivative, tolerance, size):
+    policy = tiny_policy()
+    upper, lower = reference(policy, 2)[1].mean(0), reference(policy, 1)[1]
+    solver = OneStep(derivative, epsilon=1e-7, preconditioned=False, direction_decay=0.0)
+    scores = solver(made(policy, size))
+    assert distance(scores, -lower @ upper) < tolerance
+
+
+def test_one_step_preconditioned_by_the_policy_optimizer():
+    policy = tiny_policy()
+    optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-3)
+    for _ in range(3):
+        made(policy, optimizer=optimizer).complete()
+        optimizer.step()
+    upper, lower = reference(policy, 2)[1].mean(0), reference(policy, 1)[1]
+    states = [optimizer.state[parameter] for parameter in policy.trainable()]
+    scale = flat([1 / ((state["exp_avg_sq"] / (1 - 0.999**3)).sqrt() + 1e-8) for state in states])
+    scores = OneStep("forward", direction_decay=0.0)(made(policy, optimizer=optimizer))
+    expected = -lower @ (scale * upper)
+    assert distance(scores, expected) < 1e-9 * expected.abs().max()
+
+
+def test_lower_jvp_is_exact():
+    policy = tiny_policy()
+    lower, direction = reference(policy, 1)[1], direction_of(policy)
+    assert distance(made(policy, 3).lower_jvp(direction), lower @ flat(direction)) < 1e-10
+
+
+def test_hessian_vector_product_is_the_difference_of_gradients():
+    policy, epsilon = tiny_policy(), 1e-5
+    direction = direction_of(policy)
+    problem = made(policy, 3)
+    product = flat(problem.hessian_vector_product(direction))
+    values = [value.clone() for value in problem.values()]
+    gradients = []
+    for sign in (1, -1):
+        moved = [value + sign * epsilon * part for value, part in zip(values, direction, strict=True)]
+        with policy.substituted(moved):
+            upper, lower = reference(policy, 2)[1], reference(policy, 1)[1]
+        gradients.append(UPPER_WEIGHT * upper.mean(0) + (1 - UPPER_WEIGHT) * (WEIGHTS[:, None] * lower).mean(0))
+    difference = (gradients[0] - gradients[1]) / (2 * epsilon)
+    assert distance(product, difference) < 1e-6 * difference.abs().max()
+
+
+def test_a_parameter_without_influence_has_zero_gradient():
+    policy = tiny_policy()
+    policy.register_parameter("unused", torch.nn.Parameter(torch.ones(3).double()))
+    problem = made(policy)
+    assert torch.isfinite(ValueFunction()(problem)).all()
+    problem = made(policy)
+    assert torch.isfinite(Implicit(iterations=2, damping=1.0)(problem)).all()
+    problem.complete()
+    assert torch.equal(policy.unused.grad, torch.zeros(3).double())
+
+
+@pytest.mark.parametrize("solver", [OneStep, ValueFunction, lambda: Implicit(iterations=3, damping=1.0)])
+def test_solvers_leave_the_policy_bit_for_bit_and_do_not_change_its_gradient(solver):
+    policy = tiny_policy()
+    before = [parameter.detach().clone() for parameter in policy.trainable()]
+    plain = made(policy)
+    plain.complete()
+    expected = flat([parameter.grad for parameter in policy.trainable()])
+    problem = made(policy)
+    solver()(problem)
+    problem.complete()
+    assert all(torch.equal(x, y) for x, y in zip(before, policy.trainable(), strict=True))
+    assert distance(flat([parameter.grad for parameter in policy.trainable()]), expected) < 1e-12
+
+
+def test_substituted_values_go_away_also_on_exceptions():
+    policy = tiny_policy()
+    parameters = policy.trainable()
+    before, places = [p.detach().clone() for p in parameters], [p.data_ptr() for p in parameters]
+
+    def use(fail):
+        with policy.substituted(direction_of(policy)):
+            assert not torch.equal(parameters[0], before[0])
+            if fail:
+                raise RuntimeError("out of memory")
+
+    use(False)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        use(True)
+    assert all(torch.equal(x, y) for x, y in zip(before, parameters, strict=True))
+    assert places == [p.data_ptr() for p in parameters]
+
+
+def test_an_exception_inside_a_solver_leaves_the_policy_alone(monkeypatch):
+    policy = tiny_policy()
+    before = [parameter.detach().clone() for parameter in policy.trainable()]
+    problem = made(policy)
+    problem.upper_gradient()
+    problem.lower_losses()
+
+    def fail(batch):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(policy, "forward", fail)
+    for solver in (OneStep(), ValueFunction()):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            solver(problem)
+    assert all(torch.equal(x, y) for x, y in zip(before, policy.trainable(), strict=True))
+
+
+@pytest.mark.parametrize("size", [ROWS, 3])
+def test_dropout_is_replayed(size):
+    policy = tiny_policy(dropout=0.3)
+    assert policy.has_dropout
+    problem = made(policy, size)
+    losses = problem.lower_losses()
+    assert distance(losses, made(policy, size).lower_losses()) > 1e-3  # another step draws another mask
+    for _ in range(2):
+        assert distance(problem.lower_losses_at(problem.values()), losses) < 1e-12
+        assert distance(problem.lower_gradient_at(problem.values())[0], losses) < 1e-12
+    direction, epsilon = direction_of(policy), 1e-6
+    moved = [value + epsilon * part for value, part in zip(problem.values(), direction, strict=True)]
+    back = [value - epsilon * part for value, part in zip(problem.values(), direction, strict=True)]
+    difference = (problem.lower_losses_at(moved) - problem.lower_losses_at(back)) / (2 * epsilon)
+    assert distance(problem.lower_jvp(direction), difference) < 1e-5 * max(1, float(difference.abs().max()))
+    twice = [flat(problem.hessian_vector_product(direction)) for _ in range(2)]
+    assert torch.equal(*twice)
+
+
+def test_weights_that_need_losses_do_not_depend_on_accumulation():
+    gradients, weights = [], BMOWeights()
+    weights.build(torch.zeros(ROWS, dtype=torch.int64), torch.float64)
+    for step in range(2):  # the first window, in which rows weigh 1, and the one after it
+        for size in (ROWS, 4):
+            policy = tiny_policy()
+            problem = made(policy, size, weigh=weights, needs_loss=True)
+            problem.complete()
+            gradients.append(flat([parameter.grad for parameter in policy.trainable()]))
+        assert distance(gradients[-2], gradients[-1]) < 1e-12
+        if step == 0:
+            weights.observe(batches(1, ROWS)[0].features.with_loss(problem.lower_losses()))
+    assert distance(gradients[0], gradients[2]) > 1e-3
