@@ -10,34 +10,21 @@ from typing import Any
 
 from lit_bilevel.version import __version__
 
-_HOMES = {
-    "LitBilevel": "lit_bilevel.module",
-    "BilevelDataModule": "lit_bilevel.data.module",
-    "PolicySettings": "lit_bilevel.policy.load",
-    "LoraSettings": "lit_bilevel.policy.load",
-    "ExponentiatedGradient": "lit_bilevel.optim",
-    **dict.fromkeys(
-        (
-            *("BMOWeights", "ExampleWeights", "NetworkWeights", "RunningWeights", "SigmoidWeights", "SoftmaxWeights"),
-            *("SourceWeights", "TableWeights", "UniformWeights"),
-        ),
-        "lit_bilevel.weights",
-    ),
-    **dict.fromkeys(
-        ("BilevelSolver", "Implicit", "Mixing", "OneStep", "Penalty", "ValueFunction"), "lit_bilevel.solvers"
-    ),
-    **dict.fromkeys(
-        ("BelowThreshold", "BilevelCheckpoint", "Choose", "Export", "LowestFraction", "Predictions", "RandomFraction"),
-        "lit_bilevel.callbacks",
-    ),
-    **dict.fromkeys(("RandomState", "SelfRefine", "WeightInspector"), "lit_bilevel.callbacks"),
-    **dict.fromkeys(
-        ("Aligned", "LengthNormalised", "ResponseWeights", "SelfNormalised", "Sequence", "Token", "Uniform"),
-        "lit_bilevel.ratios",
-    ),
-    **dict.fromkeys(("GenerationBackend", "HFGenerate", "Sampling"), "lit_bilevel.policy.generate"),
-    **dict.fromkeys(("ContinuousBatching", "VLLM"), "lit_bilevel.policy.backends"),
+_NAMES = {
+    "lit_bilevel.module": "LitBilevel",
+    "lit_bilevel.data.module": "BilevelDataModule",
+    "lit_bilevel.policy.load": "LoraSettings PolicySettings",
+    "lit_bilevel.optim": "ExponentiatedGradient",
+    "lit_bilevel.weights": "BMOWeights ExampleWeights NetworkWeights RunningWeights SigmoidWeights SoftmaxWeights "
+    "SourceWeights TableWeights UniformWeights",
+    "lit_bilevel.solvers": "BilevelSolver Implicit Mixing OneStep Penalty ValueFunction",
+    "lit_bilevel.ratios": "Aligned LengthNormalised ResponseWeights SelfNormalised Sequence Token Uniform",
+    "lit_bilevel.policy.generate": "GenerationBackend HFGenerate Sampling",
+    "lit_bilevel.policy.backends": "ContinuousBatching VLLM",
+    "lit_bilevel.callbacks": "BelowThreshold BilevelCheckpoint Choose Export LowestFraction Predictions RandomFraction "
+    "RandomState SelfRefine WarmStart WeightInspector",
 }
+_HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
 __all__ = ["__version__", *_HOMES]
 

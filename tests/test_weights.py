@@ -152,6 +152,11 @@ def test_bmo_at_export_does_not_know_the_order_of_visits():
     assert spread(weights.table()) < 1e-12
 
 
+def test_bmo_tells_two_groups_apart():
+    table = visit(built("bmo"), None, 3, None, GROUPS)
+    assert binary_auroc(table, (GROUPS == 1).long()) == 1.0
+
+
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_batch_of_one_row_is_refused(name):
     with pytest.raises(UserError, match=r"batch_size.*at least 2"):

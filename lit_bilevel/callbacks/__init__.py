@@ -7,6 +7,7 @@ from lit_bilevel.callbacks.inspect import WeightInspector
 from lit_bilevel.callbacks.predict import Predictions
 from lit_bilevel.callbacks.random_state import RandomState
 from lit_bilevel.callbacks.refine import SelfRefine
+from lit_bilevel.callbacks.warm_start import WarmStart
 
 __all__ = [
     "BelowThreshold",
@@ -18,5 +19,6 @@ __all__ = [
     "RandomFraction",
     "RandomState",
     "SelfRefine",
+    "WarmStart",
     "WeightInspector",
 ]
