@@ -2,7 +2,7 @@
 
     python scripts/compare.py --config configs/quickstart.yaml --methods mixing one_step --seeds 0 1 2 --output DIR
 
-A method is mixing, pool_only, validation_only, oracle, bmo, or SOLVER[@WEIGHTS], each with [+refine[:RULE]]:
+A method is mixing, constant_mixing, pool_only, validation_only, oracle, bmo, or SOLVER[@WEIGHTS], with [+refine[:RULE]]:
 one_step, penalty@softmax, one_step@sigmoid+refine:token, … Other flags (`--data.pool P`, `--model.policy.path M`, …) go
 to every run. Finished runs are kept in DIR/results.csv, so a second call goes on where the first one stopped.
 
@@ -26,10 +26,16 @@ from pathlib import Path
 from typing import Any
 
 BASELINES = {
-    "mixing": [],
+    "mixing": [],  # with the configuration's schedule of λ
+    "constant_mixing": ["--model.upper_weight_start=0"],  # both sets from the first step on
     "pool_only": ["--model.upper_weight=0"],
-    "validation_only": ["--model.upper_weight=1"],
+    "validation_only": ["--model.upper_weight=1", "--model.upper_weight_start=0", "--trainer.val_check_interval=10"],
     "oracle": [],
+}
+STOPPED_EARLY = ("constant_mixing", "validation_only")  # they memorise the validation rows and never recover
+EARLY_STOPPING: dict[str, Any] = {
+    "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+    "init_args": {"monitor": "monitor/loss", "patience": 15},
 }
 SOLVERS = {
     "one_step": "OneStep",
@@ -68,11 +74,13 @@ class Method:
     Args:
         flags: for the command line.
         refine: whether `SelfRefine` runs, as the configuration has it or with the settings of `REFINE`.
+        stopped_early: whether it ends when the monitor loss has not fallen for 15 looks.
         clean_pool: whether it sees the clean rows of the pool alone.
     """
 
     flags: tuple[str, ...]
     refine: bool = False
+    stopped_early: bool = False
     clean_pool: bool = False
 
     @classmethod
@@ -93,7 +101,7 @@ class Method:
             flags += [f"--model.weights={known(weights, WEIGHTS, 'weights')}"] if weights else []
         if ratio:
             flags.append(f"--model.response_weights={known(ratio, RATIOS, 'response weights')}")
-        return cls(tuple(flags), refine=bool(refine), clean_pool=base == "oracle")
+        return cls(tuple(flags), bool(refine), base in STOPPED_EARLY, base == "oracle")
 
     def callbacks(self, config: str) -> list[str]:
         """Flags that put `SelfRefine` in or take it out, leaving the configuration's other callbacks."""
@@ -103,6 +111,7 @@ class Method:
         mine = [callback for callback in listed if str(callback.get("class_path", "")).endswith("SelfRefine")]
         others = [callback for callback in listed if callback not in mine]
         chosen = others + ((mine or [REFINE]) if self.refine else [])
+        chosen += [EARLY_STOPPING] if self.stopped_early else []
         return [f"--trainer.callbacks={json.dumps(chosen)}"] if chosen or listed else []
 
 
@@ -201,7 +210,12 @@ def clean_pool_flags(config: str, shared: list[str], folder: Path) -> list[str]:
             if not kind:
                 record = {"id": row.id, "prompt": row.prompt, "response": row.response, "source": row.source}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    return [f"--data.pool={path}", "--data.truth=null"]
+    flags = [f"--data.pool={path}", "--data.truth=null"]
+    if settings.trainer.max_steps < 0:
+        window = settings.data.batch_size * settings.model.accumulate_grad_batches
+        steps = math.ceil(len(rows) / window) * settings.trainer.max_epochs
+        flags += [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1"]
+    return flags
 
 
 def exact_match(cli: Any) -> float:
