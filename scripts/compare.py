@@ -2,7 +2,7 @@
 
     python scripts/compare.py --config configs/quickstart.yaml --methods mixing one_step --seeds 0 1 2 --output DIR
 
-A method is mixing, constant_mixing, pool_only, validation_only, oracle, bmo, or SOLVER[@WEIGHTS], with [+refine[:RULE]]:
+A method is mixing, constant_mixing, pool_only, validation_only, oracle, bmo or SOLVER[@WEIGHTS], with [+refine[:RULE]]:
 one_step, penalty@softmax, one_step@sigmoid+refine:token, … Other flags (`--data.pool P`, `--model.policy.path M`, …) go
 to every run. Finished runs are kept in DIR/results.csv, so a second call goes on where the first one stopped.
 
