@@ -21,8 +21,8 @@ _NAMES = {
     "lit_bilevel.ratios": "Aligned LengthNormalised ResponseWeights SelfNormalised Sequence Token Uniform",
     "lit_bilevel.policy.generate": "GenerationBackend HFGenerate Sampling",
     "lit_bilevel.policy.backends": "ContinuousBatching VLLM",
-    "lit_bilevel.callbacks": "BelowThreshold BilevelCheckpoint Choose Export LowestFraction Predictions RandomFraction "
-    "RandomState SelfRefine WarmStart WeightInspector",
+    "lit_bilevel.callbacks": "BelowThreshold BilevelCheckpoint Choose Export Figures LowestFraction ModelCard "
+    "Predictions RandomFraction RandomState SelfRefine Summary WarmStart WeightInspector",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 

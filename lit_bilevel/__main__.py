@@ -36,10 +36,12 @@ def main(args: list[str] | None = None) -> int:
         sys.stdout.write(USAGE)
         return 0
     if arguments[0] == "select":
-        from lit_bilevel.select import main as command
-    else:
-        from lit_bilevel.cli import main as command
-    return command(arguments)
+        from lit_bilevel.select import main as select
+
+        return select(arguments)
+    from lit_bilevel.cli import main as lightning
+
+    return lightning(arguments)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,17 @@ traceback. Left out: a second trainer, or modes; what a run does is what its YAM
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -19,11 +25,32 @@ import lit_bilevel.policy.backends
 import lit_bilevel.ratios
 import lit_bilevel.solvers
 import lit_bilevel.weights  # noqa: F401  (known classes can be named in YAML without their module)
-from lit_bilevel.callbacks import BilevelCheckpoint, Export, Predictions, RandomState, WeightInspector
+from lit_bilevel.arguments import Parser
+from lit_bilevel.callbacks import (
+    BilevelCheckpoint,
+    Export,
+    Figures,
+    ModelCard,
+    Predictions,
+    RandomState,
+    Summary,
+    WeightInspector,
+)
 from lit_bilevel.callbacks.export import is_rehearsal
+from lit_bilevel.callbacks.progress import Bar, Lines
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
+
+# lines of libraries that say nothing to a user of this program; each is matched as a beginning
+UNTOLD = (
+    "💡 Tip:",
+    "GPU available: False",
+    "TPU available: False",
+    "Loading `train_dataloader` to estimate",
+    "Restoring states from the checkpoint path",  # followed by "Loaded model weights" or "Restored all states"
+)
+OUTDATED = (r".*isinstance\(treespec, LeafSpec\).*", r".*(instantiate_classes|skip_none).*")
 
 
 class FitConfig(SaveConfigCallback):
@@ -45,8 +72,15 @@ class BilevelCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             seed_everything_default=0,
+            parser_class=Parser,
             args=args,
             **settings,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser that also reads the environment: `LIT_BILEVEL_FIT__DATA__BATCH_SIZE=9`."""
+        return super().init_parser(
+            **{"prog": "lit-bilevel", "default_env": True, "env_prefix": "LIT_BILEVEL", **kwargs}
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -59,7 +93,10 @@ class BilevelCLI(LightningCLI):
         parser.add_lightning_class_args(WeightInspector, "inspect")
         parser.add_lightning_class_args(RandomState, "random_state")
         parser.add_lightning_class_args(Predictions, "predictions")
-        parser.set_defaults({"trainer.default_root_dir": "runs/default"})
+        parser.add_lightning_class_args(Summary, "summary")
+        parser.add_lightning_class_args(Figures, "figures")
+        parser.add_lightning_class_args(ModelCard, "card")
+        parser.set_defaults({"trainer.default_root_dir": "runs/default", "trainer.enable_model_summary": False})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
@@ -68,25 +105,63 @@ class BilevelCLI(LightningCLI):
             kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
         return super().instantiate_trainer(**kwargs)
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        own = config.get("callbacks") or []
+        given = [*(own if isinstance(own, list) else [own]), *callbacks]
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
+            callbacks = [*callbacks, Bar() if sys.stdout.isatty() else Lines()]
+        return super()._instantiate_trainer(config, callbacks)
+
     def after_fit(self) -> None:
         """Test the monitor-best checkpoint, so that a run ends with the number that counts."""
         if is_rehearsal(self.trainer) or not self.trainer.state.finished or self.trainer.received_sigterm:
             return
-        if self.datamodule.paths["test"] is None:
-            return
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
-        self._report()
-
-    def _report(self) -> None:
+        if self.datamodule.paths["test"] is not None:
+            best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
         if self.trainer.is_global_zero:
-            folder = Path(self.trainer.default_root_dir)
-            metrics = ", ".join(f"{name} {float(value):.4f}" for name, value in self.trainer.callback_metrics.items())
-            sys.stdout.write(f"\n{metrics}\nresults in {folder}; look at them with: tensorboard --logdir {folder}\n")
+            sys.stdout.write(f"\n{self._results()}\n")
+
+    def _results(self) -> str:
+        """What came out, and where it lies."""
+        folder = Path(self.trainer.default_root_dir)
+        lines = []
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        monitor = next((c.monitor_losses for c in callbacks if isinstance(c, Summary)), [])
+        if monitor:
+            lines.append(f"monitor loss {monitor[0]:.4f} at its first check, {min(monitor):.4f} at its best")
+        metrics = folder / "metrics.json"
+        if metrics.is_file():
+            found = json.loads(metrics.read_text())
+            lines.append(", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        names = ("weights.parquet", "policy", "metrics.json", "responses.jsonl", "checkpoints", "figures")
+        lines.append(f"written to {folder}: {', '.join(name for name in names if (folder / name).exists())}")
+        lines.append(f"look at it with: lit-bilevel inspect {folder}; tensorboard --logdir {folder}")
+        return "\n".join(lines)
+
+
+def quiet() -> None:
+    """Leave out what libraries say to nobody in particular; warnings about a run stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for message in OUTDATED:
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logger = logging.getLogger(name)
+        if _told not in logger.filters:
+            logger.addFilter(_told)
+
+
+def _told(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(UNTOLD)
 
 
 def main(args: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    quiet()
+    if importlib.util.find_spec("shtab") is not None:
+        jsonargparse.set_parsing_settings(add_print_completion_argument=True)
     try:
         BilevelCLI(args)
     except UserError as error:

@@ -1,12 +1,15 @@
 """Callbacks: one file, one class, one sentence each."""
 
+from lit_bilevel.callbacks.card import ModelCard
 from lit_bilevel.callbacks.checkpoint import BilevelCheckpoint
 from lit_bilevel.callbacks.choose import BelowThreshold, Choose, LowestFraction, RandomFraction
 from lit_bilevel.callbacks.export import Export
+from lit_bilevel.callbacks.figures import Figures
 from lit_bilevel.callbacks.inspect import WeightInspector
 from lit_bilevel.callbacks.predict import Predictions
 from lit_bilevel.callbacks.random_state import RandomState
 from lit_bilevel.callbacks.refine import SelfRefine
+from lit_bilevel.callbacks.summary import Summary
 from lit_bilevel.callbacks.warm_start import WarmStart
 
 __all__ = [
@@ -14,11 +17,14 @@ __all__ = [
     "BilevelCheckpoint",
     "Choose",
     "Export",
+    "Figures",
     "LowestFraction",
+    "ModelCard",
     "Predictions",
     "RandomFraction",
     "RandomState",
     "SelfRefine",
+    "Summary",
     "WarmStart",
     "WeightInspector",
 ]

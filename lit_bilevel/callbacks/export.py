@@ -30,7 +30,7 @@ class Export(Callback):
         policy: whether to write `policy/`, a `save_pretrained` folder.
     """
 
-    FILES = ("weights.parquet", "metrics.json", "policy", "responses.jsonl")
+    FILES = ("weights.parquet", "metrics.json", "policy", "responses.jsonl", "inspection", "figures", "inspect.html")
 
     def __init__(self, policy: bool = True):
         self.policy = policy
@@ -42,8 +42,12 @@ class Export(Callback):
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not is_rehearsal(trainer) and not self._resumed:
+            folder = run_folder(trainer)
             for name in self.FILES:
-                _remove(run_folder(trainer) / name)
+                _remove(folder / name)
+            for path in folder.glob("events.out.tfevents.*"):  # or TensorBoard draws both runs into one curve
+                if f".{os.getpid()}." not in path.name:
+                    _remove(path)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_rehearsal(trainer):

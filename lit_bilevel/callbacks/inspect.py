@@ -1,57 +1,195 @@
-"""The weights made visible: a histogram and tables of the top and bottom rows, after every epoch.
+"""The weights made visible after every epoch: in every logger what it can show, and as files in `inspection/`.
 
-Left out: anything in the training step; the cheap scalars of a step are logged by the module.
+    scalars     weights/quantile/05 … 95, weights/mass/<source>, weights/rank_correlation (Spearman's, with the epoch
+                before), auroc/<kind> where `data.truth` is given
+    TensorBoard also a histogram, quantile bands (tab Custom scalars), tables of the rows at both ends and how they
+                moved, a PR curve (finding the corrupted rows by low weight), and the tab HParams after the final test
+
+Work that grows with N is done once an epoch, never in a step. Left out: scalars of a step; the module logs those.
 """
 
 from __future__ import annotations
 
+import functools
 import html
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.inspection import Inspection
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.scoring import aurocs, flat, read_truth
+from lit_bilevel.settings import Plain, run_settings
+from lit_bilevel.statistics import correlation, histogram, quantiles, ranks, source_mass
 
 MARKUP = "\\`*_{}[]()+-!|~"
+BANDS = {"middle half": ("25", "75"), "middle 90 %": ("05", "95")}
+LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "weights": {
+        name: ["Margin", [f"weights/quantile/{q}" for q in ("50", low, high)]] for name, (low, high) in BANDS.items()
+    }
+    | {"share of each source": ["Multiline", ["weights/mass/.*"]]},
+    "losses": {"upper, lower, monitor": ["Multiline", ["upper/loss", "lower/loss", "monitor/loss"]]},
+}
 
 
 class WeightInspector(Callback):
-    """Shows the distribution of the weights and the rows at both ends.
+    """Shows the distribution of the weights, the rows at both ends, and how they moved.
 
     Args:
         rows: rows in each of the two tables.
         characters: longest text shown in a cell.
+        sampled: rows whose weight is followed over the epochs.
     """
 
-    def __init__(self, rows: int = 20, characters: int = 300):
+    def __init__(self, rows: int = 20, characters: int = 300, sampled: int = 100):
         self.rows = rows
         self.characters = characters
+        self.sampled = sampled
+        self._before: Tensor | None = None
+        self._settings: dict[str, Plain] = {}
+        self._data: Any = None
+
+    # ---- when ----
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LitBilevel)
+        self._data = trainer.datamodule  # type: ignore[attr-defined]
+        for name in ("_source_N", "_kinds", "_sample"):  # of an earlier fit
+            self.__dict__.pop(name, None)
+        self._settings = run_settings(trainer, pl_module)
+        for logger in boards(trainer):
+            logger.experiment.add_custom_scalars(LAYOUT)
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitBilevel)
-        table = pl_module.weights.table().cpu()
-        visits = pl_module.weights.visits.cpu()
+        table = pl_module.weights.table().detach().cpu().double()
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        scalars = self._scalars(table)
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step)
+        records = self._ends(table, pl_module.weights.visits.cpu())
+        for logger in boards(trainer):
+            logger.experiment.add_histogram("weights/distribution", table, step)
+            self._add_pr_curve(logger, table, step)
+            for end in ("lowest", "highest"):
+                logger.experiment.add_text(f"weights/{end}", self._markdown(records, end), step)
+        if not is_rehearsal(trainer):
+            self._write(trainer, table, {"step": step, "epoch": trainer.current_epoch, **scalars}, records)
+        self._before = table.float()
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the rows once more where the export scored them under the final policy."""
+        assert isinstance(pl_module, LitBilevel)
+        if pl_module.weights.needs_scoring and not is_rehearsal(trainer):
+            records = self._ends(pl_module.weights.table().detach().cpu().double(), pl_module.weights.visits.cpu())
+            Inspection(run_folder(trainer) / "inspection").write("rows.jsonl", records)
+
+    @rank_zero_only
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After a fit: its settings with the metrics they led to, for comparing runs."""
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        if not self._settings or is_rehearsal(trainer):
+            return
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_histogram("weights/distribution", table, step)
-                order = table.argsort()
-                data = trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
-                ends = {"weights/lowest": order[: self.rows], "weights/highest": order.flip(0)[: self.rows]}
-                for name, rows in ends.items():
-                    logger.experiment.add_text(name, self._markdown(data, rows, table, visits), step)
+                logger.log_hyperparams(self._settings, metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            else:
+                logger.log_hyperparams(dict(self._settings))
+            logger.save()
 
-    def _markdown(self, data: Any, rows: Tensor, table: Tensor, visits: Tensor) -> str:
-        lines = ["| weight | visits | id | prompt | response |", "|---|---|---|---|---|"]
-        for row in rows.tolist():
-            record = data[row]
-            texts = [table_cell(record[name], self.characters) for name in ("id", "prompt", "response")]
-            lines.append(f"| {table[row]:.3g} | {visits[row]} | {' | '.join(texts)} |")
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._before is None else {"before": self._before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = state_dict.get("before")
+
+    # ---- what ----
+
+    @functools.cached_property
+    def _source_N(self) -> Tensor:
+        return self._data.pool_sources
+
+    @functools.cached_property
+    def _kinds(self) -> list[str]:
+        """Kind of corruption of every row; empty where no truth is given."""
+        return read_truth(self._data.truth, self._data.sets["pool"]["id"][:]) if self._data.truth else []
+
+    @functools.cached_property
+    def _sample(self) -> list[int]:
+        rows = len(self._data.sets["pool"])
+        return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[: self.sampled].sort().values.tolist()
+
+    def _scalars(self, table: Tensor) -> dict[str, float]:
+        found = {f"weights/quantile/{name}": value for name, value in quantiles(table).items()}
+        mass = source_mass(table, self._source_N, self._data.source_names)
+        found |= {f"weights/mass/{name}": value for name, value in mass.items()}
+        if self._before is not None and len(self._before) == len(table):
+            rho = correlation(ranks(table), ranks(self._before))
+            found |= {} if rho is None else {"weights/rank_correlation": rho}
+        return found | (flat(aurocs(table, self._kinds)) if self._kinds else {})
+
+    def _ends(self, table: Tensor, visits: Tensor) -> list[dict[str, Any]]:
+        """Records of the rows at both ends; equal weights in the order of the pool."""
+        count = min(self.rows, len(table))
+        order = table.argsort(stable=True)
+        place = ranks(table)
+        before = self._before if self._before is not None else torch.ones(len(table))
+        moved = place - ranks(before) if self._before is not None else torch.zeros(len(table))
+        names = self._data.source_names
+        records = []
+        for end, rows in (("lowest", order[:count]), ("highest", order.flip(0)[:count])):
+            for row in rows.tolist():
+                record = self._data.sets["pool"][row]
+                found = {name: record[name] for name in ("id", "row", "prompt", "response")}
+                found |= {"source": names[record["source"]], "weight": float(table[row]), "visits": int(visits[row])}
+                found |= {"end": end, "before": float(before[row]), "moved": int(moved[row])}
+                records.append(found | ({"kind": self._kinds[row] or "clean"} if self._kinds else {}))
+        return records
+
+    def _add_pr_curve(self, logger: TensorBoardLogger, table: Tensor, step: int) -> None:
+        corrupted = torch.tensor([bool(kind) for kind in self._kinds])
+        if corrupted.any() and not corrupted.all():
+            suspicion = 1 - ranks(table) / max(1, len(table) - 1)
+            logger.experiment.add_pr_curve("weights/finds_corrupted", corrupted, suspicion, step)
+
+    def _markdown(self, records: list[dict[str, Any]], end: str) -> str:
+        truth = ["truth"] if self._kinds else []
+        names = ["weight", "epoch before", "places moved", "visits", "source", *truth, "id", "prompt", "response"]
+        lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for record in records:
+            if record["end"] == end:
+                cells = [f"{record['weight']:.3g}", f"{record['before']:.3g}", _arrow(record["moved"])]
+                texts = [record["source"], *([record["kind"]] if truth else [])]
+                texts += [record[name] for name in ("id", "prompt", "response")]
+                cells += [str(record["visits"]), *(table_cell(text, self.characters) for text in texts)]
+                lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines)
+
+    def _write(self, trainer: Trainer, table: Tensor, record: dict[str, Any], records: list[dict[str, Any]]) -> None:
+        files = Inspection(run_folder(trainer) / "inspection")
+        sampled = [float(table[row]) for row in self._sample]
+        files.add_epoch(record | {"histogram": histogram(table), "rows": self._sample, "weights": sampled})
+        files.write("rows.jsonl", records)
+        for end in ("lowest", "highest"):
+            files.write_text(f"{end}.md", self._markdown(records, end) + "\n")
+        refined = self._data.responses.rows[: self.rows]
+        if refined:
+            pool = self._data.sets["pool"].select_columns(["id", "row", "prompt", "response"])
+            files.write("refined.jsonl", [pool[row] for row in refined])
+
+
+def boards(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The loggers that show more than scalars."""
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def table_cell(text: str, characters: int = 300) -> str:
@@ -59,3 +197,7 @@ def table_cell(text: str, characters: int = 300) -> str:
     cut = text if len(text) <= characters else text[:characters] + " …"
     escaped = "".join(f"&#{ord(c)};" if c in MARKUP else c for c in html.escape(cut))
     return "<br>".join(escaped.splitlines())
+
+
+def _arrow(places: int) -> str:
+    return "0" if places == 0 else f"{'▲' if places > 0 else '▼'} {abs(places):,}"

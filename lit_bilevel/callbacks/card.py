@@ -1,0 +1,97 @@
+"""The model card `policy/README.md`: data, method, settings, results.
+
+Written with the policy at the end of fit, and once more with the results after the test that ends a run. Left out:
+what a card cannot know, such as intended use and licence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.module import LitBilevel
+from lit_bilevel.settings import Plain, run_settings
+from lit_bilevel.version import __version__
+
+
+class ModelCard(Callback):
+    """Says in `policy/README.md` how the policy came to be."""
+
+    def __init__(self) -> None:
+        self._settings: dict[str, Plain] = {}
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LitBilevel)
+        self._settings = run_settings(trainer, pl_module)
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write(trainer, pl_module, {})
+
+    @rank_zero_only
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = run_folder(trainer) / "metrics.json"
+        if self._settings and path.is_file():
+            self._write(trainer, pl_module, json.loads(path.read_text()))
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
+        assert isinstance(pl_module, LitBilevel)
+        folder = run_folder(trainer) / "policy"
+        if is_rehearsal(trainer) or not folder.is_dir():
+            return
+        partial = folder / "README.md.partial"
+        partial.write_text(card(trainer, pl_module, self._settings, metrics), encoding="utf-8")
+        os.replace(partial, folder / "README.md")
+
+
+def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metrics: dict[str, float]) -> str:
+    """The text of the card."""
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    base, adapter = file_name(module.policy_settings.path), module.policy_settings.lora is not None
+    loader = "PeftModel.from_pretrained(base, …)" if adapter else "AutoModelForCausalLM.from_pretrained(…)"
+    sets = {"pool": ("pool",), "validation": ("upper", "monitor"), "test": ("test",)}
+    rows = [
+        (name, data.paths[name], sum(len(data.sets[part]) for part in sets[name])) for name in sets if data.paths[name]
+    ]
+    method = f"The solver is `{settings['solver']}`, the weights are `{settings['weights']}`."
+    if not module.learns_weights:
+        method = f"The solver is `{settings['solver']}`, which learns no weights."
+    if "refine" in settings:
+        method += " Answers of badly weighted rows were replaced by the policy's own (self-refining generation)."
+    best = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    results = {"monitor/loss (chose the checkpoint)": float(best)} if best is not None else {}
+    results |= metrics
+    settings = settings | {"policy": base}
+    parts = [
+        "---",
+        f"base_model: {json.dumps(base)}",
+        f"library_name: {'peft' if adapter else 'transformers'}",
+        "pipeline_tag: text-generation",
+        "tags: [lit-bilevel, bilevel-data-selection]",
+        "---",
+        f"# {base}, tuned with lit-bilevel {__version__}",
+        "",
+        f"{'An adapter for' if adapter else 'Tuned from'} `{base}` on data that is not trusted, guided by a small"
+        f" trusted validation set: every row of the pool has a learned weight (arXiv 2511.21056). {method}",
+        f"Load it with `{loader}`.",
+        *("", "## Data", "", "| set | file | rows |", "|---|---|---|"),
+        *(f"| {name} | `{path}` | {count:,} |" for name, path, count in rows),
+        *("", "## Results", "", "| metric | value |", "|---|---|"),
+        *(f"| {name} | {value:.4f} |" for name, value in results.items()),
+        *("", "## Settings", "", "| setting | value |", "|---|---|"),
+        *(f"| {name} | `{value}` |" for name, value in settings.items()),
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def file_name(path: str) -> str:
+    """The name of a local file or folder without its folders; a hub id as it is."""
+    return Path(path).name if Path(path).exists() else path

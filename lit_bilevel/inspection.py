@@ -1,0 +1,56 @@
+"""The folder `inspection/` of a run: what `WeightInspector` saw, for any logger and for `lit-bilevel inspect`.
+
+    epochs.jsonl      one line an epoch: step, quantiles, mass of the sources, histogram, weights of sampled rows
+    rows.jsonl        the rows at both ends of the weights now, with their texts
+    refined.jsonl     questions and offline answers of some refined rows
+    *.md              the tables as they are in TensorBoard
+
+Left out: all N weights of every epoch; `weights.parquet` has those of the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Inspection:
+    """The files of one run's folder; each is written beside its place and then moved there.
+
+    Args:
+        folder: `inspection/` in the run folder.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def epochs(self) -> list[dict[str, Any]]:
+        """The epochs so far."""
+        return read_lines(self.folder / "epochs.jsonl")
+
+    def add_epoch(self, record: Mapping[str, Any]) -> None:
+        """Add an epoch; later ones of an interrupted run, which is repeated now, are dropped."""
+        earlier = [known for known in self.epochs() if known["step"] < record["step"]]
+        self.write("epochs.jsonl", [*earlier, record])
+
+    def write(self, name: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Write a file of JSON lines."""
+        self.write_text(name, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(partial, self.folder / name)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a file of JSON lines; empty where there is none."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
