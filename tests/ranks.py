@@ -84,13 +84,14 @@ def save_model(folder: Path) -> None:
 def fitted(case: dict[str, Any]) -> Any:
     """The module after the steps of a case, and its trainer."""
     from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch.plugins import DoublePrecision
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     import lit_bilevel as lb
     from lit_bilevel.optim import ExponentiatedGradient
 
     seed_everything(0, verbose=False)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size, sharded = int(os.environ.get("WORLD_SIZE", 1)), case["strategy"] == "fsdp2"
     strategies = {"auto": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(save_distributed_checkpoint=False)}
     optimizers = {
         "sgd": partial(torch.optim.SGD, lr=case.get("lr", 0.3)),
@@ -109,7 +110,10 @@ def fitted(case: dict[str, Any]) -> Any:
         strategy=strategies[case["strategy"]],
         accelerator="cpu",
         devices=world_size,
-        precision=case["precision"],
+        precision=None if sharded and case["precision"] == "64-true" else case["precision"],
+        plugins=[DoublePrecision()]  # Lightning refuses the flag, not the plugin
+        if sharded and case["precision"] == "64-true"
+        else None,
         max_steps=case["steps"],
         max_epochs=-1,
         limit_val_batches=0,

@@ -12,7 +12,7 @@ import ranks
 import torch
 from conftest import TOY
 
-STRATEGIES = ["ddp"]
+STRATEGIES = ["ddp", "fsdp2"]
 METHODS = {
     "penalty": {"solver": "Penalty"},
     "value_function": {"solver": "ValueFunction"},
