@@ -17,7 +17,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lit_bilevel.policy.problem import Engine, PolicyProblem
+from lit_bilevel.policy.score import measures
 from lit_bilevel.problem import Values
+from lit_bilevel.ratios import ResponseWeights
 from lit_bilevel.types import Features
 
 
@@ -76,9 +78,23 @@ def gathered_scores(
     return Features(row.long(), source.long(), length.long(), loss), s, losses
 
 
-def gathered_measures(found: Tensor, strategy: Any, world_size: int) -> Tensor:
-    """What all processes found on their generated responses: the first entry's maximum, the sum of the others."""
-    if world_size == 1:
-        return found
-    table = strategy.all_gather(found)
-    return torch.cat([table[:, :1].amax(0), table[:, 1:].sum(0)])
+def followed(found: Tensor | None, rule: ResponseWeights, trainer: Any) -> dict[str, Tensor]:
+    """Let the rule take in the generated responses of a step on all processes.
+
+    Args:
+        found: what `weigh_responses` returned here, or `None` where no row is refined.
+        rule: of the response weights.
+        trainer: Lightning's.
+
+    Returns:
+        What is logged of the responses, if there were any.
+    """
+    if found is None:
+        return {}
+    if trainer.world_size > 1:
+        table = trainer.strategy.all_gather(found)
+        found = torch.cat([table[:, :1].amax(0), table[:, 1:].sum(0)])
+    if not found[2] > 0:
+        return {}
+    rule.follow(found[-2:])
+    return measures(found)

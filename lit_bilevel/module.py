@@ -28,13 +28,13 @@ from torch.optim import Optimizer
 from lit_bilevel.checks import check_settings
 from lit_bilevel.errors import UserError
 from lit_bilevel.evaluation import Evaluation
-from lit_bilevel.exchange import gathered_measures, gathered_scores, lightning_engine
+from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
 from lit_bilevel.optim import ExponentiatedGradient, check_optimizer
 from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
-from lit_bilevel.policy.score import measures, weigh_responses
+from lit_bilevel.policy.score import weigh_responses
 from lit_bilevel.policy.shard import shard
 from lit_bilevel.problem import norm as total_norm
 from lit_bilevel.ratios import ResponseWeights, Uniform
@@ -193,11 +193,10 @@ class LitBilevel(LightningModule):
         problem.complete()  # with the new weights: a row's first score counts at its first visit
         if self._clipped(inner.optimizer):
             inner.step()
-            losses |= self._follow(found)
         else:
             self.skipped_steps += 1
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self._log_step(losses)
+        self._log_step(losses | followed(found, self.refinement.rule, self.trainer))
 
     def _optimizers(self) -> tuple[Any, Optimizer | None]:
         """The inner optimizer as Lightning wraps it (its steps count), and the outer one raw (its steps do not)."""
@@ -230,16 +229,6 @@ class LitBilevel(LightningModule):
         if self.gradient_clip_val is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
         return bool(torch.isfinite(norm))
-
-    def _follow(self, found: Tensor | None) -> dict[str, Tensor]:
-        """Let the rule take in the step's responses; returns what is logged of them, if there were any."""
-        if found is None:
-            return {}
-        found = gathered_measures(found, self.trainer.strategy, self.trainer.world_size)
-        if not found[2] > 0:
-            return {}
-        self.refinement.rule.follow(found[-2:])
-        return measures(found)
 
     def _log_step(self, losses: dict[str, Tensor]) -> None:
         statistics = {f"weights/{name}": value for name, value in self.weights.statistics().items()}

@@ -58,9 +58,12 @@ class ExponentiatedGradient(Optimizer):
 def check_optimizer(weights: ExampleWeights, optimizer: Optimizer) -> None:
     """Refuse an optimizer under which the weights would follow the order of visits, or rounding noise.
 
+    Asks the weights first whether they can learn anything on their pool.
+
     Raises:
         UserError: naming the combination and what to use instead.
     """
+    weights.check_pool()
     if isinstance(optimizer, ExponentiatedGradient):
         return
     name = f"`{type(optimizer).__name__}`"

@@ -89,8 +89,7 @@ class Example:
         return round(sum(lengths) / len(lengths))
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A prompt to answer: its position, id and text, its token ids, and how many more tokens the context has."""
 
     row: int

@@ -2,8 +2,9 @@
 
     python scripts/compare.py --config configs/quickstart.yaml --methods mixing one_step --seeds 0 1 2 --output DIR
 
-Other flags (`--data.pool P`, `--model.optimizer.init_args.lr 1e-3`, …) go to every run. Finished runs are kept in
-DIR/results.csv, so a second call goes on where the first one stopped.
+A method is mixing, constant_mixing, pool_only, validation_only, oracle, bmo or SOLVER[@WEIGHTS], with [+refine[:RULE]]:
+one_step, penalty@softmax, one_step@sigmoid+refine:token, … Other flags (`--data.pool P`, `--model.policy.path M`, …) go
+to every run. Finished runs are kept in DIR/results.csv, so a second call goes on where the first one stopped.
 
 Left out: tuning. Every method runs with the settings it is given.
 """
@@ -16,6 +17,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -23,37 +25,122 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-UNIFORM = ["--model.weights=UniformWeights", "--model.solver=Mixing"]
+BASELINES = {
+    "mixing": [],  # with the configuration's schedule of λ
+    "constant_mixing": ["--model.upper_weight_start=0"],  # both sets from the first step on
+    "pool_only": ["--model.upper_weight=0"],
+    "validation_only": ["--model.upper_weight=1", "--model.upper_weight_start=0", "--trainer.val_check_interval=10"],
+    "oracle": [],
+}
+STOPPED_EARLY = ("constant_mixing", "validation_only")  # they memorise the validation rows and never recover
+EARLY_STOPPING: dict[str, Any] = {
+    "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+    "init_args": {"monitor": "monitor/loss", "patience": 15},
+}
+SOLVERS = {
+    "one_step": "OneStep",
+    "penalty": "Penalty",
+    "value_function": "ValueFunction",
+    "implicit": "Implicit",
+}
+WEIGHTS = {
+    "softmax": "SoftmaxWeights",
+    "sigmoid": "SigmoidWeights",
+    "source": "SourceWeights",
+    "network": "NetworkWeights",
+}
+RATIOS = {
+    "uniform": "Uniform",
+    "token": "Token",
+    "sequence": "Sequence",
+    "length_normalised": "LengthNormalised",
+    "self_normalised": "SelfNormalised",
+    "aligned": "Aligned",
+}
+REFINE: dict[str, Any] = {
+    "class_path": "SelfRefine",
+    "init_args": {
+        "choose": {"class_path": "LowestFraction", "init_args": {"fraction": 0.4}},
+        "responses": 4,
+        "sampling": {"max_new_tokens": 64},
+    },
+}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method is the flags that turn the base configuration into it; `clean_pool` gives it the clean rows alone."""
+    """A method is the flags that turn the shared configuration into it.
 
-    flags: tuple[str, ...] = ()
+    Args:
+        flags: for the command line.
+        refine: whether `SelfRefine` runs, as the configuration has it or with the settings of `REFINE`.
+        stopped_early: whether it ends when the monitor loss has not fallen for 15 looks.
+        clean_pool: whether it sees the clean rows of the pool alone.
+    """
+
+    flags: tuple[str, ...]
+    refine: bool = False
+    stopped_early: bool = False
     clean_pool: bool = False
 
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """SOLVER[@WEIGHTS][+refine[:RATIO]], `bmo`, or a baseline; weights that are not named are the configuration's.
 
-METHODS = {
-    "mixing": Method((*UNIFORM,)),
-    "pool_only": Method((*UNIFORM, "--model.upper_weight=0")),
-    "validation_only": Method((*UNIFORM, "--model.upper_weight=1")),
-    "one_step": Method(("--model.solver=OneStep",)),
-    "penalty": Method(("--model.solver=Penalty",)),
-    "oracle": Method((*UNIFORM,), clean_pool=True),
-}
+        Raises:
+            UserError: naming the part that is not known and the parts that are.
+        """
+        base, refine, ratio = re.fullmatch(r"([^+]*)(\+refine)?(?::(.*))?", name).groups()  # type: ignore[union-attr]
+        if base in BASELINES:
+            flags = ["--model.weights=UniformWeights", "--model.solver=Mixing", *BASELINES[base]]
+        elif base == "bmo":
+            flags = ["--model.weights=BMOWeights", "--model.solver=Mixing"]
+        else:
+            solver, _, weights = base.partition("@")
+            flags = [f"--model.solver={known(solver, SOLVERS | dict.fromkeys([*BASELINES, 'bmo'], ''), 'method')}"]
+            flags += [f"--model.weights={known(weights, WEIGHTS, 'weights')}"] if weights else []
+        if ratio:
+            flags.append(f"--model.response_weights={known(ratio, RATIOS, 'response weights')}")
+        return cls(tuple(flags), bool(refine), base in STOPPED_EARLY, base == "oracle")
+
+    def callbacks(self, config: str) -> list[str]:
+        """Flags that put `SelfRefine` in or take it out, leaving the configuration's other callbacks."""
+        import yaml
+
+        listed = (yaml.safe_load(Path(config).read_text()).get("trainer") or {}).get("callbacks") or []
+        mine = [callback for callback in listed if str(callback.get("class_path", "")).endswith("SelfRefine")]
+        others = [callback for callback in listed if callback not in mine]
+        chosen = others + ((mine or [REFINE]) if self.refine else [])
+        chosen += [EARLY_STOPPING] if self.stopped_early else []
+        return [f"--trainer.callbacks={json.dumps(chosen)}"] if chosen or listed else []
+
+
+def known(name: str, table: dict[str, str], what: str) -> str:
+    """Look a name up.
+
+    Raises:
+        UserError: with the names there are.
+    """
+    from lit_bilevel.errors import UserError
+
+    if name not in table:
+        raise UserError(f"unknown {what} {name!r}; there are: {', '.join(table)}.")
+    return table[name]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is missing, then write `results.csv` and `results.md`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="configuration that all methods share")
-    parser.add_argument("--methods", nargs="+", required=True, choices=sorted(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--output", required=True, help="folder of the results and of the runs")
     parser.add_argument("--fresh", action="store_true", help="forget earlier results in the folder")
-    parser.add_argument("--exact_match", action=argparse.BooleanOptionalAction, default=None)
+    parser.add_argument(
+        "--exact_match", action="store_true", help="also answer the test prompts, where answers are short"
+    )
     options, shared = parser.parse_known_args(arguments)
+    methods = {name: Method.parse(name) for name in options.methods}
     output = Path(options.output)
     if options.fresh and output.exists():
         shutil.rmtree(output)
@@ -64,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
             if (name, str(seed)) in {(row["method"], str(row["seed"])) for row in done}:
                 continue
             say(f"{name}, seed {seed} …", end=" ")
-            row = run(name, seed, options, shared, output)
+            row = run(name, methods[name], seed, options, shared, output)
             done.append(row)
             write_csv(output, done)
             say(f"test loss {row['test_loss']:.4f}, {row['seconds']:.0f} s")
@@ -74,16 +161,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(name: str, seed: int, options: argparse.Namespace, shared: list[str], output: Path) -> dict[str, Any]:
+def run(
+    name: str, method: Method, seed: int, options: argparse.Namespace, shared: list[str], output: Path
+) -> dict[str, Any]:
     """Train one method with one seed and score it."""
     from lit_bilevel.cli import BilevelCLI
 
-    folder = output / name / f"seed{seed}"
+    folder = output / name.replace(":", "-") / f"seed{seed}"
     if folder.exists():
         shutil.rmtree(folder)  # an unfinished run
     folder.mkdir(parents=True)
-    method = METHODS[name]
-    flags = [*shared, *method.flags, f"--seed_everything={seed}", f"--trainer.default_root_dir={folder}"]
+    flags = [
+        *shared,
+        *method.flags,
+        *method.callbacks(options.config),
+        f"--seed_everything={seed}",
+        f"--trainer.default_root_dir={folder}",
+    ]
     if method.clean_pool:
         flags += clean_pool_flags(options.config, shared, folder)
     started = time.perf_counter()
@@ -95,8 +189,9 @@ def run(name: str, seed: int, options: argparse.Namespace, shared: list[str], ou
     row |= {key.replace("test/", "test_"): value for key, value in metrics.items() if key.startswith("test/")}
     if cli.model.learns_weights:
         row |= {key: value for key, value in metrics.items() if key.startswith("auroc/")}
-    if options.exact_match is not False:
-        row["exact_match"] = exact_match(cli)
+    if options.exact_match:
+        with quiet(folder / "answers.txt"):
+            row["exact_match"] = exact_match(cli)
     return row
 
 
@@ -115,37 +210,23 @@ def clean_pool_flags(config: str, shared: list[str], folder: Path) -> list[str]:
             if not kind:
                 record = {"id": row.id, "prompt": row.prompt, "response": row.response, "source": row.source}
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-    return [f"--data.pool={path}", "--data.truth=null"]
+    flags = [f"--data.pool={path}", "--data.truth=null"]
+    if settings.trainer.max_steps < 0:
+        window = settings.data.batch_size * settings.model.accumulate_grad_batches
+        steps = math.ceil(len(rows) / window) * settings.trainer.max_epochs
+        flags += [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1"]
+    return flags
 
 
 def exact_match(cli: Any) -> float:
     """Share of test prompts whose greedy answer is the reference, at the monitor-best checkpoint (already loaded)."""
-    import torch
-
-    from lit_bilevel.data.encode import Encoder
-
-    data, tokenizer = cli.datamodule.sets["test"], cli.model.tokenizer
-    model = cli.model.policy.model.eval()
-    prompts = Encoder(tokenizer, cli.datamodule.max_length).prompts(data["prompt"][:])
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    right = 0
-    for start in range(0, len(order), 128):
-        part = order[start : start + 128]
-        width = max(len(prompts[i]) for i in part)
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in part])
-        mask = (torch.arange(width)[None] >= torch.tensor([[width - len(prompts[i])] for i in part])).long()
-        longest = max(len(tokenizer(data[i]["response"]).input_ids) for i in part) + 4
-        with torch.no_grad():
-            answers = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=False,
-                max_new_tokens=longest,
-                pad_token_id=tokenizer.pad_token_id,
-            )[:, width:]
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        right += sum(text.strip() == data[i]["response"].strip() for i, text in zip(part, texts, strict=True))
-    return right / len(prompts)
+    references = dict(
+        zip(cli.datamodule.sets["test"]["id"][:], cli.datamodule.sets["test"]["response"][:], strict=True)
+    )
+    cli.trainer.callbacks = [c for c in cli.trainer.callbacks if "Progress" not in type(c).__name__]
+    batches = cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=True)
+    answers = [answer for batch in batches for answer in batch]
+    return sum(answer["response"].strip() == references[answer["id"]].strip() for answer in answers) / len(answers)
 
 
 # ---- results ----

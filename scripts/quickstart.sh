@@ -2,7 +2,7 @@
 # Everything from nothing: install, learn data weights on the embedded toy data, compare with the baselines.
 source "$(dirname "$0")/setup.sh" test
 "$VENV/bin/python" scripts/compare.py --config configs/quickstart.yaml \
-    --methods mixing validation_only one_step oracle --seeds 0 --output runs/quickstart --fresh
+    --methods mixing validation_only one_step oracle --seeds 0 --output runs/quickstart --fresh --exact_match
 cat <<TXT
 
 The learned weights are in runs/quickstart/one_step/seed0/weights.parquet, one per training row.

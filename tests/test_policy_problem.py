@@ -10,6 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lit_bilevel import BMOWeights, Implicit, OneStep, ValueFunction
 from lit_bilevel.data.collate import collate
+from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import Engine, PolicyProblem
@@ -130,18 +131,26 @@ def test_one_step_is_the_alignment_of_gradients(derivative, tolerance, size):
     assert distance(scores, -lower @ upper) < tolerance
 
 
-def test_one_step_preconditioned_by_the_policy_optimizer():
+@pytest.mark.parametrize("steps", [0, 3])
+def test_one_step_preconditioned_by_the_next_step_of_the_policy_optimizer(steps):
     policy = tiny_policy()
     optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-3)
-    for _ in range(3):
+    for _ in range(steps):
         made(policy, optimizer=optimizer).complete()
         optimizer.step()
     upper, lower = reference(policy, 2)[1].mean(0), reference(policy, 1)[1]
-    states = [optimizer.state[parameter] for parameter in policy.trainable()]
-    scale = flat([1 / ((state["exp_avg_sq"] / (1 - 0.999**3)).sqrt() + 1e-8) for state in states])
+    past = flat([optimizer.state[p]["exp_avg_sq"] for p in policy.trainable()]) if steps else torch.zeros_like(upper)
+    second = (0.999 * past + 0.001 * upper**2) / (1 - 0.999 ** (steps + 1))
     scores = OneStep("forward", direction_decay=0.0)(made(policy, optimizer=optimizer))
-    expected = -lower @ (scale * upper)
+    expected = -lower @ (upper / (second.sqrt() + 1e-8))
     assert distance(scores, expected) < 1e-9 * expected.abs().max()
+
+
+def test_an_optimizer_without_second_moments_is_refused():
+    policy = tiny_policy()
+    problem = made(policy, optimizer=torch.optim.SGD(policy.trainable(), lr=0.1))
+    with pytest.raises(UserError, match="`SGD` keeps no second moments"):
+        OneStep("forward")(problem)
 
 
 def test_lower_jvp_is_exact():

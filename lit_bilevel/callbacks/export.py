@@ -129,10 +129,11 @@ class Export(Callback):
 def score_pool(trainer: Trainer, module: LitBilevel) -> None:
     """Show the weights every pool row's loss under the final policy, with dropout off, on all processes alike."""
     assert module.policy is not None
+    data = trainer.datamodule  # type: ignore[attr-defined]
     training = module.policy.training
     module.policy.eval()
-    for batch in trainer.datamodule.evaluation_loader("pool"):  # type: ignore[attr-defined]
-        batch = batch.to(module.device)
+    for window in data.evaluation_loader("pool"):
+        batch = data.on_before_batch_transfer(window, 0).to(module.device)
         with trainer.precision_plugin.forward_context():
             loss_B = example_nll(module.policy(batch), batch)
         table = torch.stack([batch.row_B, batch.source_B, batch.length_B, loss_B], dim=1).double()

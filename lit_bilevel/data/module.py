@@ -26,7 +26,7 @@ from lit_bilevel.data.encode import Encoder, encoded_table
 from lit_bilevel.data.responses import ResponseStore
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.split import refuse_overlap, split
-from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, Window, examples_of
+from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, Window, examples_of, unchanged
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.types import Batch, Question, Row
 
@@ -217,23 +217,26 @@ class BilevelDataModule(LightningDataModule):
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         own = sorted(questions, key=lambda question: (len(question.prompt_ids), question.row))[rank::world]
         batches: Any = [own[i : i + self.eval_batch_size] for i in range(0, len(own), self.eval_batch_size)]
-        return DataLoader(batches, batch_size=None, collate_fn=list)
+        return DataLoader(batches, batch_size=None, collate_fn=unchanged)
 
     def evaluation_loader(self, name: str) -> DataLoader:
         """Every row of a set once, dealt out to the processes."""
         dataset = self.sets[name]
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         examples = share_of_rank(examples_of(dataset, range(len(dataset))), rank, world)
-        size = self.eval_batch_size
-        windows: Any = [Window(examples[i : i + size], len(dataset)) for i in range(0, len(examples), size)]
-        return DataLoader(windows, batch_size=None, collate_fn=_unchanged)
+        starts = range(0, len(examples), self.eval_batch_size)
+        windows: Any = [Window(examples[i : i + self.eval_batch_size], len(dataset)) for i in starts]
+        return DataLoader(windows, batch_size=None, collate_fn=unchanged)
 
     # ---- what the main process adds ----
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Collate windows in the main process, refined rows with their current responses."""
+        """Collate windows, in training with the current responses of refined rows.
+
+        Here and not in the loader, for Lightning converts tensors to the run's precision just before.
+        """
         if isinstance(batch, Window):
-            return collate(batch.examples, batch.rows, self._call_cost)
+            return self._pinned([collate(batch.examples, batch.rows, self._call_cost)])[0]
         if not isinstance(batch, dict):
             return batch
         return {level: self._micro_batches(level, window) for level, window in batch.items()}
@@ -254,6 +257,9 @@ class BilevelDataModule(LightningDataModule):
             if level == "lower":
                 examples = self.responses.overlay(examples, len(self.sets["pool"]))
             batches.append(collate(examples, window.rows, self._call_cost))
+        return self._pinned(batches)
+
+    def _pinned(self, batches: list[Batch]) -> list[Batch]:
         return [batch.pin_memory() for batch in batches] if self.pin_memory else batches
 
     # ---- state ----
@@ -268,7 +274,3 @@ class BilevelDataModule(LightningDataModule):
         self.responses.load_state_dict(state_dict["responses"])
         if self._stream is not None:
             self._stream.position = self._position
-
-
-def _unchanged(item: Any) -> Any:
-    return item

@@ -53,12 +53,14 @@ class Source:
             try:
                 if isinstance(record, Exception):
                     raise ValueError(str(record))
-                reader = reader or self._reader(record)
+                reader = reader or self._reader(place, record)
                 row = self._row(count - 1, record, reader)
                 if row.id in seen:
                     raise ValueError(f"the id {row.id!r} was already used on row {seen[row.id]}")
                 seen[row.id] = count
                 rows.append(row)
+            except UserError:
+                raise
             except ValueError as error:
                 problems.append(f"{place}: {error}")
         if problems and self.on_bad_row == "error":
@@ -69,7 +71,7 @@ class Source:
             raise UserError(f"{self.path} {state}; give a file with at least one record per line.")
         return rows
 
-    def _reader(self, record: Mapping[str, Any]) -> Format:
+    def _reader(self, place: str, record: Mapping[str, Any]) -> Format:
         names = {known.name: known for known in FORMATS}
         if self.format != "auto":
             if self.format not in names:
@@ -79,8 +81,9 @@ class Source:
         found = detect(columns)
         if found is None:
             wanted = "; ".join(f"{known.name}: {', '.join(known.required)}" for known in FORMATS)
-            raise ValueError(
-                f"the columns {sorted(columns)} fit no known format ({wanted}); rename them with `data.columns`"
+            raise UserError(
+                f"{self.path}, {place}: the columns {sorted(columns)} fit no known format ({wanted}); rename them with"
+                " `data.columns`."
             )
         return found
 

@@ -124,7 +124,8 @@ class _Steps(Dataset):
         return self.make(*address)
 
 
-def _unchanged(item: Any) -> Any:
+def unchanged(item: Any) -> Any:
+    """What it is given: loaders here collate nothing."""
     return item
 
 
@@ -169,7 +170,7 @@ class PairedStream:
         loader = DataLoader(
             _Steps(self.make),
             batch_size=None,
-            collate_fn=_unchanged,
+            collate_fn=unchanged,
             sampler=[(epoch, step, epoch * steps + step) for step in range(start, steps)],
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(0),  # its own, or drawing a seed would shift dropout

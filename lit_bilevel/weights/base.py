@@ -99,6 +99,9 @@ class ExampleWeights(nn.Module, ABC):
     def table(self) -> Tensor:
         """[N] weights of all rows, float64; a row never visited has the initial value, normalised."""
 
+    def check_pool(self) -> None:
+        """Refuse, with a `UserError`, a pool on which these weights could learn nothing; `build` takes any."""
+
     def statistics(self) -> dict[str, Tensor]:
         """Cheap scalars for logging every step, from running sums: no work that grows with N."""
         return {}

@@ -36,14 +36,16 @@ class SourceWeights(ExampleWeights):
 
     def create(self, source_N: Tensor, dtype: torch.dtype) -> None:
         count = torch.bincount(source_N)
-        if len(count) < 2:
+        self.source_N = source_N.to(self.source_N.device, torch.int32)
+        self.share_of_source = (count.double() / len(source_N)).to(self.share_of_source.device)
+        self.logits = nn.Parameter(torch.zeros(len(count), dtype=dtype, device=self.source_N.device))
+
+    def check_pool(self) -> None:
+        if (self.share_of_source > 0).sum() < 2:
             raise UserError(
                 "the pool has one source, so `SourceWeights` has nothing to weigh; add a `source` column to the pool,"
                 " or use `SoftmaxWeights`."
             )
-        self.source_N = source_N.to(self.source_N.device, torch.int32)
-        self.share_of_source = (count.double() / len(source_N)).to(self.share_of_source.device)
-        self.logits = nn.Parameter(torch.zeros(len(count), dtype=dtype, device=self.source_N.device))
 
     def _per_source(self) -> Tensor:
         share = torch.softmax(self.logits.detach().double() / self.temperature + self.share_of_source.log(), 0)
