@@ -7,15 +7,18 @@ how they were dealt out; rows that only filled a shape are dropped. Left out: ga
 
 from __future__ import annotations
 
+import functools
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from lit_bilevel.policy.problem import Engine, PolicyProblem
 from lit_bilevel.policy.score import measures
+from lit_bilevel.problem import Values
 from lit_bilevel.ratios import ResponseWeights
 from lit_bilevel.types import Features
 
@@ -24,14 +27,21 @@ def lightning_engine(module: LightningModule) -> Engine:
     """The machinery around a step, from the module's strategy and precision."""
     trainer, strategy = module.trainer, module.trainer.strategy
     scaler = getattr(trainer.precision_plugin, "scaler", None)
+    sharded = isinstance(strategy, ModelParallelStrategy)
     return Engine(
         backward=module.manual_backward,
         unsynchronised=getattr(strategy, "block_backward_sync", nullcontext),
-        average=lambda values: [strategy.reduce(value, reduce_op="mean") for value in values],
+        average=(lambda values: values) if sharded else functools.partial(averaged, strategy=strategy),
         world_size=trainer.world_size,
         loss_scale=1.0 if scaler is None else scaler.get_scale(),
         differences=trainer.precision in ("32-true", "64-true"),
+        sharded=sharded,
     )
+
+
+def averaged(values: Values, strategy: Any) -> Values:
+    """The mean of each tensor over processes."""
+    return [strategy.reduce(value, reduce_op="mean") for value in values]
 
 
 def gathered_scores(

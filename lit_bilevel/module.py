@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import move_data_to_device
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_bilevel.checks import check_settings
-from lit_bilevel.errors import UserError, misfit
+from lit_bilevel.errors import UserError
 from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
 from lit_bilevel.optim import ExponentiatedGradient, check_optimizer
@@ -35,9 +35,12 @@ from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.policy.score import weigh_responses
+from lit_bilevel.policy.shard import shard
+from lit_bilevel.problem import norm as total_norm
 from lit_bilevel.ratios import ResponseWeights, Uniform
 from lit_bilevel.refinement import Refinement
 from lit_bilevel.solvers.base import BilevelSolver
+from lit_bilevel.state import restore_own, save_own, spread_state
 from lit_bilevel.types import Batch, Question
 from lit_bilevel.weights.base import ExampleWeights
 
@@ -130,6 +133,8 @@ class LitBilevel(LightningModule):
         if self.policy is None:
             dtype = torch.get_default_dtype()
             self.policy = load_policy(self.policy_settings, dtype)
+            if isinstance(self.trainer.strategy, ModelParallelStrategy):
+                shard(self.policy, self.trainer.strategy.root_device)
         # the data weights take the same step on every process, so DDP must not average their gradients
         own = [name for name, _ in (*self.weights.named_parameters(), *self.weights.named_buffers())]
         self._ddp_params_and_buffers_to_ignore = [
@@ -220,7 +225,7 @@ class LitBilevel(LightningModule):
         if scaler is not None:
             scaler.unscale_(optimizer)
         parameters = self.policy.trainable()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = total_norm([p.grad for p in parameters if p.grad is not None])
         if self.gradient_clip_val is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
         return bool(torch.isfinite(norm))
@@ -234,7 +239,8 @@ class LitBilevel(LightningModule):
 
     def on_train_start(self) -> None:
         if self._solver_state is not None:
-            self.solver.load_state_dict(move_data_to_device(self._solver_state, self.device))
+            assert self.policy is not None
+            self.solver.load_state_dict(spread_state(self._solver_state, self.policy))
             self._solver_state = None
 
     def on_train_epoch_end(self) -> None:
@@ -262,28 +268,8 @@ class LitBilevel(LightningModule):
 
     # ---- checkpoints ----
 
-    def _frozen_names(self) -> set[str]:
-        """Parameters that checkpoints leave out, under every name they have (tied ones have several)."""
-        named = self.named_parameters(remove_duplicate=False)
-        return {name for name, parameter in named if not parameter.requires_grad and name.startswith("policy.")}
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        frozen = self._frozen_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-        checkpoint["lit_bilevel"] = {
-            "solver": self.solver.state_dict(),
-            "skipped_steps": self.skipped_steps,
-            "refinement": self.refinement.checkpoint(),
-        }
+        save_own(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own = checkpoint.get("lit_bilevel")
-        if own is None:
-            raise UserError("lit_bilevel did not write this checkpoint; give one from a run's `checkpoints/` folder.")
-        self._solver_state, self.skipped_steps = own["solver"], own["skipped_steps"]
-        self.refinement.restore(own["refinement"], self.weights.pool_rows)
-        frozen = self._frozen_names()
-        expected = {name: value.shape for name, value in self.state_dict().items() if name not in frozen}
-        found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        if expected != found:
-            raise misfit(expected, found)
+        self._solver_state = restore_own(self, checkpoint)

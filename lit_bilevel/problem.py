@@ -82,12 +82,12 @@ class BilevelProblem(ABC):
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     """Inner product, a scalar tensor."""
-    return torch.stack([_whole((x * y).sum()) for x, y in zip(left, right, strict=True)]).sum()
+    return torch.stack([whole((x * y).sum()) for x, y in zip(left, right, strict=True)]).sum()
 
 
 def norm(values: Sequence[Tensor]) -> Tensor:
     """Euclidean norm, a scalar tensor."""
-    return _whole(torch.nn.utils.get_total_norm(values))
+    return whole(torch.nn.utils.get_total_norm(values))
 
 
 def scaled(values: Sequence[Tensor], factor: Tensor | float) -> Values:
@@ -100,6 +100,6 @@ def added(values: Sequence[Tensor], other: Sequence[Tensor], factor: float = 1.0
     return list(torch._foreach_add(list(values), list(other), alpha=factor))
 
 
-def _whole(scalar: Tensor) -> Tensor:
-    """A sharded scalar as an ordinary one."""
-    return scalar.full_tensor() if hasattr(scalar, "full_tensor") else scalar
+def whole(value: Tensor) -> Tensor:
+    """A sharded tensor as an ordinary one."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value

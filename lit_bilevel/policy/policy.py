@@ -8,7 +8,7 @@ Left out: attention masks. Sequences are padded on the right and attention is ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,18 +75,30 @@ class Policy(nn.Module):
     def substituted(self, values: Values) -> Iterator[None]:
         """Evaluate at other values of the trainable parameters; the old ones come back bit for bit, also on exceptions.
 
-        Parameters swap storage, so nothing is computed and no rounding can happen. No graph that saved the parameters
-        may be waiting for its backward pass.
+        Parameters swap storage, so nothing is computed and no rounding can happen; those that are spread over processes
+        are copied instead, for what is gathered later comes from their own storage. Autocast forgets its casts of the
+        other values.
         """
         parameters = self.trainable()
-        kept = [parameter.data for parameter in parameters]
+        kept = [parameter.data.clone() if _is_sharded(parameter) else parameter.data for parameter in parameters]
         try:
-            for parameter, value in zip(parameters, values, strict=True):
-                parameter.data = value
+            _exchange(parameters, values)
             yield
         finally:
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.data = value
+            _exchange(parameters, kept)
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return hasattr(parameter, "full_tensor")
+
+
+def _exchange(parameters: Sequence[Tensor], values: Values) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        if _is_sharded(parameter):
+            parameter.data.to_local().copy_(value.data.to_local())  # type: ignore[attr-defined]
+        else:
+            parameter.data = value
+    torch.clear_autocast_cache()
 
 
 def _selected(call: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:

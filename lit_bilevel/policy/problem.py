@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.policy import Policy
+from lit_bilevel.policy.shard import carrying
 from lit_bilevel.problem import BilevelProblem, Values, scaled
 from lit_bilevel.types import Batch, Features
 
@@ -39,6 +40,7 @@ class Engine:
         world_size: number of processes over which gradients are averaged.
         loss_scale: factor that `backward` puts on gradients (1 without loss scaling).
         differences: whether losses keep float32's digits or better.
+        sharded: whether parameters are spread over processes; `backward` then averages on its way.
     """
 
     backward: Callable[[Tensor], None]
@@ -47,6 +49,7 @@ class Engine:
     world_size: int = 1
     loss_scale: float = 1.0
     differences: bool = True
+    sharded: bool = False
 
 
 class PolicyProblem(BilevelProblem):
@@ -179,16 +182,11 @@ class PolicyProblem(BilevelProblem):
 
     def lower_jvp(self, direction: Values) -> Tensor:
         self._replay_dropout()
-        named = [name for name, parameter in self.policy.named_parameters() if parameter.requires_grad]
         tangents = []
-        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
-            duals = {
-                name: forward_ad.make_dual(parameter.data, tangent)
-                for name, parameter, tangent in zip(named, self.parameters, direction, strict=True)
-            }
+        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), carrying(self.policy, direction):
             for batch in self.lower:
-                nll_K = torch.func.functional_call(self.policy, duals, (batch,))
-                tangents.append(forward_ad.unpack_dual(example_nll(nll_K, batch)).tangent)
+                dual_B = example_nll(self.policy(batch), batch)
+                tangents.append(forward_ad.unpack_dual(dual_B).tangent)
         return torch.cat(tangents)
 
     def hessian_vector_product(self, vector: Values) -> Values:
@@ -214,11 +212,25 @@ class PolicyProblem(BilevelProblem):
 
     def _derivative(self, scalar: Tensor, create_graph: bool = False) -> Values:
         """Gradient of a scalar; zeros for parameters that it does not depend on."""
+        if self.engine.sharded:
+            return self._derivative_by_backward(scalar)
         return list(
             torch.autograd.grad(
                 scalar, self.parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
             )
         )
+
+    def _derivative_by_backward(self, scalar: Tensor) -> Values:
+        """The same, averaged over processes, where only a backward pass gathers parameters and reduces gradients."""
+        kept = [parameter.grad for parameter in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        try:
+            self.engine.backward(scalar)
+            return scaled([_gradient(parameter) for parameter in self.parameters], 1 / self.engine.loss_scale)
+        finally:
+            for parameter, gradient in zip(self.parameters, kept, strict=True):
+                parameter.grad = gradient
 
     # ---- the policy's step ----
 

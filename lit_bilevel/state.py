@@ -1,0 +1,64 @@
+"""What a checkpoint holds beside Lightning's own entries, whole whatever form the parameters have.
+
+Parameters that are frozen stay out of it: they come with the base model. The solver's state may have the shape of the
+policy's values; where these are spread over processes it is gathered to be saved, and spread again when it is loaded.
+
+Left out: the position of the data and random states; the data module and a callback keep those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lit_bilevel.errors import UserError, misfit
+from lit_bilevel.policy.policy import Policy
+from lit_bilevel.policy.shard import spread
+from lit_bilevel.problem import whole
+
+
+def save_own(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Add a `LitBilevel`'s state, and leave out frozen parameters; called on every process."""
+    frozen = _frozen_names(module)
+    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+    checkpoint["lit_bilevel"] = {
+        "solver": apply_to_collection(module.solver.state_dict(), Tensor, whole),
+        "skipped_steps": module.skipped_steps,
+        "refinement": module.refinement.checkpoint(),
+    }
+
+
+def restore_own(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Take over what `save_own` added, all but the state of the solver, which is returned.
+
+    Raises:
+        UserError: if the checkpoint is not of this module.
+    """
+    own = checkpoint.get("lit_bilevel")
+    if own is None:
+        raise UserError("lit_bilevel did not write this checkpoint; give one from a run's `checkpoints/` folder.")
+    module.skipped_steps = own["skipped_steps"]
+    module.refinement.restore(own["refinement"], module.weights.pool_rows)
+    if "state_dict" in checkpoint:  # a strategy that shards parameters has loaded it already
+        frozen = _frozen_names(module)
+        expected = {name: value.shape for name, value in module.state_dict().items() if name not in frozen}
+        found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        if expected != found:
+            raise misfit(expected, found)
+    return own["solver"]
+
+
+def spread_state(state: dict[str, Any], policy: Policy) -> dict[str, Any]:
+    """A solver's state on the policy's device, and spread as its parameters are."""
+    parameters: list[Tensor] = list(policy.trainable())
+    state = move_data_to_device(state, parameters[0].device)
+    return apply_to_collection(state, Tensor, spread, parameters=parameters)
+
+
+def _frozen_names(module: Any) -> set[str]:
+    """Parameters that checkpoints leave out, under every name they have (tied ones have several)."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if not parameter.requires_grad and name.startswith("policy.")}

@@ -1,0 +1,154 @@
+"""Runs of the same policy steps on one process or several; `python ranks.py SPEC OUTPUT` is one process of them.
+
+A specification is a list of cases (name, strategy, precision, solver, …). Every process runs all of them in turn, so
+that the libraries are imported once; the first one writes the weights and the policy that each case ended with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def runs(cases: list[dict[str, Any]], folder: Path, world_size: int, timeout: float = 240) -> dict[str, Any]:
+    """What each case ended with, by name; `world_size` processes on this machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world_size),
+        "TORCHELASTIC_RUN_ID": "ranks",
+    }
+    command = [sys.executable, __file__, str(folder / "cases.json"), str(folder / "ends.pt")]
+    if world_size == 1:
+        for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+            environment.pop(name)
+    processes, logs = [], []
+    for rank in range(world_size):
+        logs.append((folder / f"log{rank}.txt").open("w+"))
+        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else environment
+        processes.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=logs[-1], stderr=subprocess.STDOUT))
+    try:
+        for process, log in zip(processes, logs, strict=True):
+            status = process.wait(timeout)
+            assert status == 0, Path(log.name).read_text()[-4000:]
+    finally:
+        for process, log in zip(processes, logs, strict=True):
+            process.kill()
+            process.wait()
+            log.close()
+    return torch.load(folder / "ends.pt", weights_only=True)
+
+
+def save_model(folder: Path) -> None:
+    """A random GPT-NeoX that keeps float64 throughout (Llama's norms round to float32), with a tokenizer."""
+    from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "lit_bilevel" / "toy" / "model")
+    tokenizer.save_pretrained(folder)
+    config = GPTNeoXConfig(
+        vocab_size=264,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+
+
+def fitted(case: dict[str, Any]) -> Any:
+    """The module after the steps of a case, and its trainer."""
+    from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch.plugins import DoublePrecision
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    import lit_bilevel as lb
+    from lit_bilevel.optim import ExponentiatedGradient
+
+    seed_everything(0, verbose=False)
+    world_size, sharded = int(os.environ.get("WORLD_SIZE", 1)), case["strategy"] == "fsdp2"
+    strategies = {"auto": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(save_distributed_checkpoint=False)}
+    optimizers = {
+        "sgd": partial(torch.optim.SGD, lr=case.get("lr", 0.3)),
+        "adamw": partial(torch.optim.AdamW, lr=case.get("lr", 3e-3), eps=case.get("eps", 1e-8)),
+    }
+    module = lb.LitBilevel(
+        lb.PolicySettings(case["model"], **case.get("policy", {})),
+        getattr(lb, case.get("weights", "SoftmaxWeights"))(),
+        getattr(lb, case["solver"])(**case.get("solver_settings", {})),
+        optimizer=optimizers[case.get("optimizer", "adamw")],
+        weight_optimizer=partial(ExponentiatedGradient, lr=0.3),
+        accumulate_grad_batches=case.get("accumulate", 1),
+        gradient_clip_val=case.get("clip", 1.0),
+    )
+    trainer = Trainer(
+        strategy=strategies[case["strategy"]],
+        accelerator="cpu",
+        devices=world_size,
+        precision=None if sharded and case["precision"] == "64-true" else case["precision"],
+        plugins=[DoublePrecision()]  # Lightning refuses the flag, not the plugin
+        if sharded and case["precision"] == "64-true"
+        else None,
+        max_steps=case["steps"],
+        max_epochs=-1,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=case["folder"],
+    )
+    data = lb.BilevelDataModule(case["pool"], case["validation"], batch_size=case["rows"] // world_size, seed=0)
+    trainer.fit(module, data)
+    return module, trainer
+
+
+def end(case: dict[str, Any]) -> dict[str, Any]:
+    """Weights and policy after a case, whole."""
+    module, trainer = fitted(case)
+    from lit_bilevel.problem import whole
+
+    policy = torch.cat([whole(parameter.detach()).flatten().double() for parameter in module.policy.trainable()])
+    assert trainer.global_step == case["steps"]
+    return {"weights": module.weights.table().clone(), "policy": policy, "step": trainer.global_step}
+
+
+def main(specification: str, output: str) -> None:
+    """Run all cases as one of the processes."""
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    cases = json.loads(Path(specification).read_text())
+    ends = {case["name"]: end(case) for case in cases}
+    if int(os.environ.get("RANK", 0)) == 0:
+        torch.save(ends, output)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,97 @@
+"""The same weights and policy from one process and from two, over the same global batches.
+
+Windows have 7 or 8 rows, so two processes fill one place with padding in every other step.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from conftest import TOY
+
+STRATEGIES = ["ddp", "fsdp2"]
+METHODS = {
+    "penalty": {"solver": "Penalty"},
+    "value_function": {"solver": "ValueFunction"},
+    "one_step": {"solver": "OneStep"},
+    "one_step_differences": {"solver": "OneStep", "solver_settings": {"derivative": "one_sided"}},
+    "bmo": {"solver": "Mixing", "weights": "BMOWeights"},
+    "network": {"solver": "OneStep", "weights": "NetworkWeights"},
+    "accumulated": {"solver": "OneStep"},
+}
+TOLERANCES = {"64-true": {"one_step_differences": 1e-7}, "32-true": {"one_step_differences": 1e-2}}
+
+
+def case(name: str, strategy: str, folder: Path, **settings) -> dict:
+    common = {
+        "name": f"{name} {strategy}",
+        "strategy": strategy,
+        "model": str(folder / "model"),
+        "pool": str(folder / "pool.jsonl"),
+        "validation": str(folder / "validation.jsonl"),
+        "folder": str(folder / "run"),
+        "rows": 8,
+        "steps": 20,
+        "precision": "64-true",
+    }
+    if name == "accumulated" and strategy != "auto":
+        settings |= {"rows": 2, "accumulate": 4}
+    return common | METHODS[name] | settings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    ranks.save_model(folder / "model")
+    for name, size in {"pool": 60, "validation": 30}.items():
+        lines = (TOY / f"{name}.jsonl").read_text().splitlines(keepends=True)[:size]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def both(folder: Path, **settings) -> tuple[dict, dict]:
+    one = [case(name, "auto", folder, **settings) for name in METHODS]
+    two = [case(name, strategy, folder, **settings) for strategy in STRATEGIES for name in METHODS]
+    return ranks.runs(one, folder / "one", 1), ranks.runs(two, folder / "two", 2)
+
+
+@pytest.fixture(scope="module")
+def double(folder):
+    return both(folder)
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    return both(folder, precision="32-true", optimizer="sgd")
+
+
+def same(ends, name, strategy, tolerance):
+    one, two = ends[0][f"{name} auto"], ends[1][f"{name} {strategy}"]
+    assert (one["weights"] - two["weights"]).abs().max() < tolerance
+    assert (one["policy"] - two["policy"]).abs().max() < tolerance
+    assert one["weights"].std() > 0.1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_equal_one_in_float64(double, name, strategy):
+    same(double, name, strategy, TOLERANCES["64-true"].get(name, 1e-9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_equal_one_in_float32(single, name, strategy):
+    differences = name in ("one_step", "one_step_differences", "accumulated", "network")
+    same(single, name, strategy, 1e-2 if differences else 1e-4)
+
+
+def test_the_runs_move_the_policy(double, folder):
+    from lit_bilevel.policy.load import PolicySettings, load_policy
+
+    policy = load_policy(PolicySettings(str(folder / "model")), torch.float64)
+    start = torch.cat([parameter.detach().flatten() for parameter in policy.trainable()])
+    assert (double[0]["penalty auto"]["policy"] - start).abs().max() > 1e-2
