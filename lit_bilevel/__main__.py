@@ -17,6 +17,7 @@ commands:
   test       loss on the test file, of a checkpoint
   predict    generate answers to the test prompts
   select     keep the best-weighted rows of a pool, as a new file
+  inspect    what a run found, on the terminal and as one HTML file
 
   lit-bilevel COMMAND --help     options of a command
   lit-bilevel --version
@@ -39,6 +40,10 @@ def main(args: list[str] | None = None) -> int:
         from lit_bilevel.select import main as select
 
         return select(arguments)
+    if arguments[0] == "inspect":
+        from lit_bilevel.report import main as inspect
+
+        return inspect(arguments)
     from lit_bilevel.cli import main as lightning
 
     return lightning(arguments)

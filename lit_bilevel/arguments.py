@@ -28,10 +28,13 @@ class Parser(LightningArgumentParser):
     """Lightning's parser with short errors."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # the parser of a class, whose message is put into a longer one
+            super().error(message, ex)
         source: Any = getattr(ex, "subcommand_parser", None) or self
         hint = suggestion(message, option_names(source))
         text = " ".join(message.split())
-        raise UserError(f"{text}{hint or f' (`{source.prog} --help` lists the options)'}") from ex
+        program = source.prog.replace(" [options]", "")
+        raise UserError(f"{text}{hint or f' (`{program} --help` lists the options)'}") from ex
 
 
 def option_names(parser: Any) -> set[str]:

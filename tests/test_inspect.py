@@ -1,0 +1,259 @@
+"""What can be seen of a run: event files read back, files for other loggers, the report, the command line's manners."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, read_jsonl
+from datasets import Dataset
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_bilevel import BilevelDataModule, LitBilevel, OneStep, PolicySettings, SoftmaxWeights
+from lit_bilevel.arguments import nearest
+from lit_bilevel.callbacks import WeightInspector
+from lit_bilevel.cli import main
+from lit_bilevel.curves import read_curves, thinned
+from lit_bilevel.page import escaped
+from lit_bilevel.report import main as inspect
+from lit_bilevel.statistics import correlation, quantiles, ranks, source_mass
+
+QUANTILES = [f"weights/quantile/{q}" for q in ("05", "25", "50", "75", "95")]
+
+
+@pytest.fixture(scope="module")
+def refined(small, tmp_path_factory) -> Path:
+    """A finished run with refinement, of two epochs."""
+    folder = tmp_path_factory.mktemp("refined")
+    arguments = [
+        "fit",
+        "--config=configs/refine.yaml",
+        *(f"--data.{name}={path}" for name, path in small.items()),
+        "--data.batch_size=16",
+        "--trainer.max_epochs=3",
+        "--trainer.val_check_interval=4",
+        "--trainer.log_every_n_steps=1",
+        f"--trainer.default_root_dir={folder}",
+    ]
+    assert main(arguments) == 0
+    return folder
+
+
+def test_every_promised_tag_is_in_the_event_files(refined):
+    tags: dict[str, set[str]] = {}
+    for file in refined.glob("events.*"):
+        for kind, names in EventAccumulator(str(file)).Reload().Tags().items():
+            tags.setdefault(kind, set()).update(names if isinstance(names, list) else ())
+    assert {"weights/distribution"} <= tags["histograms"]
+    shown = {"weights/lowest/text_summary", "weights/highest/text_summary", "refine/responses/text_summary"}
+    assert shown | {"custom_scalars__config__", "weights/finds_corrupted", "_hparams_/session_start_info"} <= (
+        tags["tensors"] | {name for file in refined.glob("events.*") for name in plugin_tags(file)}
+    )
+    assert {f"figures/{name}" for name in ("weights", "trajectories", "losses", "refinement")} <= tags["images"]
+
+
+def plugin_tags(file: Path) -> set[str]:
+    events = EventAccumulator(str(file)).Reload()
+    return {tag for plugin in events.summary_metadata and {*events.summary_metadata} for tag in [plugin]}
+
+
+def test_the_scalars_have_sane_values(refined):
+    curves = read_curves(refined)
+    assert [len(curves[name]) for name in QUANTILES] == [3] * 5
+    for epoch in range(3):
+        values = [curves[name][epoch][1] for name in QUANTILES]
+        assert values == sorted(values)
+        masses = [curve[epoch][1] for name, curve in curves.items() if name.startswith("weights/mass/")]
+        assert sum(masses) == pytest.approx(1, abs=1e-5)
+        assert 0 <= curves["auroc/all"][epoch][1] <= 1
+    assert len(curves["weights/rank_correlation"]) == 2
+    assert all(-1 <= value <= 1 for _, value in curves["weights/rank_correlation"])
+    assert curves["weights/quantile/50"][-1][0] == len(curves["lower/loss"])
+    assert curves["test/loss"][-1][1] == pytest.approx(json.loads((refined / "metrics.json").read_text())["test/loss"])
+
+
+def test_tables_say_how_rows_moved(refined):
+    text = (refined / "inspection" / "lowest.md").read_text()
+    assert text.startswith(
+        "| weight | epoch before | places moved | visits | source | truth | id | prompt | response |"
+    )
+    assert "▲" in text or "▼" in text
+    rows = read_jsonl(refined / "inspection" / "rows.jsonl")
+    lowest = [row["weight"] for row in rows if row["end"] == "lowest"]
+    highest = [row["weight"] for row in rows if row["end"] == "highest"]
+    assert lowest == sorted(lowest)
+    assert highest == sorted(highest, reverse=True)
+    assert lowest[-1] <= highest[-1]
+
+
+def test_figures_and_the_model_card_are_written(refined):
+    assert {path.name for path in (refined / "figures").iterdir()} == {
+        f"{name}.png" for name in ("weights", "trajectories", "losses", "refinement")
+    }
+    card = (refined / "policy" / "README.md").read_text()
+    loss = json.loads((refined / "metrics.json").read_text())["test/loss"]
+    for part in (
+        f"| test/loss | {loss:.4f} |",
+        "`OneStep`",
+        "`pool.jsonl` | 90 |",
+        "self-refining",
+        "refine.responses",
+    ):
+        assert part in card
+    assert str(refined) not in card
+    assert str(ROOT) not in card
+
+
+class _Page(html.parser.HTMLParser):
+    """Collects tags and attributes, and checks that tags are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.values: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.values += [value or "" for _, value in attrs]
+        if tag not in ("meta", "rect", "line", "polyline", "circle"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_one_file_without_a_network(refined, tmp_path, capsys):
+    assert inspect(["inspect", str(refined), "--output", str(tmp_path / "page.html")]) == 0
+    printed = capsys.readouterr().out
+    for part in ("test/loss", "effective size", "lowest weights", "refined:"):
+        assert part in printed
+    text = (tmp_path / "page.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert not page.open
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert not [value for value in page.values if "//" in value]
+    assert page.tags.count("svg") >= 6
+    for part in ("Results", "Sources", "Lowest weights", "Highest weights", "Refinement", "Curves"):
+        assert f"<h2>{part}</h2>" in text
+
+
+def test_text_from_the_data_cannot_be_markup(refined, tmp_path):
+    run = tmp_path / "run"
+    (run / "inspection").mkdir(parents=True)
+    (run / "weights.parquet").write_bytes((refined / "weights.parquet").read_bytes())
+    row = {"id": "<b>", "end": "lowest", "weight": 0.1, "before": 1.0, "visits": 1, "source": "</td>"}
+    row |= {"prompt": "<script>alert(1)</script>", "response": "\x1b[31m\ud800 & \"'"}
+    (run / "inspection" / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert inspect(["inspect", str(run)]) == 0
+    text = (run / "inspect.html").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    assert "\x1b" not in text
+    assert escaped("a" * 2000).endswith(" …")
+
+
+def test_inspect_refuses_what_is_no_run(tmp_path, capsys):
+    assert inspect(["inspect", str(tmp_path / "nowhere")]) == 2
+    assert inspect(["inspect", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_any_logger_gets_the_scalars_and_the_rest_is_in_files(small, tmp_path):
+    seed_everything(0)
+    data = BilevelDataModule(small["pool"], small["validation"], small["test"], batch_size=16)
+    model = LitBilevel(PolicySettings("lit_bilevel/toy/model"), SoftmaxWeights(), OneStep())
+    trainer = Trainer(
+        max_epochs=2,
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path, name="", version=""),
+        callbacks=[WeightInspector(rows=3)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+    )
+    trainer.fit(model, data)
+    header = (tmp_path / "metrics.csv").read_text().splitlines()[0]
+    assert all(name in header for name in (*QUANTILES, "weights/rank_correlation"))
+    epochs = read_jsonl(tmp_path / "inspection" / "epochs.jsonl")
+    assert [epoch["epoch"] for epoch in epochs] == [0, 1]
+    assert sum(epochs[0]["histogram"]["counts"]) == 90
+    assert len(epochs[0]["weights"]) == 90
+    assert len(read_jsonl(tmp_path / "inspection" / "rows.jsonl")) == 6
+
+
+def test_statistics_against_numpy():
+    values = torch.tensor([3.0, 1.0, 3.0, 2.0], dtype=torch.float64)
+    assert ranks(values).tolist() == [2.5, 0.0, 2.5, 1.0]
+    random = torch.rand(1000, dtype=torch.float64)
+    assert correlation(ranks(random), ranks(random**3)) == pytest.approx(1)
+    assert correlation(ranks(random), ranks(-random)) == pytest.approx(-1)
+    assert correlation(ranks(random), ranks(torch.ones(1000))) is None
+    expected = np.quantile(random.numpy(), 0.25, method="nearest")
+    assert quantiles(random)["25"] == pytest.approx(expected, abs=2e-3)
+    mass = source_mass(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([0, 1, 1]), ["a", ""])
+    assert mass == {"(none)": 1.0, "a": pytest.approx(1 / 3)}
+    assert thinned([(i, float(i)) for i in range(1000)], 10)[0] == (99, 49.5)
+
+
+def test_an_epoch_of_a_hundred_thousand_rows_is_summed_up_in_seconds(tmp_path):
+    """At 1,000 rows a second, fast for a language model, such an epoch trains for 100 s; 1 % of that is 1 s."""
+    rows = 100_000
+    random = torch.Generator().manual_seed(0)
+    pool = Dataset.from_dict(
+        {name: [f"{name} {i}" for i in range(rows)] for name in ("id", "prompt", "response")}
+        | {"row": list(range(rows)), "source": [i % 5 for i in range(rows)]}
+    )
+    inspector = WeightInspector()
+    inspector._data = SimpleNamespace(
+        sets={"pool": pool}, source_names=list("abcde"), pool_sources=torch.arange(rows) % 5
+    )
+    inspector._kinds = ["", "random", "", "truncated"] * (rows // 4)
+    inspector._before = torch.rand(rows, generator=random)
+    table = torch.rand(rows, generator=random, dtype=torch.float64)
+    started = time.process_time()
+    scalars = inspector._scalars(table)
+    inspector._ends(table, torch.ones(rows))
+    seconds = time.process_time() - started
+    assert abs(scalars["auroc/all"] - 0.5) < 0.02
+    assert seconds < 3  # about 0.5 s on an idle core; the rest is slack for a busy one
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--data.batchsize=3"], "did you mean `data.batch_size`?"),
+        (["--model.solver.init_args.epsilo=3"], "did you mean `epsilon`?"),
+        (["--model.solver=OneStop"], "did you mean `OneStep`?"),
+        (["--batch_size=3"], "did you mean `data.batch_size`?"),
+    ],
+)
+def test_a_mistyped_name_is_answered_with_the_nearest(flags, hint, capsys):
+    assert main(["fit", "--config=configs/quickstart.yaml", *flags]) == 2
+    message = capsys.readouterr().err
+    assert hint in message
+    assert message.count("\n") == 1
+
+
+def test_the_environment_sets_options(monkeypatch, capsys):
+    monkeypatch.setenv("LIT_BILEVEL_FIT__DATA__EVAL_BATCH_SIZE", "9")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=configs/quickstart.yaml", "--print_config"])
+    assert "eval_batch_size: 9" in capsys.readouterr().out
+
+
+def test_nearest():
+    assert nearest("fitt", ["fit", "test"]) == "; did you mean `fit`?"
+    assert nearest("xyz", ["fit", "test"]) == ""
+    assert nearest("xyz", ["fit", "test"], all_of_them=True) == "; the known names are: fit, test"
