@@ -1,4 +1,5 @@
-"""Settings of the module that have no meaning, refused before anything is loaded.
+"""What cannot work, refused by name before anything is loaded: settings without meaning, and settings that do not go
+together with the Trainer's strategy, precision or flags.
 
 Left out: settings of the data, which the data module checks itself.
 """
@@ -7,7 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
 from lit_bilevel.errors import gathered
+
+SHARDING = "configs/strategies/fsdp2.yaml"
 
 
 def check_settings(module: Any) -> None:
@@ -41,3 +46,75 @@ def check_settings(module: Any) -> None:
         problems.append(f"`model.accumulate_grad_batches` is {module.accumulate_grad_batches}; it must be at least 1")
     if problems:
         raise gathered("bad settings", problems)
+
+
+def takes_one_optimizer(strategy: Any) -> bool:
+    """Whether the outer optimizer has to be stepped and checkpointed by the module itself.
+
+    DeepSpeed takes one optimizer. FSDP2 takes several, but Lightning cannot load one whose state is empty.
+    """
+    return isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy)
+
+
+def check_run(module: Any, stage: str) -> None:
+    """Refuse what cannot work under the Trainer's strategy and precision, all in one message.
+
+    Raises:
+        UserError: naming each of them.
+    """
+    strategy = module.trainer.strategy
+    problems = []
+    if isinstance(strategy, FSDPStrategy):
+        problems.append(
+            "`trainer.strategy` is FSDP1 (`fsdp`), which does not allow a step with several backward passes; use FSDP2"
+            f" ({SHARDING}) or `ddp`"
+        )
+    if isinstance(strategy, ModelParallelStrategy):
+        problems += _of_sharding(module, stage)
+    if isinstance(strategy, DeepSpeedStrategy):
+        problems += _of_deepspeed(module)
+    if problems:
+        raise gathered("this combination cannot run", problems)
+
+
+def _of_sharding(module: Any, stage: str) -> list[str]:
+    problems = []
+    if stage == "predict":
+        problems.append(
+            "`predict` generates, which a sharded policy does not allow; run it on one process, with the run's"
+            " `policy/` as `model.policy.path`"
+        )
+    if module.solver.second_order and module.learns_weights:
+        problems.append(
+            f"`{type(module.solver).__name__}` needs Hessian-vector products, which FSDP2 does not give; use `OneStep`,"
+            " or `trainer.strategy: ddp`"
+        )
+    if module.policy_settings.quantization is not None:
+        problems.append("a quantized policy cannot be sharded by FSDP2; use `trainer.strategy: ddp`")
+    return problems
+
+
+def _of_deepspeed(module: Any) -> list[str]:
+    problems = []
+    name = f"`{type(module.solver).__name__}`"
+    if module.solver.substitutes and module.learns_weights:
+        problems.append(
+            f"{name} evaluates the policy at other parameter values or takes gradients apart, which DeepSpeed does not"
+            f" allow; use `Penalty`, or FSDP2 ({SHARDING})"
+        )
+    if module.trainer.strategy.zero_stage_3 and module.weights.learnable:
+        problems.append(
+            f"DeepSpeed stage 3 would split the parameters of `{type(module.weights).__name__}`; use stage 2, or FSDP2"
+            f" ({SHARDING})"
+        )
+    if module.gradient_clip_val is not None:
+        problems.append(
+            "`model.gradient_clip_val` cannot reach gradients that DeepSpeed keeps; set it to null, and"
+            " `gradient_clipping` in the strategy's `config`"
+        )
+    if module.accumulate_grad_batches > 1:
+        problems.append(
+            "`model.accumulate_grad_batches` above 1 needs several backward passes in a step, which DeepSpeed takes for"
+            " several steps; raise `data.batch_size`"
+        )
+    return problems

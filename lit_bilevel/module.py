@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_bilevel.checks import check_settings
+from lit_bilevel.checks import check_run, check_settings, takes_one_optimizer
 from lit_bilevel.errors import UserError
 from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
@@ -40,7 +40,7 @@ from lit_bilevel.problem import norm as total_norm
 from lit_bilevel.ratios import ResponseWeights, Uniform
 from lit_bilevel.refinement import Refinement
 from lit_bilevel.solvers.base import BilevelSolver
-from lit_bilevel.state import restore_own, save_own, spread_state
+from lit_bilevel.state import restore_late, restore_own, save_own
 from lit_bilevel.types import Batch, Question
 from lit_bilevel.weights.base import ExampleWeights
 
@@ -111,7 +111,9 @@ class LitBilevel(LightningModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.skipped_steps = 0
         self.evaluation = Evaluation()
-        self._solver_state: dict[str, Any] | None = None
+        self.own_optimizer: Optimizer | None = None
+        """The outer optimizer where the strategy takes one only."""
+        self._own_state: dict[str, Any] = {}
         check_settings(self)
 
     # ---- building ----
@@ -122,6 +124,7 @@ class LitBilevel(LightningModule):
         return load_tokenizer(self.policy_settings)
 
     def setup(self, stage: str) -> None:
+        check_run(self, stage)
         if self.weights.pool_rows == 0:
             sources = getattr(getattr(self.trainer, "datamodule", None), "pool_sources", None)
             if sources is None:
@@ -156,7 +159,10 @@ class LitBilevel(LightningModule):
         scheduler = get_scheduler(
             self.lr_scheduler_name, inner, self.warmup_steps, total, scheduler_specific_kwargs=self.lr_scheduler_kwargs
         )
-        return optimizers, [{"scheduler": scheduler, "interval": "step"}]
+        schedule = {"scheduler": scheduler, "interval": "step"}
+        if takes_one_optimizer(self.trainer.strategy):
+            self.own_optimizer = optimizers.pop() if parameters else None
+        return optimizers, [schedule]
 
     # ---- training ----
 
@@ -203,7 +209,7 @@ class LitBilevel(LightningModule):
         optimizers = self.optimizers()
         if isinstance(optimizers, list):
             return optimizers[0], optimizers[1].optimizer
-        return optimizers, None
+        return optimizers, self.own_optimizer
 
     def _problem(self, batch: dict[str, list[Batch]], optimizer: Optimizer) -> PolicyProblem:
         assert self.policy is not None
@@ -238,10 +244,8 @@ class LitBilevel(LightningModule):
         self.log_dict({k: v for k, v in shown.items() if k not in bar})
 
     def on_train_start(self) -> None:
-        if self._solver_state is not None:
-            assert self.policy is not None
-            self.solver.load_state_dict(spread_state(self._solver_state, self.policy))
-            self._solver_state = None
+        restore_late(self, self._own_state)
+        self._own_state = {}
 
     def on_train_epoch_end(self) -> None:
         self.weights.refresh()
@@ -272,4 +276,4 @@ class LitBilevel(LightningModule):
         save_own(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._solver_state = restore_own(self, checkpoint)
+        self._own_state = restore_own(self, checkpoint)

@@ -15,7 +15,6 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lit_bilevel.errors import UserError, misfit
-from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.shard import spread
 from lit_bilevel.problem import whole
 
@@ -29,10 +28,12 @@ def save_own(module: Any, checkpoint: dict[str, Any]) -> None:
         "skipped_steps": module.skipped_steps,
         "refinement": module.refinement.checkpoint(),
     }
+    if module.own_optimizer is not None:
+        checkpoint["lit_bilevel"]["optimizer"] = module.own_optimizer.state_dict()
 
 
 def restore_own(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Take over what `save_own` added, all but the state of the solver, which is returned.
+    """Take over what `save_own` added; returned is what has to wait for `restore_late`.
 
     Raises:
         UserError: if the checkpoint is not of this module.
@@ -48,14 +49,17 @@ def restore_own(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
         found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if expected != found:
             raise misfit(expected, found)
-    return own["solver"]
+    return {name: own[name] for name in ("solver", "optimizer") if name in own}
 
 
-def spread_state(state: dict[str, Any], policy: Policy) -> dict[str, Any]:
-    """A solver's state on the policy's device, and spread as its parameters are."""
-    parameters: list[Tensor] = list(policy.trainable())
-    state = move_data_to_device(state, parameters[0].device)
-    return apply_to_collection(state, Tensor, spread, parameters=parameters)
+def restore_late(module: Any, own: dict[str, Any]) -> None:
+    """Give solver and outer optimizer their states, once the policy is on its device; the solver's as the policy is."""
+    if "solver" in own:
+        parameters: list[Tensor] = list(module.policy.trainable())
+        state = move_data_to_device(own["solver"], parameters[0].device)
+        module.solver.load_state_dict(apply_to_collection(state, Tensor, spread, parameters=parameters))
+    if "optimizer" in own and module.own_optimizer is not None:
+        module.own_optimizer.load_state_dict(own["optimizer"])
 
 
 def _frozen_names(module: Any) -> set[str]:

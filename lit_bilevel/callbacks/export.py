@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_bilevel.losses import example_nll
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.shard import whole_state
 from lit_bilevel.scoring import aurocs, flat, read_truth
 from lit_bilevel.types import Features
 
@@ -55,15 +57,19 @@ class Export(Callback):
         assert isinstance(pl_module, LitBilevel)
         if pl_module.weights.needs_scoring:
             score_pool(trainer, pl_module)
-        self._write(trainer, pl_module)
+        best = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+        saved = trainer.strategy.broadcast(best.name != "" and best.exists())
+        assert pl_module.policy is not None
+        state = None if saved or not self.policy else whole_state(pl_module.policy.model)  # on every process
+        self._write(trainer, pl_module, best if saved else None, state)
 
     @rank_zero_only
-    def _write(self, trainer: Trainer, pl_module: LitBilevel) -> None:
+    def _write(self, trainer: Trainer, pl_module: LitBilevel, best: Path | None, state: dict[str, Any] | None) -> None:
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
         self._write_weights(trainer, pl_module, folder / "weights.parquet")
         if self.policy:
-            self._write_policy(trainer, pl_module, folder / "policy")
+            self._write_policy(pl_module, folder / "policy", state if best is None else saved_state(best))
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -113,13 +119,7 @@ class Export(Callback):
         pyarrow.parquet.write_table(table, partial)
         os.replace(partial, path)
 
-    def _write_policy(self, trainer: Trainer, pl_module: LitBilevel, path: Path) -> None:
-        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        state = None
-        if best and Path(best).is_file():
-            prefix = "policy.model."
-            saved = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
-            state = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+    def _write_policy(self, pl_module: LitBilevel, path: Path, state: dict[str, Any] | None) -> None:
         partial = path.with_name("policy.partial")
         _remove(partial)
         assert pl_module.policy is not None
@@ -146,6 +146,16 @@ def score_pool(trainer: Trainer, module: LitBilevel) -> None:
         row, source, length, loss = table[table[:, 0] >= 0].unbind(1)
         module.weights.score(Features(row.long(), source.long(), length.long(), loss))
     module.policy.train(training)
+
+
+def saved_state(checkpoint: Path) -> dict[str, Any]:
+    """The policy's entries in a checkpoint, whether a file or a folder with a part from every process."""
+    if checkpoint.is_dir():
+        saved = _load_distributed_checkpoint(checkpoint)["state_dict"]
+    else:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    prefix = "policy.model."
+    return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
 
 
 def is_rehearsal(trainer: Trainer) -> bool:

@@ -6,6 +6,7 @@ Left out: other adapters than LoRA (prompt-learning ones change the input, which
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,6 +42,7 @@ class PolicySettings:
         lora: adapter settings; without, the whole model is trained.
         dtype: `auto` is float32, or what `trainer.precision` says for the `*-true` settings.
         attn_implementation: attention of transformers (`sdpa`, `eager`, `flash_attention_2`); by default its choice.
+        quantization: `4bit` (NF4) or `8bit` for the frozen base under LoRA (QLoRA, arXiv 2305.14314), by bitsandbytes.
         activation_checkpointing: recompute activations in the backward pass to save memory.
         trust_remote_code: run code that comes with the model. Off, because that code can do anything.
     """
@@ -49,6 +51,7 @@ class PolicySettings:
     lora: LoraSettings | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
     attn_implementation: str | None = None
+    quantization: Literal["4bit", "8bit"] | None = None
     activation_checkpointing: bool = False
     trust_remote_code: bool = False
 
@@ -79,6 +82,7 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
     """
     from transformers import AutoModelForCausalLM
 
+    quantized = {} if settings.quantization is None else {"quantization_config": _quantization(settings)}
     dtype = default_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -86,6 +90,7 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
             dtype=dtype,
             attn_implementation=settings.attn_implementation,
             trust_remote_code=settings.trust_remote_code,
+            **quantized,
         )
     except (OSError, ValueError) as error:
         raise _unloadable("causal language model", settings.path, error) from error
@@ -95,6 +100,26 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
     if settings.lora is not None:
         model = _with_lora(model, settings)
     return Policy(model).train()  # `from_pretrained` returns eval mode, and Lightning keeps what it finds
+
+
+def _quantization(settings: PolicySettings) -> Any:
+    if settings.lora is None:
+        raise UserError(
+            f"`model.policy.quantization` is {settings.quantization} and there is no adapter, but quantized parameters"
+            " cannot be tuned; set `model.policy.lora`."
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"`model.policy.quantization` is {settings.quantization}, which needs bitsandbytes; install"
+            " `lit-bilevel[gpu]`, or leave it out."
+        )
+    from transformers import BitsAndBytesConfig
+
+    if settings.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
+    )
 
 
 def _with_lora(model: Any, settings: PolicySettings) -> Any:

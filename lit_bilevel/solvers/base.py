@@ -27,6 +27,10 @@ class BilevelSolver(ABC):
     """Whether the scores mean anything; without, no weight step is taken."""
     needs_upper_weight: bool = False
     """Whether the solver is undefined at λ = 0."""
+    substitutes: bool = False
+    """Whether it asks for ∇f by itself, or for anything at other values than the policy's own."""
+    second_order: bool = False
+    """Whether it asks for Hessian-vector products."""
 
     @abstractmethod
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:

@@ -35,6 +35,9 @@ class Implicit(BilevelSolver):
         step_size: α of the Neumann series; by default the policy's learning rate.
     """
 
+    substitutes = True
+    second_order = True
+
     def __init__(
         self,
         method: Literal["conjugate_gradient", "neumann"] = "conjugate_gradient",

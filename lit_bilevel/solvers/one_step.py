@@ -39,6 +39,8 @@ class OneStep(BilevelSolver):
         direction_every: compute the validation gradient in every so many steps, and keep the running mean in between.
     """
 
+    substitutes = True
+
     def __init__(
         self,
         derivative: Literal["auto", "one_sided", "central", "forward"] = "auto",

@@ -35,6 +35,7 @@ class ValueFunction(BilevelSolver):
     """
 
     needs_upper_weight = True
+    substitutes = True
 
     def __init__(self, inner_steps: int = 1, optimizer: Callable[[Iterable], Optimizer] = torch.optim.AdamW):
         if inner_steps < 1:
