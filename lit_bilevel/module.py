@@ -29,6 +29,7 @@ from lit_bilevel.checks import check_run, check_settings, takes_one_optimizer
 from lit_bilevel.errors import UserError
 from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
+from lit_bilevel.guard import Guard
 from lit_bilevel.optim import ExponentiatedGradient, check_optimizer
 from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
@@ -39,6 +40,7 @@ from lit_bilevel.policy.shard import shard
 from lit_bilevel.problem import norm as total_norm
 from lit_bilevel.ratios import ResponseWeights, Uniform
 from lit_bilevel.refinement import Refinement
+from lit_bilevel.schema import VERSION, check_checkpoint
 from lit_bilevel.solvers.base import BilevelSolver
 from lit_bilevel.state import restore_late, restore_own, save_own
 from lit_bilevel.types import Batch, Question
@@ -68,6 +70,7 @@ class LitBilevel(LightningModule):
         accumulate_grad_batches: micro-batches in a policy step.
         response_weights: how generated responses count inside their row's group (with the `SelfRefine` callback).
         max_new_tokens: longest answer that `predict` generates.
+        max_skipped_steps: policy steps in a row whose gradient is not finite after which the run stops.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class LitBilevel(LightningModule):
         accumulate_grad_batches: int = 1,
         response_weights: ResponseWeights | None = None,
         max_new_tokens: int = 256,
+        max_skipped_steps: int = 10,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -109,7 +113,7 @@ class LitBilevel(LightningModule):
         self.warmup_steps = warmup_steps
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
-        self.skipped_steps = 0
+        self.guard = Guard(max_skipped_steps)
         self.evaluation = Evaluation()
         self.own_optimizer: Optimizer | None = None
         """The outer optimizer where the strategy takes one only."""
@@ -197,10 +201,8 @@ class LitBilevel(LightningModule):
         if self.learns_weights and self.progress >= self.weight_start:
             self.refinement.step(self.weights, outer, features, s_B)
         problem.complete()  # with the new weights: a row's first score counts at its first visit
-        if self._clipped(inner.optimizer):
+        if self.guard.admits(self, inner.optimizer, features):
             inner.step()
-        else:
-            self.skipped_steps += 1
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self._log_step(losses | followed(found, self.refinement.rule, self.trainer))
 
@@ -224,6 +226,7 @@ class LitBilevel(LightningModule):
             lightning_engine(self),
         )
 
+<<<<<<< HEAD
     def _clipped(self, optimizer: Optimizer) -> bool:
         """Clip the policy's gradient; False if it is not finite, on every process alike."""
         assert self.policy is not None
@@ -236,12 +239,17 @@ class LitBilevel(LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
         return bool(torch.isfinite(norm))
 
+=======
+>>>>>>> keep
     def _log_step(self, losses: dict[str, Tensor]) -> None:
         statistics = {f"weights/{name}": value for name, value in self.weights.statistics().items()}
         shown = {name: value.float() for name, value in (losses | statistics).items()}
         bar = {"upper/loss", "lower/loss", "weights/effective_size"}
         self.log_dict({k: v for k, v in shown.items() if k in bar}, prog_bar=True)
         self.log_dict({k: v for k, v in shown.items() if k not in bar})
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.guard.stop_if_asked()
 
     def on_train_start(self) -> None:
         restore_late(self, self._own_state)
@@ -250,7 +258,8 @@ class LitBilevel(LightningModule):
     def on_train_epoch_end(self) -> None:
         self.weights.refresh()
         table = self.weights.table()
-        self.log_dict({"weights/max": table.max().float(), "weights/min": table.min().float()})
+        extremes = {"weights/max": table.max().float(), "weights/min": table.min().float()}
+        self.log_dict(extremes | {"skipped_steps": float(self.guard.skipped)})
 
     # ---- evaluation ----
 
@@ -273,7 +282,29 @@ class LitBilevel(LightningModule):
     # ---- checkpoints ----
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+<<<<<<< HEAD
         save_own(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._own_state = restore_own(self, checkpoint)
+=======
+        frozen = self._frozen_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint["lit_bilevel"] = {
+            "schema": VERSION,
+            "solver": self.solver.state_dict(),
+            "guard": self.guard.state_dict(),
+            "refinement": self.refinement.checkpoint(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = check_checkpoint(checkpoint, self._trainer)
+        self._solver_state = own["solver"]
+        self.guard.load_state_dict(own["guard"])
+        self.refinement.restore(own["refinement"], self.weights.pool_rows)
+        frozen = self._frozen_names()
+        expected = {name: value.shape for name, value in self.state_dict().items() if name not in frozen}
+        found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        if expected != found:
+            raise misfit(expected, found)
+>>>>>>> keep

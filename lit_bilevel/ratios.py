@@ -186,7 +186,7 @@ class _Relative(ResponseWeights):
 
     def follow(self, sums: Tensor) -> None:
         total, count = sums.tolist()
-        if count > 0:
+        if count > 0 and math.isfinite(total):
             mean = total / count
             self.mean = mean if self.mean is None else DECAY * self.mean + (1 - DECAY) * mean
 

@@ -1,18 +1,35 @@
 """Checkpoints: `best.ckpt` by the monitor loss, `last.ckpt` to continue from.
 
 Lightning's own class skips time-based saving under manual optimization and warns at every save; this one decides when
-to save by itself and leaves the saving to Lightning. Left out: keeping more than one best checkpoint.
+to save by itself and leaves the saving to Lightning. `last.ckpt` is saved only where a resumed run repeats every bit:
+after a step; where validation or the end of an epoch follows, after those, or a resumed run would leave them out.
+
+SIGTERM and Ctrl-C are answered at the next such place, so a validation or a refresh is brought to its end first; a
+second one ends the process at once, and the last checkpoint stays as it is. When a new run starts in the folder of an
+earlier one, its checkpoints are renamed to `earlier-*`. Left out: keeping more than one best checkpoint.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 
+from lit_bilevel.atomic import install
 from lit_bilevel.callbacks.export import is_rehearsal
+from lit_bilevel.module import LitBilevel
+
+
+class Stopped(SystemExit):
+    """The run was stopped by a signal after a checkpoint was saved; ends a program with the usual exit status."""
 
 
 class BilevelCheckpoint(ModelCheckpoint):
@@ -41,25 +58,87 @@ class BilevelCheckpoint(ModelCheckpoint):
         self.every_n_steps = every_n_steps
         self.every_minutes = every_minutes
         self._saved_at = time.monotonic()
+        self._due = False
+        self._signal = 0
+
+    # ---- the run ----
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        install(trainer.strategy)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path is None and trainer.is_global_zero and not is_rehearsal(trainer):
+            for name in ("last.ckpt", "best.ckpt"):
+                path = Path(str(self.dirpath)) / name
+                if path.is_file():
+                    os.replace(path, path.with_name(f"earlier-{name}"))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._saved_at, self._due, self._signal = time.monotonic(), False, 0
+        if threading.current_thread() is threading.main_thread():  # the Trainer puts the old handlers back at the end
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._signal:
+            raise Stopped(128 + number)
+        self._signal = number
+        rank_zero_info(f"{signal.Signals(number).name}: saving a checkpoint after this step (again: stop at once) …")
+
+    # ---- when ----
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._should_skip_saving_checkpoint(trainer):
+        if is_rehearsal(trainer):
             return
         due = trainer.global_step == trainer.max_steps
         due |= bool(self.every_n_steps) and trainer.global_step % (self.every_n_steps or 1) == 0
         if self.every_minutes is not None:
             late = time.monotonic() - self._saved_at >= 60 * self.every_minutes
             due = trainer.strategy.broadcast(due or late)  # clocks differ; rank 0 decides
-        if due:
-            self._save_last(trainer)
+        self._agree(trainer)
+        self._due |= due or self._must_end(pl_module)
+        loop = trainer.fit_loop.epoch_loop
+        if loop.batch_progress.is_last_batch or loop._should_check_val_fx(trainer.fit_loop._data_fetcher):  # type: ignore[arg-type]
+            return
+        self._save_and_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        training = trainer.state.fn == "fit" and not trainer.sanity_checking and not is_rehearsal(trainer)
+        if training and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._agree(trainer)
+            self._save_and_end(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        complete = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch  # not cut short by `max_steps`
-        if complete and not is_rehearsal(trainer):
-            self._save_last(trainer)
+        if is_rehearsal(trainer):
+            return
+        self._agree(trainer)
+        self._due |= trainer.fit_loop.epoch_loop.batch_progress.is_last_batch  # else cut short by `max_steps`
+        self._save_and_end(trainer, pl_module)
 
-    def _save_last(self, trainer: Trainer) -> None:
-        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        self._saved_at = time.monotonic()
+    # ---- what ----
+
+    def _agree(self, trainer: Trainer) -> None:
+        """A signal to any process is a signal to all."""
+        if trainer.world_size > 1:
+            own = torch.tensor(float(self._signal), device=trainer.strategy.root_device)
+            self._signal = int(trainer.strategy.reduce(own, reduce_op="max"))  # type: ignore[arg-type]
+
+    def _must_end(self, pl_module: LightningModule) -> bool:
+        assert isinstance(pl_module, LitBilevel)
+        return bool(self._signal) or pl_module.guard.reason is not None
+
+    def _save_and_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        must_end = self._must_end(pl_module)
+        if self._due or must_end:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._saved_at, self._due = time.monotonic(), False
+        if must_end:
+            assert isinstance(pl_module, LitBilevel)
+            pl_module.guard.stop_if_asked()
+            rank_zero_info(f"stopped after {trainer.global_step} policy steps; continue with `--ckpt_path last`")
+            raise Stopped(128 + self._signal)

@@ -9,6 +9,7 @@ result independent of the number of processes.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from lit_bilevel.data.collate import collate, share_of_rank
 from lit_bilevel.data.encode import Encoder, encoded_table
+from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
 from lit_bilevel.data.responses import ResponseStore
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.split import refuse_overlap, split
@@ -266,7 +268,22 @@ class BilevelDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         position = self._stream.position if self._stream else self._position
-        return {"position": position, "seed": self.seed, "responses": self.responses.state_dict()}
+        return {
+            "position": position,
+            "seed": self.seed,
+            "responses": self.responses.state_dict(),
+            "fingerprint": self.fingerprint,
+        }
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the data are; a checkpoint of others is refused."""
+        names = {"lower": "pool", "upper": "validation"}
+        return fingerprint(self.sets, {f"{names[x]} rows of a policy step": self.window(x) for x in ("lower", "upper")})
+
+    def refuse_changes(self, state_dict: dict[str, Any]) -> None:
+        """Refuse the state of a run on other data."""
+        refuse_changes(state_dict["fingerprint"], self.fingerprint, self.paths)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._position = state_dict["position"]

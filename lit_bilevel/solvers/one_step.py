@@ -91,13 +91,15 @@ class OneStep(BilevelSolver):
         return self.derivative
 
     def _direction(self, problem: BilevelProblem) -> Values:
-        if self._average is None:
-            self._average = [g.clone() for g in problem.upper_gradient()]
-        elif self._steps % self.direction_every == 0:
-            torch._foreach_lerp_(self._average, problem.upper_gradient(), 1 - self.direction_decay)
+        if self._average is None or self._steps % self.direction_every == 0:
+            # one overflow would spoil the mean for the rest of the run
+            gradient = [g.nan_to_num(0.0, 0.0, 0.0) for g in problem.upper_gradient()]
+            if self._average is None:
+                self._average = gradient
+            else:
+                torch._foreach_lerp_(self._average, gradient, 1 - self.direction_decay)
         self._steps += 1
-        gradient = self._average
-        return problem.preconditioned(gradient) if self.preconditioned else gradient
+        return problem.preconditioned(self._average) if self.preconditioned else self._average
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._average is None else {"average": self._average, "steps": self._steps}

@@ -31,16 +31,24 @@ class ValueFunction(BilevelSolver):
     Args:
         inner_steps: steps of the pool model φ for one policy step; each costs a forward and a backward pass.
         optimizer: makes φ's optimizer; it should be of the policy's kind, for φ must not fit faster than θ. Its
-            learning rate is set to the policy's current one before every step.
+            learning rate is set before every step.
+        learning_rate: φ's learning rate; by default the policy's current one. A larger one makes the scores a contrast
+            between a model that knows the pool and a policy that barely moved towards validation: for selection alone.
     """
 
     needs_upper_weight = True
     substitutes = True
 
-    def __init__(self, inner_steps: int = 1, optimizer: Callable[[Iterable], Optimizer] = torch.optim.AdamW):
+    def __init__(
+        self,
+        inner_steps: int = 1,
+        optimizer: Callable[[Iterable], Optimizer] = torch.optim.AdamW,
+        learning_rate: float | None = None,
+    ):
         if inner_steps < 1:
             raise UserError(f"`inner_steps` is {inner_steps}; it must be at least 1.")
         self.inner_steps = inner_steps
+        self.learning_rate = learning_rate
         self.make_optimizer = optimizer
         self._values: Values = []
         self._optimizer: Optimizer | None = None
@@ -66,7 +74,7 @@ class ValueFunction(BilevelSolver):
             for value, part in zip(self._values, scaled(gradient, 1 - problem.upper_weight), strict=True):
                 value.grad = part
             for group in self._optimizer.param_groups:
-                group["lr"] = problem.learning_rate
+                group["lr"] = problem.learning_rate if self.learning_rate is None else self.learning_rate
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         return loss_B

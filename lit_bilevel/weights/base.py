@@ -160,9 +160,10 @@ class ExampleWeights(nn.Module, ABC):
                 "the global batch has one row, so its score has no baseline to be compared with;"
                 " set `data.batch_size` (or `model.accumulate_grad_batches`) so that a step sees at least 2 rows."
             )
-        valid_B = torch.isfinite(s_B)
+        w_B = self(features).double()
+        valid_B = torch.isfinite(s_B) & torch.isfinite(w_B)
         s_B = torch.where(valid_B, s_B.double(), 0.0)
-        w_B = (self(features).double() + TINY) * valid_B  # rows that all weigh 0 have the plain mean as their baseline
+        w_B = torch.where(valid_B, w_B + TINY, 0.0)  # rows that all weigh 0 have the plain mean as their baseline
         centred_B = _centred(s_B, w_B) * valid_B
         self.updates += 1
         self.spread_average.mul_(DECAY).add_(centred_B.abs().mean(), alpha=1 - DECAY)

@@ -8,6 +8,8 @@ Left out: features from the policy's hidden states, which would need the policy 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -59,6 +61,10 @@ class NetworkWeights(RunningWeights):
         return nn.functional.logsigmoid(self.network(torch.cat([numbers_B2, embedded_BE], dim=1))[:, 0].double())
 
     def assign_gradient(self, features: Features, score_B: Tensor) -> None:
+        assert features.loss_B is not None
+        valid_B = features.loss_B.isfinite()  # or one loss that is not would spoil the network
+        features = replace(features, loss_B=torch.where(valid_B, features.loss_B, 0.0))
+        score_B = score_B * valid_B
         with torch.enable_grad():
             weight_B = (self.log_unnormalised(features) - self.log_normaliser).exp()
             parameters = list(self.parameters())

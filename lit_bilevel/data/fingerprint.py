@@ -1,0 +1,67 @@
+"""What the data of a run is, in a few strings: ids, texts and token ids of each set, and what defines their order.
+
+A checkpoint carries it, so that a run is not continued on changed data by accident: weights belong to rows.
+Left out: the test set, which may change, and settings that change nothing, such as the number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from lit_bilevel.errors import UserError, gathered
+
+NAMES = {"pool": "pool", "upper": "validation", "monitor": "validation"}
+
+
+def fingerprint(sets: Mapping[str, Dataset], order: Mapping[str, int]) -> dict[str, Any]:
+    """Of the sets that training reads, and of the settings that define which rows meet in a step.
+
+    Args:
+        sets: the tables.
+        order: names of settings and their values.
+    """
+    return {
+        "sets": {name: {"rows": len(sets[name]), "hash": _hash(sets[name])} for name in NAMES},
+        "order": dict(order),
+    }
+
+
+def _hash(dataset: Dataset) -> str:
+    digest = hashlib.sha256()
+    for name in ("id", "prompt", "response"):
+        for chunk in dataset.data.column(name).chunks:
+            for text in chunk.to_pylist():
+                part = text.encode("utf-8", "surrogatepass")
+                digest.update(len(part).to_bytes(8, "little") + part)
+    for chunk in dataset.data.column("input_ids").chunks:
+        digest.update(chunk.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
+
+
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], paths: Mapping[str, str | None]) -> None:
+    """Refuse to continue on other data.
+
+    Args:
+        before: the checkpoint's fingerprint.
+        now: that of the data at hand.
+        paths: of the files.
+
+    Raises:
+        UserError: naming each file and setting that changed.
+    """
+    problems = []
+    changed = {NAMES[name]: name for name in reversed(NAMES) if before["sets"][name] != now["sets"][name]}
+    for file, name in changed.items():
+        rows = [fingerprint["sets"][name]["rows"] for fingerprint in (before, now)]
+        what = f"{rows[1]} rows instead of {rows[0]}" if rows[0] != rows[1] else "other ids, texts or tokens"
+        problems.append(f"`data.{file}` ({paths.get(file)}) is not what the checkpoint was trained on: {what}")
+    for name, value in now["order"].items():
+        if before["order"].get(name) != value:
+            problems.append(f"{name} is {value} and was {before['order'].get(name)}")
+    if problems:
+        error = gathered("the run cannot be continued with these data", problems)
+        raise UserError(f"{error}; restore them, or start a new run (`WarmStart` takes over weights by id).")
