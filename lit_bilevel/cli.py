@@ -7,13 +7,10 @@ does is what its YAML composes.
 
 from __future__ import annotations
 
-<<<<<<< HEAD
 import importlib.util
 import json
 import logging
-=======
 import signal
->>>>>>> keep
 import sys
 import warnings
 from pathlib import Path

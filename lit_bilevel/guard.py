@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.problem import norm as total_norm
 from lit_bilevel.types import Features
 
 NAMED = 8
@@ -82,7 +83,7 @@ class Guard:
 
 def _clipped(parameters: list[Any], limit: float | None) -> bool:
     """Clip the gradient to a norm; False if that is not finite."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = total_norm([p.grad for p in parameters if p.grad is not None])
     if limit is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     return bool(torch.isfinite(norm))

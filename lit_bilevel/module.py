@@ -37,10 +37,8 @@ from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.policy.score import weigh_responses
 from lit_bilevel.policy.shard import shard
-from lit_bilevel.problem import norm as total_norm
 from lit_bilevel.ratios import ResponseWeights, Uniform
 from lit_bilevel.refinement import Refinement
-from lit_bilevel.schema import VERSION, check_checkpoint
 from lit_bilevel.solvers.base import BilevelSolver
 from lit_bilevel.state import restore_late, restore_own, save_own
 from lit_bilevel.types import Batch, Question
@@ -226,21 +224,6 @@ class LitBilevel(LightningModule):
             lightning_engine(self),
         )
 
-<<<<<<< HEAD
-    def _clipped(self, optimizer: Optimizer) -> bool:
-        """Clip the policy's gradient; False if it is not finite, on every process alike."""
-        assert self.policy is not None
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        parameters = self.policy.trainable()
-        norm = total_norm([p.grad for p in parameters if p.grad is not None])
-        if self.gradient_clip_val is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
-        return bool(torch.isfinite(norm))
-
-=======
->>>>>>> keep
     def _log_step(self, losses: dict[str, Tensor]) -> None:
         statistics = {f"weights/{name}": value for name, value in self.weights.statistics().items()}
         shown = {name: value.float() for name, value in (losses | statistics).items()}
@@ -282,29 +265,7 @@ class LitBilevel(LightningModule):
     # ---- checkpoints ----
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-<<<<<<< HEAD
         save_own(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._own_state = restore_own(self, checkpoint)
-=======
-        frozen = self._frozen_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-        checkpoint["lit_bilevel"] = {
-            "schema": VERSION,
-            "solver": self.solver.state_dict(),
-            "guard": self.guard.state_dict(),
-            "refinement": self.refinement.checkpoint(),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        own = check_checkpoint(checkpoint, self._trainer)
-        self._solver_state = own["solver"]
-        self.guard.load_state_dict(own["guard"])
-        self.refinement.restore(own["refinement"], self.weights.pool_rows)
-        frozen = self._frozen_names()
-        expected = {name: value.shape for name, value in self.state_dict().items() if name not in frozen}
-        found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        if expected != found:
-            raise misfit(expected, found)
->>>>>>> keep

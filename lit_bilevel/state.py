@@ -14,9 +14,10 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lit_bilevel.errors import UserError, misfit
+from lit_bilevel.errors import misfit
 from lit_bilevel.policy.shard import spread
 from lit_bilevel.problem import whole
+from lit_bilevel.schema import VERSION, check_checkpoint
 
 
 def save_own(module: Any, checkpoint: dict[str, Any]) -> None:
@@ -24,8 +25,9 @@ def save_own(module: Any, checkpoint: dict[str, Any]) -> None:
     frozen = _frozen_names(module)
     checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
     checkpoint["lit_bilevel"] = {
+        "schema": VERSION,
         "solver": apply_to_collection(module.solver.state_dict(), Tensor, whole),
-        "skipped_steps": module.skipped_steps,
+        "guard": module.guard.state_dict(),
         "refinement": module.refinement.checkpoint(),
     }
     if module.own_optimizer is not None:
@@ -36,12 +38,10 @@ def restore_own(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Take over what `save_own` added; returned is what has to wait for `restore_late`.
 
     Raises:
-        UserError: if the checkpoint is not of this module.
+        UserError: if the checkpoint does not fit the module or its data.
     """
-    own = checkpoint.get("lit_bilevel")
-    if own is None:
-        raise UserError("lit_bilevel did not write this checkpoint; give one from a run's `checkpoints/` folder.")
-    module.skipped_steps = own["skipped_steps"]
+    own = check_checkpoint(checkpoint, module._trainer)
+    module.guard.load_state_dict(own["guard"])
     module.refinement.restore(own["refinement"], module.weights.pool_rows)
     if "state_dict" in checkpoint:  # a strategy that shards parameters has loaded it already
         frozen = _frozen_names(module)
