@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lit_bilevel.curves import Curve, thinned
-
-if TYPE_CHECKING:
-    from lit_bilevel.report import Report
+from lit_bilevel.findings import Report
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d")
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 240, 56, 28
