@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lit_bilevel.curves import Curve, thinned
-
-if TYPE_CHECKING:
-    from lit_bilevel.report import Report
+from lit_bilevel.findings import Report
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d")
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 240, 56, 28
@@ -31,12 +29,12 @@ STYLE = """
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.5rem}figure{margin:0}figcaption{font-weight:600}
-table{border-collapse:collapse;width:100%;font-size:.9rem}
+table{border-collapse:collapse;font-size:.9rem}
 td,th{border-bottom:1px solid #8884;padding:.3rem .6rem;text-align:left;vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.t{white-space:pre-wrap;overflow-wrap:anywhere;max-width:28rem}
 .g{display:grid;grid-template-columns:repeat(auto-fit,minmax(26rem,1fr));gap:1.5rem}
-svg{width:100%;height:auto}svg text{fill:currentColor;font-size:11px}.m{opacity:.65}
+svg{width:100%;max-width:44rem;height:auto}svg text{fill:currentColor;font-size:11px}.m{opacity:.65}
 """
 
 
@@ -183,8 +181,13 @@ def lines(curves: dict[str, Curve], unit: str) -> str:
     return _framed(drawn, (0, last), (low, high), "step", unit) + f"<div class=m>{legend}</div>"
 
 
+def figure(value: float) -> str:
+    """A number as an axis shows it."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def _x(step: float, last: float) -> float:
-    return LEFT + step / last * (WIDTH - LEFT)
+    return LEFT + step / last * (WIDTH - LEFT - 6)
 
 
 def _y(value: float, low: float, high: float) -> float:
@@ -195,13 +198,13 @@ def _framed(drawn: str, across: tuple[float, float], up: tuple[float, float], be
     base = HEIGHT - BOTTOM
     marks = "".join(
         f"<line x1={LEFT} x2={WIDTH} y1={_y(v, *up):.1f} y2={_y(v, *up):.1f} stroke='currentColor' opacity=.15 />"
-        f"<text x={LEFT - 6} y={_y(v, *up) + 4:.1f} text-anchor=end>{v:.3g}</text>"
+        f"<text x={LEFT - 6} y={_y(v, *up) + 4:.1f} text-anchor=end>{figure(v)}</text>"
         for v in np.linspace(*up, 4)
     )
     return (
         f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{escaped(below)} against {escaped(unit)}'>"
-        f"{marks}{drawn}<text x={LEFT} y={base + 16}>{across[0]:.4g}</text>"
-        f"<text x={WIDTH} y={base + 16} text-anchor=end>{across[1]:.4g}</text>"
+        f"{marks}{drawn}<text x={LEFT} y={base + 16}>{figure(across[0])}</text>"
+        f"<text x={WIDTH} y={base + 16} text-anchor=end>{figure(across[1])}</text>"
         f"<text x={(WIDTH + LEFT) / 2} y={base + 16} text-anchor=middle>{escaped(below)}</text>"
         f"<text x={LEFT + 4} y=22>{escaped(unit)}</text></svg>"
     )
