@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_bilevel.checks import check_run, check_settings, takes_one_optimizer
+from lit_bilevel.checks import check_flags, check_run, check_settings, takes_one_optimizer
 from lit_bilevel.errors import UserError
 from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
@@ -131,6 +131,10 @@ class LitBilevel(LightningModule):
                 raise UserError("`LitBilevel` needs a `BilevelDataModule`, to know how many rows to weight; pass one.")
             self.weights.build(sources, torch.float64 if self.trainer.precision == "64-true" else torch.float32)
 
+    def configure_callbacks(self) -> list[Any]:
+        check_flags(self.trainer)  # Lightning asks for callbacks before it raises errors of its own
+        return []
+
     def configure_model(self) -> None:
         """Load the policy; called once, where the strategy wants it to be made."""
         if self.policy is None:
@@ -192,7 +196,7 @@ class LitBilevel(LightningModule):
         s_B = self.solver(problem) if self.learns_weights else None
         if s_B is None:
             problem.complete()
-        features, s_B, losses = gathered_scores(problem, s_B, self.trainer.strategy)
+        features, s_B, losses = gathered_scores(problem, s_B, self.trainer.strategy, self.refinement.active)
         self.refinement.observe(self.weights, features)
         if self.learns_weights and self.progress >= self.weight_start:
             self.refinement.step(self.weights, outer, features, s_B)
@@ -227,6 +231,8 @@ class LitBilevel(LightningModule):
     def _clipped(self, optimizer: Optimizer) -> bool:
         """Clip the policy's gradient; False if it is not finite, on every process alike."""
         assert self.policy is not None
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            return True  # it keeps the gradients to itself, clips them and skips steps that overflowed
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.unscale_(optimizer)
