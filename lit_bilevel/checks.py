@@ -58,6 +58,22 @@ def takes_one_optimizer(strategy: Any) -> bool:
     return isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy)
 
 
+def check_flags(trainer: Any) -> None:
+    """Refuse flags of the Trainer that are arguments of the module here.
+
+    Raises:
+        UserError: naming each of them.
+    """
+    given = {"gradient_clip_val": trainer.gradient_clip_val, "accumulate_grad_batches": trainer.accumulate_grad_batches}
+    problems = [
+        f"`trainer.{name}` is {value}; set `model.{name}` instead, for a step has two optimizers"
+        for name, value in given.items()
+        if value not in (None, 0, 1 if name == "accumulate_grad_batches" else None)
+    ]
+    if problems:
+        raise gathered("settings of another kind of training", problems)
+
+
 def check_run(module: Any, stage: str) -> None:
     """Refuse what cannot work under the Trainer's strategy and precision, all in one message.
 

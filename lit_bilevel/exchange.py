@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from lit_bilevel.policy.problem import Engine, PolicyProblem
 from lit_bilevel.policy.score import measures
 from lit_bilevel.problem import Values
 from lit_bilevel.ratios import ResponseWeights
-from lit_bilevel.types import Features
+from lit_bilevel.types import PADDING_ROW, Features
 
 
 def lightning_engine(module: LightningModule) -> Engine:
@@ -36,6 +36,7 @@ def lightning_engine(module: LightningModule) -> Engine:
         loss_scale=1.0 if scaler is None else scaler.get_scale(),
         differences=trainer.precision in ("32-true", "64-true"),
         sharded=sharded,
+        one_backward=isinstance(strategy, DeepSpeedStrategy),
     )
 
 
@@ -45,7 +46,7 @@ def averaged(values: Values, strategy: Any) -> Values:
 
 
 def gathered_scores(
-    problem: PolicyProblem, s_B: Tensor | None, strategy: Any
+    problem: PolicyProblem, s_B: Tensor | None, strategy: Any, refined: bool
 ) -> tuple[Features, Tensor, dict[str, Tensor]]:
     """Features with losses, scores, and the losses to log, over the global window.
 
@@ -53,6 +54,7 @@ def gathered_scores(
         problem: the policy step, with its lower losses computed.
         s_B: this process's scores, or `None` where nothing is learned (they count as 0).
         strategy: Lightning's strategy, for `all_gather` and `reduce`.
+        refined: whether any row is refined; a window may then hold such a row twice, as its pair and as its group.
     """
     own = [batch.features for batch in problem.lower]
     loss_B = problem.lower_losses()
@@ -65,13 +67,17 @@ def gathered_scores(
         torch.zeros_like(loss_B) if s_B is None else s_B,
     ]
     table = torch.stack([column.double() for column in columns], dim=1)
-    upper = problem.upper_loss
+    upper, rows = problem.upper_loss, problem.lower[0].window_rows
     if problem.engine.world_size > 1:
+        if refined:  # processes can hold different numbers of examples; gathering takes equal ones
+            most = 2 * -(-rows // problem.engine.world_size)
+            table = torch.nn.functional.pad(table, (0, 0, 0, most - len(table)), value=PADDING_ROW)
         table = strategy.all_gather(table).flatten(0, 1)
         upper = None if upper is None else strategy.reduce(upper, reduce_op="mean")
-    table = table[table[:, 0] >= 0]  # no padding; rows can be fewer than examples, for a refined one may have two
-    row, source, length, loss, weight, s = table[table[:, 0].argsort(descending=True)].unbind(1)
-    rows = problem.lower[0].window_rows
+    if refined:
+        table = table[table[:, 0] >= 0]
+    ordered = table[:, 0].argsort(descending=True)  # padding comes last
+    row, source, length, loss, weight, s = table[ordered if refined else ordered[:rows]].unbind(1)
     losses = {"lower/loss": loss.mean(), "lower/weighted_loss": (weight * loss).sum() / rows}
     if upper is not None:
         losses["upper/loss"] = upper

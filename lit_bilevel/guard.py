@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.errors import UserError
@@ -42,6 +43,8 @@ class Guard:
             optimizer: the policy's.
             features: rows of the global window, with their losses.
         """
+        if isinstance(module.trainer.strategy, DeepSpeedStrategy):
+            return True  # it keeps the gradients to itself, clips them and skips steps that overflowed
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             scaler.unscale_(optimizer)

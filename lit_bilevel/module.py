@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_bilevel.checks import check_run, check_settings, takes_one_optimizer
+from lit_bilevel.checks import check_flags, check_run, check_settings, takes_one_optimizer
 from lit_bilevel.errors import UserError
 from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
@@ -133,6 +133,10 @@ class LitBilevel(LightningModule):
                 raise UserError("`LitBilevel` needs a `BilevelDataModule`, to know how many rows to weight; pass one.")
             self.weights.build(sources, torch.float64 if self.trainer.precision == "64-true" else torch.float32)
 
+    def configure_callbacks(self) -> list[Any]:
+        check_flags(self.trainer)  # Lightning asks for callbacks before it raises errors of its own
+        return []
+
     def configure_model(self) -> None:
         """Load the policy; called once, where the strategy wants it to be made."""
         if self.policy is None:
@@ -194,7 +198,7 @@ class LitBilevel(LightningModule):
         s_B = self.solver(problem) if self.learns_weights else None
         if s_B is None:
             problem.complete()
-        features, s_B, losses = gathered_scores(problem, s_B, self.trainer.strategy)
+        features, s_B, losses = gathered_scores(problem, s_B, self.trainer.strategy, self.refinement.active)
         self.refinement.observe(self.weights, features)
         if self.learns_weights and self.progress >= self.weight_start:
             self.refinement.step(self.weights, outer, features, s_B)

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.policy import Policy
+from lit_bilevel.policy.randomness import random_states, restore_random_states
 from lit_bilevel.policy.shard import carrying
 from lit_bilevel.problem import BilevelProblem, Values, scaled
 from lit_bilevel.types import Batch, Features
@@ -41,6 +42,7 @@ class Engine:
         loss_scale: factor that `backward` puts on gradients (1 without loss scaling).
         differences: whether losses keep float32's digits or better.
         sharded: whether parameters are spread over processes; `backward` then averages on its way.
+        one_backward: whether a step may call `backward` once only.
     """
 
     backward: Callable[[Tensor], None]
@@ -50,6 +52,7 @@ class Engine:
     loss_scale: float = 1.0
     differences: bool = True
     sharded: bool = False
+    one_backward: bool = False
 
 
 class PolicyProblem(BilevelProblem):
@@ -87,6 +90,7 @@ class PolicyProblem(BilevelProblem):
         self._graph: Tensor | None = None
         self._completed = False
         self._upper_gradient: Values | None = None
+        self._waiting: Tensor | None = None
         self._random: list[Tensor] | None = None
         self.upper_loss: Tensor | None = None
         """This process's part of f, detached; the mean over processes is f."""
@@ -125,7 +129,10 @@ class PolicyProblem(BilevelProblem):
             with nullcontext() if final else self.engine.unsynchronised():
                 loss_B = example_nll(self.policy(batch), batch)
                 loss = loss_B.sum() * (self.engine.world_size / batch.window_rows)
-                self.engine.backward(loss * factor)
+                if self.engine.one_backward and not last:
+                    self._waiting = loss * factor
+                else:
+                    self.engine.backward(loss * factor)
             losses.append(loss.detach())
         self.upper_loss = torch.stack(losses).sum()
 
@@ -157,9 +164,10 @@ class PolicyProblem(BilevelProblem):
                 loss_B = self._graph if self._graph is not None else example_nll(self.policy(batch), batch)
                 weight_B = self.weigh(batch.features.with_loss(loss_B.detach())).to(loss_B.dtype)
                 share = (1 - self.upper_weight) * self.engine.world_size / batch.window_rows
-                self.engine.backward((weight_B * loss_B).sum() * share)
+                objective = (weight_B * loss_B).sum() * share
+                self.engine.backward(objective if self._waiting is None else objective + self._waiting)
             losses.append(loss_B.detach())
-        self._graph, self._lower_losses = None, torch.cat(losses)
+        self._graph, self._waiting, self._lower_losses = None, None, torch.cat(losses)
 
     def lower_losses_at(self, values: Values) -> Tensor:
         self._replay_dropout()
@@ -263,7 +271,7 @@ class PolicyProblem(BilevelProblem):
                 second = (1 - decay) * slope**2
                 if moments:
                     second.add_(moments["exp_avg_sq"], alpha=decay)
-                correction = 1 - decay ** (float(moments["step"]) + 1 if moments else 1)
+                correction = 1 - decay ** (_number(moments["step"]) + 1 if moments else 1)
                 known[parameter] = slope / (second / correction).sqrt_().add_(group["eps"])
         return [known[parameter] for parameter in self.parameters]
 
@@ -272,9 +280,14 @@ class PolicyProblem(BilevelProblem):
         if not self.policy.has_dropout:
             return
         if self._random is None:
-            self._random = _random_states(self.parameters[0].device)
+            self._random = random_states(self.parameters[0].device)
         else:
-            _restore_random_states(self._random, self.parameters[0].device)
+            restore_random_states(self._random, self.parameters[0].device)
+
+
+def _number(step: Tensor | float) -> Tensor | float:
+    """As a Python number where that does not wait for a device."""
+    return step if isinstance(step, Tensor) and step.device.type != "cpu" else float(step)
 
 
 def _gradient(parameter: Tensor) -> Tensor:
@@ -282,14 +295,3 @@ def _gradient(parameter: Tensor) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
-
-
-def _random_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
-
-
-def _restore_random_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

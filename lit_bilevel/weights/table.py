@@ -63,7 +63,7 @@ class TableWeights(ExampleWeights):
         for name, value in limits.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))
-        self._pending: tuple[Tensor, Tensor] | None = None
+        self._pending: tuple[Tensor, Tensor, Tensor] | None = None
 
     def _check_settings(self) -> None:
         problems = []
@@ -116,17 +116,21 @@ class TableWeights(ExampleWeights):
         return self._floored(u_B * (self.pool_rows / self.sums[0])).to(self.logits.dtype)
 
     def assign_gradient(self, features: Features, score_B: Tensor) -> None:
-        rows = features.row_B.unique()
-        self._pending = (rows, self._sums(self._log_u(rows)))
+        rows = features.row_B.sort().values
+        again = torch.cat([rows.new_zeros(1, dtype=torch.bool), rows[1:] == rows[:-1]])  # counts once
+        self._pending = (rows, again, self._sums_once(rows, again))
         self.logits.grad = torch.sparse_coo_tensor(
             features.row_B[None], score_B.to(self.logits.dtype), self.logits.shape, check_invariants=False
         )
 
     def after_step(self) -> None:
         if self._pending is not None:
-            rows, before = self._pending
-            self.sums += self._sums(self._log_u(rows)) - before
+            rows, again, before = self._pending
+            self.sums += self._sums_once(rows, again) - before
             self._pending = None
+
+    def _sums_once(self, rows: Tensor, again: Tensor) -> Tensor:
+        return self._sums(self._log_u(rows).masked_fill(again, -math.inf))
 
     def refresh(self) -> None:
         log_u = self._free(slice(None))
