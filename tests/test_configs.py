@@ -21,8 +21,7 @@ def test_complete_configurations_build(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", PARTIAL)
-def test_partial_configurations_parse_on_top_of_a_complete_one(name, capsys):
-    with pytest.raises(SystemExit) as ended:  # as `--print_config` does, once all is parsed
-        BilevelCLI(["fit", "--config=configs/quickstart.yaml", f"--config={name}", "--print_config"])
-    assert ended.value.code == 0
-    assert "strategy:" in capsys.readouterr().out
+def test_partial_configurations_parse_on_top_of_a_complete_one(name):
+    with pytest.raises(SystemExit) as end:
+        BilevelCLI(["--config=configs/quickstart.yaml", f"--config={name}", "--print_config"], run=False)
+    assert end.value.code == 0
