@@ -19,7 +19,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, then renames; `BilevelCheckpoint` installs it where Lightning's default would be."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         if storage_options is not None or not _is_local_file_protocol(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_bilevel.callbacks.refine import score
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.rows import Source
+from lit_bilevel.generation import score
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.generate import HFGenerate, Request, Sampling
 from lit_bilevel.policy.policy import Policy

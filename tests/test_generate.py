@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
-from lit_bilevel.callbacks.refine import score
 from lit_bilevel.errors import UserError
+from lit_bilevel.generation import score
 from lit_bilevel.policy.backends import VLLM, ContinuousBatching, ended
 from lit_bilevel.policy.generate import HFGenerate, Request, Sample, Sampling, batches_by_length, draw, end_tokens
 from lit_bilevel.policy.policy import Policy

@@ -6,6 +6,7 @@ From then on these rows contribute their responses (METHOD section 3; arXiv 2511
 refined, and every refresh regenerates all of them; its offline weight is frozen, its group weighs 1 anew. Responses
 that are empty or did not end by themselves are kept on file and out of training; a row left with none keeps its
 offline pair. The first refresh comes after `start` epochs (or steps), none at the very end of training.
+A refresh that fails leaves everything as it was (`on_failure`).
 
 Left out: policies whose parameters are sharded; every process scores its own responses, which sharding does not allow.
 """
@@ -13,30 +14,25 @@ Left out: policies whose parameters are sharded; every process scores its own re
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lit_bilevel.callbacks.choose import Choose, LowestFraction
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.callbacks.inspect import table_cell
 from lit_bilevel.callbacks.record import ResponseFile
-from lit_bilevel.data.collate import collate
 from lit_bilevel.data.responses import ResponseStore, is_usable
 from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.generation import GenerationFailed, gathered_responses, respond
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.policy.generate import GenerationBackend, HFGenerate, Request, Sample, Sampling, end_tokens
-from lit_bilevel.policy.policy import Policy
-from lit_bilevel.policy.score import response_logprobs
-from lit_bilevel.types import Example, Group, Response
-
-Found = list[tuple[int, Response]]
+from lit_bilevel.policy.generate import GenerationBackend, HFGenerate, Request, Sampling, end_tokens
+from lit_bilevel.types import Response
 
 
 class SelfRefine(Callback):
@@ -53,6 +49,7 @@ class SelfRefine(Callback):
         keep_unfinished: train also on responses that were cut at the longest length.
         backend: what generates; by default `HFGenerate`.
         rows_shown: rows of the table in TensorBoard.
+        on_failure: where generation fails, `keep` the responses there are and go on, or `stop` with a checkpoint.
     """
 
     def __init__(
@@ -67,6 +64,7 @@ class SelfRefine(Callback):
         keep_unfinished: bool = False,
         backend: GenerationBackend | None = None,
         rows_shown: int = 20,
+        on_failure: Literal["keep", "stop"] = "stop",
     ):
         self.choose = choose or LowestFraction()
         self.responses = responses
@@ -78,9 +76,11 @@ class SelfRefine(Callback):
         self.keep_unfinished = keep_unfinished
         self.backend = backend or HFGenerate()
         self.rows_shown = rows_shown
+        self.on_failure = on_failure
         self._file: ResponseFile | None = None
         self._length = 0
         self._refined_at = -1
+        self._pending = False
         self._check_settings(every_n_epochs, every_n_steps)
 
     def _check_settings(self, every_n_epochs: int | None, every_n_steps: int | None) -> None:
@@ -95,6 +95,8 @@ class SelfRefine(Callback):
         ):
             if value is not None and value < least:
                 problems.append(f"`{name}` is {value}; it must be at least {least}")
+        if self.on_failure not in ("keep", "stop"):
+            problems.append(f"`on_failure` is {self.on_failure!r}; it must be keep or stop")
         if not 0 <= self.offline_share < 1:
             problems.append(f"`offline_share` is {self.offline_share}; it must be in [0, 1)")
         if self.sampling.temperature == 0 and self.responses > 1:
@@ -131,7 +133,11 @@ class SelfRefine(Callback):
         weight_N = pl_module.weights.table().cpu()
         rows = sorted({*store.chosen, *self.choose.rows(weight_N, data.seed).tolist()})
         started = time.monotonic()
-        responses = self._responses(trainer, pl_module, rows)
+        try:
+            responses = self._responses(trainer, pl_module, rows)
+        except GenerationFailed as error:
+            self._failed(pl_module, store.round + 1, error)
+            return
         seconds = time.monotonic() - started
         temperature = self.sampling.temperature or 1.0
         store.put(responses, temperature, self.offline_share, self.keep_unfinished)
@@ -141,6 +147,17 @@ class SelfRefine(Callback):
             if self._file is not None:
                 self._file.append(_records(data, pl_module.tokenizer, responses, store.round, temperature))
             self._report(trainer, pl_module, responses, seconds)
+
+    def _failed(self, pl_module: LitBilevel, round: int, error: GenerationFailed) -> None:
+        """Go on with the responses there are, or ask for a stop; a stopped run begins with this refresh again."""
+        if self.on_failure == "keep":
+            rank_zero_warn(f"refinement round {round} failed ({error}); the run goes on with the responses it has.")
+            return
+        self._pending = True
+        pl_module.guard.reason = (
+            f"refinement round {round} failed ({error}), so the run was stopped; mend its cause and continue from the"
+            " last checkpoint, or set `on_failure: keep` of `SelfRefine` to go on with the responses there are."
+        )
 
     def _responses(self, trainer: Trainer, pl_module: LitBilevel, rows: list[int]) -> dict[int, list[Response]]:
         """All responses of every row, on every process."""
@@ -163,21 +180,17 @@ class SelfRefine(Callback):
         policy = pl_module.policy
         assert policy is not None
         ends = end_tokens(policy, pl_module.tokenizer)
-        found: Found = []
         with (
             trainer.precision_plugin.forward_context(),
             tqdm(desc="refine", unit="token", disable=not self._shows_progress(trainer), leave=False) as bar,
         ):
-            for batch in self.backend.batches(requests)[trainer.global_rank :: trainer.world_size]:
+
+            def work(batch: list[int]) -> list[Response]:
                 own = [requests[i] for i in batch]
-                samples = self.backend.generate(policy, own, self.sampling, ends, bar.update)
-                scored = score(policy, own, samples, self.sampling.temperature or 1.0, pl_module.device)
-                found += zip(batch, scored, strict=True)
-        if trainer.world_size > 1:
-            parts: list[Any] = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, found)
-            found = [pair for part in parts for pair in part]
-        return [response for _, response in sorted(found, key=lambda pair: pair[0])]
+                return respond(self.backend, policy, own, self.sampling, ends, pl_module.device, bar.update)
+
+            batches = self.backend.batches(requests)
+            return gathered_responses(work, batches, trainer.global_rank, trainer.world_size)
 
     @staticmethod
     def _shows_progress(trainer: Trainer) -> bool:
@@ -232,26 +245,18 @@ class SelfRefine(Callback):
             self._file = ResponseFile(run_folder(trainer) / "responses.jsonl")
             self._file.cut(self._length)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._pending:
+            self._pending = False
+            self.refine(trainer, pl_module)
+
     def state_dict(self) -> dict[str, Any]:
         length = self._length if self._file is None else self._file.length
-        return {"length": length, "refined_at": self._refined_at}
+        return {"length": length, "refined_at": self._refined_at, "pending": self._pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._length, self._refined_at = state_dict["length"], state_dict["refined_at"]
-
-
-def score(
-    policy: Policy, requests: Sequence[Request], samples: Sequence[Sample], temperature: float, device: torch.device
-) -> list[Response]:
-    """Responses with their behaviour log-probabilities, by the pass that training uses."""
-    examples = []
-    for request, sample in zip(requests, samples, strict=True):
-        unscored = Response(sample.token_ids, [0.0] * len(sample.token_ids), sample.finished)
-        group = Group((unscored,), 1.0, temperature)
-        examples.append(Example(0, 0, request.prompt_ids, len(request.prompt_ids), group))
-    batch = collate(examples, len(examples)).to(device)
-    parts = response_logprobs(policy, batch).float().cpu().split([len(sample.token_ids) for sample in samples])
-    return [Response(s.token_ids, part.tolist(), s.finished) for s, part in zip(samples, parts, strict=True)]
+        self._pending = state_dict["pending"]
 
 
 def _is_last_epoch(trainer: Trainer) -> bool:

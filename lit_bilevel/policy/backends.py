@@ -51,7 +51,8 @@ class ContinuousBatching(GenerationBackend):
         """As in the socket.
 
         Raises:
-            UserError: if the policy is not on a CUDA device, or the engine lost requests.
+            UserError: if the policy is not on a CUDA device.
+            RuntimeError: if the engine lost requests.
         """
         from transformers import GenerationConfig
 
@@ -77,7 +78,7 @@ class ContinuousBatching(GenerationBackend):
             outputs = list(policy.causal_lm.generate_batch(prompts, generation_config=config).values())
         failed = [output.error for output in outputs if output.error]
         if failed or len(outputs) != len(requests):
-            raise UserError(
+            raise RuntimeError(
                 f"`ContinuousBatching` finished {len(outputs) - len(failed)} of {len(requests)} requests"
                 f" ({failed[0] if failed else 'no error was given'}); use `HFGenerate`."
             )

@@ -1,0 +1,246 @@
+"""Nothing is lost: killed, stopped and refused runs, and checkpoints that a kill cannot spoil."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import ROOT, read_jsonl, write_jsonl
+from lightning.pytorch import Callback
+from test_refine import refine_flags
+
+from lit_bilevel.atomic import AtomicCheckpointIO
+from lit_bilevel.callbacks import BilevelCheckpoint
+from lit_bilevel.cli import BilevelCLI, main
+
+
+def outcome(folder: Path) -> dict[str, bytes | list]:
+    """What a run leaves: every byte of the policy and the responses, every number of the weights."""
+    found: dict[str, bytes | list] = {
+        f"policy/{path.name}": path.read_bytes() for path in sorted((folder / "policy").iterdir())
+    }
+    found["weights"] = pyarrow.parquet.read_table(folder / "weights.parquet").to_pylist()
+    for name in ("responses.jsonl", "metrics.json"):
+        if (folder / name).exists():
+            found[name] = (folder / name).read_bytes()
+    return found
+
+
+def same(one: Path, other: Path) -> None:
+    a, b = outcome(one), outcome(other)
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name] == b[name], name
+
+
+# ---- SIGKILL at random moments ----
+
+
+def start(flags: list[str], log: Path) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lit_bilevel", "fit", *flags, "--ckpt_path=last"]
+    with log.open("a") as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=ROOT)
+
+
+def killed(process: subprocess.Popen, folder: Path, saves: int, delay: float) -> bool:
+    """Kill a run once it has saved so many checkpoints (0: once it has begun), and a moment more; False if it ended."""
+    last, config = folder / "checkpoints" / "last.ckpt", folder / "config.yaml"
+
+    def stamp(path: Path) -> int:
+        try:
+            return path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0
+
+    seen, begun, count = stamp(last), stamp(config), -1
+    while count < saves and process.poll() is None:
+        if count < 0 and stamp(config) != begun:
+            count = 0
+        if stamp(last) != seen:
+            seen, count = stamp(last), max(count, 0) + 1
+        time.sleep(0.001)
+    time.sleep(delay)
+    process.kill()
+    return process.wait() == -signal.SIGKILL
+
+
+def survive(flags: list[str], folder: Path, kills: int, most: int, seed: int) -> int:
+    """Run to the end with so many kills on the way; returns how many there were."""
+    chance, done = random.Random(seed), 0
+    while True:
+        process = start(refine_flags(flags, folder), folder.with_suffix(".log"))
+        if done < kills:
+            saves = 0 if done == 0 else chance.randint(1, most)
+            done += killed(process, folder, saves, chance.uniform(0, 0.3))
+        if process.wait() == 0:
+            return done
+        assert process.returncode == -signal.SIGKILL, folder.with_suffix(".log").read_text()[-3000:]
+
+
+LONG = ("--trainer.max_epochs=3", "--checkpoint.every_n_steps=1")
+
+
+def test_three_kills_change_no_bit(flags, tmp_path):
+    assert main(["fit", *refine_flags([*flags, *LONG], tmp_path / "whole")]) == 0
+    assert survive([*flags, *LONG], tmp_path / "killed", kills=3, most=14, seed=int(os.environ.get("KILL_SEED", 0))) > 0
+    same(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_bit(flags, tmp_path):
+    assert main(["fit", *refine_flags([*flags, *LONG], tmp_path / "whole")]) == 0
+    kills = 0
+    for seed in range(100, 120):
+        if kills < 20:
+            kills += survive([*flags, *LONG], tmp_path / str(seed), kills=20 - kills, most=4, seed=seed)
+            same(tmp_path / "whole", tmp_path / str(seed))
+    assert kills >= 20
+
+
+# ---- signals ----
+
+
+class Signal(Callback):
+    """Sends this process a signal in a hook, when so many policy steps are done."""
+
+    def __init__(self, hook: str, step: int, number: int):
+        def send(trainer, *rest, **named):
+            if trainer.global_step == step and not trainer.sanity_checking and not self.sent:
+                self.sent = True
+                os.kill(os.getpid(), number)
+
+        self.sent = False
+        setattr(self, hook, send)
+
+
+def fit(flags: list[str], *more: str, callbacks: tuple[Callback, ...] = ()) -> BilevelCLI:
+    return BilevelCLI(["fit", *flags, *more], trainer_defaults={"callbacks": list(callbacks)})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert main(["fit", *short(small, folder)]) == 0
+    return folder
+
+
+def short(small, folder: Path) -> list[str]:
+    """One epoch of 12 steps with validation after the 4th, 8th and 12th."""
+    return [
+        "--config=configs/quickstart.yaml",
+        *(f"--data.{name}={path}" for name, path in small.items()),
+        "--data.batch_size=8",
+        "--trainer.max_epochs=1",
+        "--trainer.val_check_interval=4",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.enable_model_summary=false",
+        f"--trainer.default_root_dir={folder}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "number", "saved"),
+    [
+        ("on_train_batch_start", 4, signal.SIGTERM, 5),
+        ("on_validation_batch_start", 8, signal.SIGTERM, 8),
+        ("on_train_batch_end", 4, signal.SIGINT, 4),
+        ("on_train_epoch_end", 12, signal.SIGTERM, 12),
+    ],
+)
+def test_a_signal_ends_in_an_exact_checkpoint(small, tmp_path, uninterrupted, hook, step, number, saved):
+    flags = short(small, tmp_path / "run")
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit) as stopped:
+        fit(flags, callbacks=(Signal(hook, step, number),))
+    assert stopped.value.code == 128 + number
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == saved
+    assert main(["fit", *flags, "--ckpt_path=last"]) == 0
+    same(uninterrupted, tmp_path / "run")
+
+
+# ---- checkpoints ----
+
+
+def test_a_failure_while_writing_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    path, save = tmp_path / "checkpoints" / "last.ckpt", torch.save
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+
+    def half(checkpoint, file):
+        save(checkpoint, file)
+        file.truncate(file.tell() // 2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_checkpoints_by_the_clock_and_by_validation(small, tmp_path):
+    class Steps(Callback):
+        saved: list[int] = []  # noqa: RUF012
+
+        def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+            self.saved.append(trainer.global_step)
+
+    fit(short(small, tmp_path), "--checkpoint.every_minutes=0", "--trainer.max_steps=6", callbacks=(Steps(),))
+    assert set(Steps.saved) == {1, 2, 3, 4, 5, 6}
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == 4
+
+
+def test_a_new_run_keeps_the_checkpoints_of_an_earlier_one(small, tmp_path):
+    for _ in range(2):
+        fit(short(small, tmp_path), "--trainer.max_steps=4", "--data.test=null", "--data.truth=null")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {
+        "last.ckpt",
+        "best.ckpt",
+        "earlier-last.ckpt",
+        "earlier-best.ckpt",
+    }
+
+
+def refused(arguments: list[str], capsys) -> str:
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+def test_changed_data_are_refused_by_name(small, tmp_path, uninterrupted, capsys):
+    flags = [*short(small, uninterrupted), "--ckpt_path=last"]
+    records = read_jsonl(Path(small["pool"]))
+    records[3]["response"] += "!"
+    edited = write_jsonl(tmp_path / "edited.jsonl", records)
+    fewer = write_jsonl(tmp_path / "fewer.jsonl", records[:-2])
+    text = refused(["fit", *flags, f"--data.pool={edited}"], capsys)
+    assert "`data.pool`" in text
+    assert "other ids, texts or tokens" in text
+    assert "`data.validation`" not in text
+    assert "88 rows instead of 90" in refused(["fit", *flags, f"--data.pool={fewer}"], capsys)
+    text = refused(["fit", *flags, "--data.batch_size=4"], capsys)
+    assert "pool rows of a policy step is 4 and was 8" in text
+
+
+def test_a_checkpoint_of_another_schema_is_refused(small, tmp_path, uninterrupted, capsys):
+    checkpoint = torch.load(uninterrupted / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["lit_bilevel"]["schema"] = 999
+    torch.save(checkpoint, tmp_path / "future.ckpt")
+    text = refused(["fit", *short(small, tmp_path), f"--ckpt_path={tmp_path / 'future.ckpt'}"], capsys)
+    assert "schema 999" in text
+    del checkpoint["lit_bilevel"]["schema"]
+    torch.save(checkpoint, tmp_path / "past.ckpt")
+    assert "schema 1" in refused(["fit", *short(small, tmp_path), f"--ckpt_path={tmp_path / 'past.ckpt'}"], capsys)
+
+
+def test_checkpoint_settings_are_usable_from_python():
+    assert BilevelCheckpoint(every_minutes=10).every_minutes == 10
