@@ -60,8 +60,9 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
     while line := file.readline(MAX_LINE + 1):
         number += 1
         whole = len(line) <= MAX_LINE
-        while not line.endswith(b"\n") and (line := file.readline(MAX_LINE)):
-            whole = False
+        end = line
+        while not whole and end and not end.endswith(b"\n"):
+            end = file.readline(MAX_LINE)
         yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line) if whole else None
 
 
