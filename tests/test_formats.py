@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import TOY, write_jsonl
+from jsonargparse import ArgumentParser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -394,3 +395,11 @@ def test_an_overlap_is_found_in_conversations_whatever_their_format(tmp_path):
     data.setup()
     assert data.sets["pool"]["id"][:] == ["0", "1", "2", "3"]
     assert len(data.skipped["pool"]) == 2
+
+
+def test_one_file_or_several_on_the_command_line():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(BilevelDataModule, "data")
+    for given, expected in (("a.jsonl", "a.jsonl"), ("[a.jsonl, b.csv]", ["a.jsonl", "b.csv"])):
+        flags = [f"--data.pool={given}", "--data.validation=v.jsonl", "--data.truncation=left", "--data.train_on=all"]
+        assert parser.parse_args(flags).data.pool == expected
