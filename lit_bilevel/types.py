@@ -17,7 +17,7 @@ Prompt tokens are never predicted, so they have no K entry; that is all that mas
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -28,13 +28,30 @@ PADDING_ROW = -1
 
 @dataclass(frozen=True)
 class Row:
-    """One record as the user wrote it: `row` is its position in the source, `id` the user's key."""
+    """One record as the user wrote it: the last question and its answer, and the turns before them.
+
+    Args:
+        row: its position in the source.
+        id: the user's key.
+        prompt: the last user turn; empty for plain text, all of which is learned.
+        response: the last assistant turn.
+        source: where the row comes from, by the user's name.
+        history: the turns before the prompt, as (role, content), a system turn included.
+        place: file and line, for messages.
+    """
 
     row: int
     id: str
     prompt: str
     response: str
     source: str
+    history: tuple[tuple[str, str], ...] = ()
+    place: str = field(default="", compare=False)
+
+    @property
+    def turns(self) -> tuple[tuple[str, str], ...]:
+        """All turns up to the prompt, as (role, content)."""
+        return (*self.history, ("user", self.prompt)) if self.prompt else ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Example:
-    """One row as token ids; tokens from `response_start` on are predicted.
+    """One row as token ids; tokens from `response_start` on are predicted, and those at the positions `earlier`.
 
     With a `group`, `input_ids` is the prompt alone and the example has as many sequences as the group has responses.
     """
@@ -79,12 +96,13 @@ class Example:
     input_ids: list[int]
     response_start: int
     group: Group | None = None
+    earlier: list[int] = field(default_factory=list)
 
     @property
     def response_length(self) -> int:
         """Number of predicted tokens; of a group, the mean per response, rounded."""
         if self.group is None:
-            return len(self.input_ids) - self.response_start
+            return len(self.earlier) + len(self.input_ids) - self.response_start
         lengths = [len(response.token_ids) for response in self.group.responses]
         return round(sum(lengths) / len(lengths))
 

@@ -136,7 +136,7 @@ def test_chat_template_gives_the_ids_of_transformers():
 def test_a_prompt_that_fills_the_context_is_refused(tmp_path):
     long = write_jsonl(tmp_path / "p.jsonl", [GOOD, GOOD | {"id": "long", "prompt": "z" * 50}])
     data = BilevelDataModule(long, str(TOY / "validation.jsonl"), tokenizer=str(TOY / "model"), max_length=30)
-    with pytest.raises(UserError, match=r"no response token fits.*'long'"):
+    with pytest.raises(UserError, match=r"line 2, id 'long': no response token fits"):
         data.setup()
 
 

@@ -35,10 +35,11 @@ def collate(examples: Sequence[Example], window_rows: int, call_cost: float = ma
     for place, sequence in enumerate(sequences):
         ids = np.asarray(sequence.ids, dtype=np.int64)
         input_ids[place, : len(ids)] = ids
-        positions.append(np.arange(sequence.start - 1, len(ids) - 1) + place * width)
-        targets.append(ids[sequence.start :])
-        segments.append(np.full(len(ids) - sequence.start, sequence.example))
-        scales.append(np.full(len(ids) - sequence.start, sequence.scale))
+        predicted = np.concatenate([sequence.earlier, np.arange(sequence.start, len(ids))]).astype(np.int64)
+        positions.append(predicted - 1 + place * width)
+        targets.append(ids[predicted])
+        segments.append(np.full(len(predicted), sequence.example))
+        scales.append(np.full(len(predicted), sequence.scale))
     return Batch(
         row_B=torch.tensor([example.row for example in examples]),
         source_B=torch.tensor([example.source for example in examples]),
@@ -67,7 +68,7 @@ def _parts(sequences: list[_Sequence], call_cost: float) -> Iterator[Part]:
     while cuts[-1] > 0:
         cuts.append(starts[cuts[-1]])
     for stop, start in reversed(list(itertools.pairwise(cuts))):
-        predicted = sum(len(sequence.ids) - sequence.start for sequence in sequences[start:stop])
+        predicted = sum(sequence.predicted for sequence in sequences[start:stop])
         yield Part(start, stop, lengths[stop - 1], predicted)
 
 
@@ -78,27 +79,33 @@ class _Sequence(NamedTuple):
     start: int
     example: int
     scale: float
+    earlier: Sequence[int] = ()
     response: Response | None = None
     number: int = -1
+
+    @property
+    def predicted(self) -> int:
+        """How many of its tokens are."""
+        return len(self.earlier) + len(self.ids) - self.start
 
 
 def _sequences(example: Example, index: int, numbers: Iterator[int]) -> Iterator[_Sequence]:
     if example.group is None:
         scale = 0.0 if example.row == PADDING_ROW else 1.0 / example.response_length
-        yield _Sequence(example.input_ids, example.response_start, index, scale)
+        yield _Sequence(example.input_ids, example.response_start, index, scale, example.earlier)
         return
     responses = example.group.responses
     scale = 1.0 / (len(responses) * example.group.mean_length)  # a constant length, and 1/G′ once
     prompt = example.input_ids
     for response in responses:
-        yield _Sequence(prompt + response.token_ids, len(prompt), index, scale, response, next(numbers))
+        yield _Sequence(prompt + response.token_ids, len(prompt), index, scale, (), response, next(numbers))
 
 
 def _generated(examples: Sequence[Example], sequences: list[_Sequence]) -> Generated | None:
     groups = [example.group for example in examples if example.group is not None]
     if not groups:
         return None
-    lengths = [len(sequence.ids) - sequence.start for sequence in sequences]
+    lengths = [sequence.predicted for sequence in sequences]
     first = np.cumsum([0, *lengths])
     held = [(place, s, s.response) for place, s in enumerate(sequences) if s.response is not None]
     held.sort(key=lambda item: item[1].number)  # responses in the order of the examples, whatever their length

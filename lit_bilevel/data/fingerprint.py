@@ -42,7 +42,7 @@ def _hash(dataset: Dataset) -> str:
     return digest.hexdigest()
 
 
-def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], paths: Mapping[str, str | None]) -> None:
+def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], paths: Mapping[str, Any]) -> None:
     """Refuse to continue on other data.
 
     Args:

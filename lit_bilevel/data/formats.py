@@ -1,7 +1,7 @@
-"""What a record means: the columns of a file turned into a prompt and a response.
+"""What a record means: the columns of a file turned into the turns of a conversation.
 
-One small class a format; `detect` chooses by the columns that are there. Left out for now: chat logs and preference
-pairs, which need more than one string a side.
+One small class a format; `detect` chooses by the columns that are there. Left out: tool calls, images, and preference
+pairs, which are recognised and refused because their second answer needs an objective of its own.
 """
 
 from __future__ import annotations
@@ -10,51 +10,191 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any
 
+Turn = tuple[str, str]
+"""Role and content."""
+ROLES = ("system", "user", "assistant")
+MAX_TEXT = 1 << 24
+
 
 class Format(ABC):
     """Reads one kind of record."""
 
     name: str
     required: tuple[str, ...]
+    refusal = ""
+    """Why records of this format cannot be used, where they cannot."""
+
+    def fits(self, columns: Collection[str]) -> bool:
+        """Whether records with these columns can be of this format."""
+        return set(self.required) <= set(columns)
 
     @abstractmethod
-    def read(self, record: Mapping[str, Any]) -> tuple[str, str]:
-        """Prompt and response of a record.
+    def read(self, record: Mapping[str, Any]) -> list[Turn]:
+        """The turns of a record, the last of which is the assistant's.
 
         Raises:
             ValueError: naming the field that is missing or wrong.
         """
 
 
+class Preference(Format):
+    """A chosen and a rejected answer."""
+
+    name = "preference"
+    required = ("chosen", "rejected")
+    refusal = (
+        "preference pairs (`chosen`, `rejected`) are not trained on yet; to learn the chosen answers alone, rename"
+        " their column: `--data.columns '{chosen: response}'`"
+    )
+
+    def read(self, record: Mapping[str, Any]) -> list[Turn]:
+        raise ValueError(self.refusal)
+
+
+class Messages(Format):
+    """`messages`: a list of `{role, content}`."""
+
+    name = "messages"
+    required = ("messages",)
+
+    def read(self, record: Mapping[str, Any]) -> list[Turn]:
+        return conversation(turns_field(record, "messages"), "messages")
+
+
+class ShareGPT(Format):
+    """`conversations`: a list of `{from, value}`, and optionally a `system` prompt beside it."""
+
+    name = "sharegpt"
+    required = ("conversations",)
+    roles = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}  # noqa: RUF012
+
+    def read(self, record: Mapping[str, Any]) -> list[Turn]:
+        turns = turns_field(record, "conversations", ("from", "value"), self.roles)
+        return conversation(system_turn(record) + turns, "conversations")
+
+
 class PromptResponse(Format):
-    """Two strings: `prompt` and `response`."""
+    """`prompt` and `response` (or `completion`): two strings, or two lists of messages."""
 
     name = "prompt_response"
     required = ("prompt", "response")
 
-    def read(self, record: Mapping[str, Any]) -> tuple[str, str]:
-        return text_field(record, "prompt"), text_field(record, "response")
+    def fits(self, columns: Collection[str]) -> bool:
+        return "prompt" in columns and ("response" in columns or "completion" in columns)
+
+    def read(self, record: Mapping[str, Any]) -> list[Turn]:
+        answer = "completion" if "completion" in record and "response" not in record else "response"
+        if isinstance(record.get("prompt"), list) and isinstance(record.get(answer), list):
+            return conversation(turns_field(record, "prompt") + turns_field(record, answer), "prompt")
+        question = ("user", text_field(record, "prompt"))
+        return [*system_turn(record), question, ("assistant", text_field(record, answer))]
 
 
-FORMATS: tuple[Format, ...] = (PromptResponse(),)
+class Alpaca(Format):
+    """`instruction` and `output`, and optionally `input`, `system` and `history` (pairs of question and answer)."""
+
+    name = "alpaca"
+    required = ("instruction", "output")
+
+    def read(self, record: Mapping[str, Any]) -> list[Turn]:
+        question, more = text_field(record, "instruction"), record.get("input")
+        if more is not None and (not isinstance(more, str) or more.strip()):
+            question += "\n" + text_field(record, "input")
+        turns = system_turn(record)
+        for pair in record.get("history") or ():
+            if not isinstance(pair, list | tuple) or len(pair) != 2:
+                raise ValueError("the field `history` must hold pairs of question and answer")
+            turns += [(role, text_field({"history": text}, "history")) for role, text in zip(ROLES[1:], pair)]  # noqa: B905
+        return [*turns, ("user", question), ("assistant", text_field(record, "output"))]
 
 
-def text_field(record: Mapping[str, Any], name: str) -> str:
-    """A non-empty string field.
+class Text(Format):
+    """`text` alone: there is no prompt, and all of it is learned."""
+
+    name = "text"
+    required = ("text",)
+
+    def read(self, record: Mapping[str, Any]) -> list[Turn]:
+        return [("assistant", text_field(record, "text"))]
+
+
+FORMATS: tuple[Format, ...] = (Preference(), PromptResponse(), Messages(), ShareGPT(), Alpaca(), Text())
+
+
+def detect(columns: Collection[str]) -> Format | None:
+    """The first format that the columns fit."""
+    return next((known for known in FORMATS if known.fits(columns)), None)
+
+
+def text_field(record: Mapping[str, Any], name: str, may_be_empty: bool = False) -> str:
+    """A string field with something in it.
 
     Raises:
-        ValueError: if the field is missing, not a string, or only white space.
+        ValueError: if the field is missing, not a string, only white space, no valid Unicode, or enormous.
     """
     if name not in record:
         raise ValueError(f"the field `{name}` is missing; the record has {', '.join(map(repr, record)) or 'no fields'}")
     value = record[name]
     if not isinstance(value, str):
         raise ValueError(f"the field `{name}` is {type(value).__name__}, not a string")
-    if not value.strip():
+    if not may_be_empty and not value.strip():
         raise ValueError(f"the field `{name}` is empty")
+    if len(value) > MAX_TEXT:
+        raise ValueError(f"the field `{name}` has {len(value)} characters; at most {MAX_TEXT} are read")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the field `{name}` is not UTF-8 text (character {error.start})") from None
     return value
 
 
-def detect(columns: Collection[str]) -> Format | None:
-    """The first format whose required columns are all there."""
-    return next((known for known in FORMATS if set(known.required) <= set(columns)), None)
+def system_turn(record: Mapping[str, Any]) -> list[Turn]:
+    """The system prompt that stands in a column of its own, if there is one."""
+    value = record.get("system")
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return []
+    return [("system", text_field(record, "system"))]
+
+
+def turns_field(
+    record: Mapping[str, Any],
+    name: str,
+    keys: tuple[str, str] = ("role", "content"),
+    roles: Mapping[str, str] = {},
+) -> list[Turn]:
+    """A list of turns; only a system turn may be empty.
+
+    Raises:
+        ValueError: naming the turn that is wrong.
+    """
+    turns = record.get(name)
+    if not isinstance(turns, list) or not turns:
+        kind = "empty" if isinstance(turns, list) else f"{type(turns).__name__}, not a list of turns"
+        raise ValueError(f"the field `{name}` is {kind}" if name in record else f"the field `{name}` is missing")
+    result = []
+    for number, turn in enumerate(turns, start=1):
+        try:
+            if not isinstance(turn, Mapping):
+                raise ValueError(f"{type(turn).__name__}, not an object")
+            role = text_field(turn, keys[0])
+            role = roles.get(role, role)
+            if role not in ROLES:
+                raise ValueError(f"the role {role!r} is not one of {', '.join((*ROLES, *roles))}")
+            if turn.get("tool_calls"):
+                raise ValueError("tool calls are not read")
+            result.append((role, text_field(turn, keys[1], may_be_empty=role == "system")))
+        except ValueError as error:
+            raise ValueError(f"turn {number} of `{name}`: {error}") from None
+    return result
+
+
+def conversation(turns: list[Turn], name: str) -> list[Turn]:
+    """The turns, if they end with a question and its answer.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
+        last = ", ".join(role for role, _ in turns[-2:])
+        raise ValueError(f"`{name}` must end with a user turn and an assistant turn; its last turns are: {last}")
+    return turns

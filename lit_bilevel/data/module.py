@@ -23,12 +23,14 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from lit_bilevel.data.collate import collate, share_of_rank
-from lit_bilevel.data.encode import Encoder, encoded_table
+from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
+from lit_bilevel.data.report import announce, write_skipped
 from lit_bilevel.data.responses import ResponseStore
 from lit_bilevel.data.rows import Source
-from lit_bilevel.data.split import refuse_overlap, split
+from lit_bilevel.data.split import part_from_pool, split
 from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, Window, examples_of, unchanged
+from lit_bilevel.data.table import encoded_table
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.types import Batch, Question, Row
 
@@ -37,7 +39,8 @@ class BilevelDataModule(LightningDataModule):
     """Pool, validation and test data of a bilevel run.
 
     Args:
-        pool: the unclean training data: a json, jsonl or parquet file, or a hub id.
+        pool: the unclean training data: a json, jsonl, csv or parquet file, a folder that `datasets` saved, or a hub id
+            (`name:config:split`); or a list of these, whose rows then have the file's name as source if they have none.
         validation: the small trusted set, in the same formats.
         test: rows for the final report; they never touch training.
         truth: file that says which pool rows are corrupted (`id`, `corrupted` or `harmful`, `kind`); for scoring only.
@@ -46,10 +49,13 @@ class BilevelDataModule(LightningDataModule):
         upper_batch_size: validation rows of a micro-batch, per process; by default as many as pool rows.
         eval_batch_size: rows of a batch in monitor and test loops.
         max_length: longest sequence in tokens, prompt and response together.
+        truncation: the side on which longer ones are cut: `right` the response, `left` first the oldest prompt tokens.
+        train_on: assistant turns that are learned where there are several.
         monitor_fraction: share of the validation file that only chooses the checkpoint.
-        format: format of the files, or `auto`.
+        format: `auto` (by the columns), `prompt_response`, `messages`, `sharegpt`, `alpaca` or `text`.
         columns: renames of columns, theirs to ours.
-        on_bad_row: `error` names bad records and stops; `skip` leaves them out and counts them.
+        on_bad_row: `error` names bad records and stops; `skip` leaves them out, counts them and lists them in
+            `skipped.jsonl`.
         num_workers: worker processes that collate batches.
         pin_memory: whether to pin batches.
         seed: seed of the data order; by default that of `seed_everything`, else 0.
@@ -57,15 +63,17 @@ class BilevelDataModule(LightningDataModule):
 
     def __init__(
         self,
-        pool: str,
-        validation: str,
-        test: str | None = None,
+        pool: list[str] | str,
+        validation: list[str] | str,
+        test: list[str] | str | None = None,
         truth: str | None = None,
         tokenizer: str | None = None,
         batch_size: int = 16,
         upper_batch_size: int | None = None,
         eval_batch_size: int = 64,
         max_length: int = 512,
+        truncation: Literal["right", "left"] = "right",
+        train_on: Literal["last", "all"] = "last",
         monitor_fraction: float = 0.2,
         format: str = "auto",
         columns: Mapping[str, str] | None = None,
@@ -82,6 +90,7 @@ class BilevelDataModule(LightningDataModule):
         self.upper_batch_size = upper_batch_size or batch_size
         self.eval_batch_size = eval_batch_size
         self.max_length = max_length
+        self.encoding: dict[str, Any] = {"truncation": truncation, "train_on": train_on}
         self.monitor_fraction = monitor_fraction
         self.source_settings: dict[str, Any] = {"format": format, "columns": columns or {}, "on_bad_row": on_bad_row}
         self.num_workers = num_workers
@@ -121,20 +130,25 @@ class BilevelDataModule(LightningDataModule):
         """
         if self.sets:
             return
-        rows = {}
+        rows: dict[str, list[Row]] = {}
+        formats: dict[str, str] = {}
         for name, path in self.paths.items():
             if path is not None:
                 source = Source(path, **self.source_settings)
                 rows[name] = source.read()
                 self.skipped[name] = source.skipped
-        refuse_overlap(rows)
-        upper, monitor = split(rows.pop("validation"), self.monitor_fraction)
-        rows |= {"upper": upper, "monitor": monitor}
+                formats |= source.formats
+        self.skipped["pool"] += part_from_pool(rows, self.source_settings["on_bad_row"])
+        rows["upper"], rows["monitor"] = split(rows.pop("validation"), self.monitor_fraction)
         if self.truth is not None and not Path(self.truth).is_file():
             raise UserError(f"{self.truth} does not exist; check `data.truth`, or leave it out.")
         self.source_names = sorted({row.source for row in rows["pool"]})
-        encoder = Encoder(self._load_tokenizer(), self.max_length)
+        tokenizer = self._load_tokenizer()
+        encoder = Encoder(tokenizer, self.max_length, **self.encoding)
         self.sets = {name: self._encoded(name, part, encoder) for name, part in rows.items()}
+        announce(self.sets, self.skipped, formats, tokenizer)
+        if self.trainer is not None and stage == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_skipped(Path(self.trainer.default_root_dir), self.skipped)
 
     def _load_tokenizer(self) -> Any:
         if self.tokenizer is None and self.trainer is not None:
@@ -146,14 +160,10 @@ class BilevelDataModule(LightningDataModule):
         return AutoTokenizer.from_pretrained(self.tokenizer)
 
     def _encoded(self, name: str, rows: list[Row], encoder: Encoder) -> Dataset:
-        """A table with the rows and their token ids; rows whose response was cut away completely are bad rows."""
+        """A table with the rows and their token ids; rows that cannot be encoded are bad rows."""
         table, lost = encoded_table(rows, encoder, self.source_names)
         if lost and (self.source_settings["on_bad_row"] == "error" or not len(table)):
-            raise gathered(
-                f"{self.paths.get(name) or self.paths['validation']}: no response token fits into `data.max_length`"
-                f" {self.max_length} (raise it, or set `data.on_bad_row: skip`)",
-                lost,
-            )
+            raise gathered(f"the {name} set has rows that cannot be used (or set `data.on_bad_row: skip`)", lost)
         self.skipped.setdefault(name, []).extend(lost)
         return table
 
@@ -207,14 +217,10 @@ class BilevelDataModule(LightningDataModule):
         """The test prompts: lists of `Question`."""
         if "test" not in self.sets:
             raise UserError("`data.test` is not set, so there are no prompts to answer; give a file of held-out rows.")
+        columns = [self.sets["test"][name][:] for name in ("id", "prompt", "input_ids", "response_start")]
         questions = [
             Question(position, id, prompt, ids[:start], self.max_length - start)
-            for position, (id, prompt, ids, start) in enumerate(
-                zip(
-                    *(self.sets["test"][name][:] for name in ("id", "prompt", "input_ids", "response_start")),
-                    strict=True,
-                )
-            )
+            for position, (id, prompt, ids, start) in enumerate(zip(*columns, strict=True))
         ]
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         own = sorted(questions, key=lambda question: (len(question.prompt_ids), question.row))[rank::world]

@@ -1,6 +1,6 @@
 """Keeping the three sets apart: the validation file split in two, and no prompt shared with the pool.
 
-Left out: near-duplicates; only prompts that are equal after stripping white space are refused.
+Left out: near-duplicates; only prompts that are equal after stripping white space are found.
 """
 
 from __future__ import annotations
@@ -28,22 +28,33 @@ def split(rows: list[Row], monitor_fraction: float) -> tuple[list[Row], list[Row
     return [row for row in rows if row.id not in chosen], [row for row in rows if row.id in chosen]
 
 
-def refuse_overlap(rows: dict[str, list[Row]]) -> None:
-    """Refuse validation and test rows whose prompt is in the pool.
+def part_from_pool(rows: dict[str, list[Row]], on_bad_row: str) -> list[str]:
+    """Take the questions of validation and test out of the pool, and say which; under `error` refuse them.
 
     Raises:
-        UserError: naming the rows.
+        UserError: naming the rows, also where no row of the pool would be left.
     """
-    pool = {row.prompt.strip(): row for row in rows["pool"]}
-    problems = [
-        f"{name} id {row.id!r} has the prompt of pool id {pool[row.prompt.strip()].id!r}"
+    pool: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows["pool"]:
+        pool.setdefault(_question(row), []).append(row)
+    shared = {
+        twin.row: f"{name} id {row.id!r} has the prompt of pool id {twin.id!r} ({row.place}; {twin.place})"
         for name in ("validation", "test")
         for row in rows.get(name, ())
-        if row.prompt.strip() in pool
-    ]
-    if problems:
+        for twin in pool.get(_question(row), ())
+    }
+    kept = [row for row in rows["pool"] if row.row not in shared]
+    if shared and (on_bad_row == "error" or not kept):
         raise gathered(
             "validation and test must share no prompt with the pool (the weights would be learned or scored on what"
-            " they select; remove these rows from one of the files)",
-            problems,
+            " they select; remove these rows from one of the files, or leave them out of the pool with"
+            " `data.on_bad_row: skip`)",
+            list(shared.values()),
         )
+    rows["pool"] = kept
+    return list(shared.values())
+
+
+def _question(row: Row) -> tuple[str, ...]:
+    """What two rows may not share: the turns before the answer but system prompts, or all of a plain text."""
+    return tuple(text.strip() for role, text in row.turns if role != "system") or (row.response.strip(),)

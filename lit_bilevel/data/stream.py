@@ -109,9 +109,10 @@ class StepMaker:
 def examples_of(dataset: Any, rows: Any) -> list[Example]:
     """The rows of a table as examples."""
     rows = list(rows)
-    table = dataset.select_columns(["source", "input_ids", "response_start"])[rows]
-    columns = (table["source"], table["input_ids"], table["response_start"])
-    return [Example(row, *values) for row, *values in zip(rows, *columns, strict=True)]
+    names = ("source", "input_ids", "response_start", "earlier")
+    table = dataset.select_columns(list(names))[rows]
+    columns = zip(rows, *(table[name] for name in names), strict=True)
+    return [Example(row, source, ids, start, earlier=earlier) for row, source, ids, start, earlier in columns]
 
 
 class _Steps(Dataset):

@@ -1,0 +1,193 @@
+"""Files to records: json, jsonl, csv, parquet, an Arrow folder or a hub id, read one record at a time.
+
+Each reader yields pairs of a place ("line 3") and a record, or the exception that reading it gave; a file that cannot
+be read at all raises. Files are closed early and lines are never longer in memory than `MAX_LINE`, except in .json,
+which is one value. Left out: streaming from the hub and compressed files.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lit_bilevel.errors import UserError
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+MAX_LINE = 1 << 26
+
+Records = Iterator[tuple[str, Any]]
+
+
+def records(source: str) -> Records:
+    """The records of a file, an Arrow folder (`save_to_disk`) or a hub id (`name`, `name:config`, `name:config:split`).
+
+    Raises:
+        UserError: if there is no such file, or it cannot be read at all.
+    """
+    path = Path(source)
+    readers = {".json": _json_records, ".jsonl": _jsonl_records, ".csv": _csv_records, ".parquet": _parquet_records}
+    if path.is_dir():
+        return _folder_records(path)
+    suffix = path.suffix.lower()
+    if suffix not in readers:
+        if path.exists():
+            raise UserError(
+                f"{source} is not a known kind of file; use {', '.join(SUFFIXES)}, an Arrow folder or a hub id."
+            )
+        return _hub_records(source)
+    if not path.is_file():
+        raise UserError(f"{source} does not exist; check the path (it is read from {Path.cwd()}).")
+    if suffix != ".parquet":
+        _refuse_binary(path)
+    return readers[suffix](path)
+
+
+def _refuse_binary(path: Path) -> None:
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path} is UTF-16; convert it to UTF-8 (`iconv -f UTF-16 -t UTF-8`).")
+    if b"\0" in head or head[:2] == b"\x1f\x8b":
+        raise UserError(f"{path} is a binary file, not text; unpack or export it as one of {', '.join(SUFFIXES)}.")
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    """Numbered lines without a byte order mark; `None` for a line that is too long to read."""
+    number = 0
+    while line := file.readline(MAX_LINE + 1):
+        number += 1
+        whole = len(line) <= MAX_LINE
+        end = line
+        while not whole and end and not end.endswith(b"\n"):
+            end = file.readline(MAX_LINE)
+        yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line) if whole else None
+
+
+def _jsonl_records(path: Path) -> Records:
+    with path.open("rb") as file:
+        for number, line in _lines(file):
+            if line is None:
+                yield f"line {number}", ValueError(f"longer than {MAX_LINE} bytes")
+            elif line.strip():
+                yield f"line {number}", _parsed(line)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 (byte {error.start} of the line)")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not valid JSON ({error})")
+    return _object(record)
+
+
+def _object(record: Any) -> Any:
+    return record if isinstance(record, dict) else ValueError(f"a {type(record).__name__}, not an object")
+
+
+def _json_records(path: Path) -> Records:
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8-sig").strip() or "[]")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); for one record a line name it .jsonl.") from error
+    if not isinstance(content, list):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a list of records.")
+    for number, record in enumerate(content, start=1):
+        yield f"record {number}", _object(record)
+
+
+def _csv_records(path: Path) -> Records:
+    csv.field_size_limit(MAX_LINE)  # its own limit, 128 KiB, is too small for texts
+
+    def texts() -> Iterator[str]:
+        for number, line in _lines(file):
+            if line is None:
+                raise UserError(f"{path}, line {number}: longer than {MAX_LINE} bytes; mend the line.")
+            yield line.decode("utf-8", "surrogateescape")  # surrogates are refused where the text is read
+
+    with path.open("rb") as file:
+        reader = csv.reader(texts(), strict=True)
+        header: list[str] | None = None
+        while True:
+            start = reader.line_num + 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield f"line {start}", ValueError(f"not valid CSV ({error})")
+                continue
+            if header is None:
+                header = fields
+                if len(set(header)) < len(header):
+                    raise UserError(f"{path} has a column name twice in its first line: {', '.join(header)}.")
+            elif len(fields) == len(header):
+                yield f"line {start}", dict(zip(header, fields, strict=True))
+            elif fields:
+                yield f"line {start}", ValueError(f"{len(fields)} fields where the first line names {len(header)}")
+
+
+def _parquet_records(path: Path) -> Records:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from _numbered(file.iter_batches(batch_size=1024))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}).") from error
+
+
+def _folder_records(path: Path) -> Records:
+    import datasets
+
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(part.name for part in path.iterdir() if part.is_dir())
+        raise UserError(f"{path} holds several splits; name one of them: {', '.join(str(path / s) for s in splits)}.")
+    try:
+        dataset = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever the library finds wrong with the folder
+        raise UserError(
+            f"{path} is a folder, but not one that `datasets` saved ({type(error).__name__}:"
+            f" {str(error).splitlines()[0] if str(error) else ''}); name the files themselves."
+        ) from error
+    return _numbered(dataset.with_format("arrow").iter(batch_size=1024))
+
+
+def _hub_records(source: str) -> Records:
+    from datasets import load_dataset
+
+    name, config, split = (*source.split(":"), "", "")[:3]
+    try:
+        dataset = load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the network, the hub, or the data set's own files
+        raise UserError(
+            f"{source!r} is neither a local file nor a dataset that could be loaded from the hub"
+            f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); check the path or the id"
+            " (`name:config:split` chooses a config and a split)."
+        ) from error
+    return _numbered(dataset.with_format("arrow").iter(batch_size=1024))
+
+
+def _numbered(batches: Any) -> Records:
+    number = 0
+    for batch in batches:
+        for record in _pylist(batch):
+            number += 1
+            yield f"row {number}", record
+
+
+def _pylist(batch: Any) -> list[Any]:
+    """The records of an Arrow batch; one that cannot become Python values is an exception."""
+    try:
+        return batch.to_pylist()
+    except ValueError as error:
+        if len(batch) == 1:
+            return [ValueError("not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error))]
+        return [record for row in range(len(batch)) for record in _pylist(batch.slice(row, 1))]

@@ -1,0 +1,67 @@
+"""What a user is told about the data: `skipped.jsonl` and a summary of the sets at the start.
+
+Left out: statistics of the texts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+DIM, NORMAL = "\x1b[2m", "\x1b[0m"
+
+
+def announce(
+    sets: Mapping[str, Any], skipped: Mapping[str, Sequence[str]], formats: Mapping[str, str], tokenizer: Any
+) -> None:
+    """Log the summary, and the first row of the pool as the policy sees it."""
+    rank_zero_info(summary(sets, skipped, formats))
+    rank_zero_info(f"the first row, dimmed where it is not learned:\n{shown(tokenizer, sets['pool'])}")
+
+
+@rank_zero_only
+def write_skipped(folder: Path, skipped: Mapping[str, Sequence[str]]) -> None:
+    """`skipped.jsonl`, one object (`set`, `problem`) for every row left out; no file where there is none."""
+    path = folder / "skipped.jsonl"
+    records = [{"set": name, "problem": problem} for name, problems in skipped.items() for problem in problems]
+    if not records:
+        path.unlink(missing_ok=True)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def summary(sets: Mapping[str, Any], skipped: Mapping[str, Sequence[str]], formats: Mapping[str, str]) -> str:
+    """Formats of the files; rows, longest sequence, truncated and skipped rows of each set."""
+    lines = [f"{path}: format {name}" for path, name in formats.items()]
+    for name, table in sets.items():
+        longest = max(map(len, table["input_ids"]))
+        lines.append(f"{name}: {len(table)} rows, longest {longest} tokens, {sum(table['truncated'])} truncated")
+    lines += [f"{name}: {len(problems)} rows skipped" for name, problems in skipped.items() if problems]
+    return "\n".join(lines)
+
+
+def shown(tokenizer: Any, table: Any, row: int = 0) -> str:
+    """A row as the policy sees it, the tokens that are not learned dimmed."""
+    record = table[row]
+    ids, start = record["input_ids"], record["response_start"]
+    learned = {*record["earlier"], *range(start, len(ids))}
+    pieces: list[tuple[bool, list[int]]] = []
+    for position, token in enumerate(ids):
+        if not pieces or pieces[-1][0] != (position in learned):
+            pieces.append((position in learned, []))
+        pieces[-1][1].append(token)
+    texts = [(known, _printable(tokenizer.decode(part))) for known, part in pieces]
+    return "".join(text if known else f"{DIM}{text}{NORMAL}" for known, text in texts)
+
+
+def _printable(text: str) -> str:
+    """Text without control characters, so that data cannot steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)

@@ -1,0 +1,405 @@
+"""Formats, chat templates, masks and truncation, against transformers' own `apply_chat_template`."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import TOY, write_jsonl
+from jsonargparse import ArgumentParser
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lit_bilevel.data.collate import collate
+from lit_bilevel.data.encode import Encoder
+from lit_bilevel.data.module import BilevelDataModule
+from lit_bilevel.data.report import shown
+from lit_bilevel.data.rows import Source
+from lit_bilevel.data.stream import examples_of
+from lit_bilevel.data.table import encoded_table
+from lit_bilevel.errors import UserError
+from lit_bilevel.types import Example, Row
+
+HEADER = "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' }}"
+LLAMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    + HEADER
+    + "{{ message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+QWEN = """\
+{%- set ns = namespace(last=-1) -%}
+{%- for message in messages -%}
+{%- if message.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' -}}
+{%- if message.role == 'assistant' and loop.index0 > ns.last -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
+{{- message.content.strip() + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"""
+NEOX = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}Assistant: {% generation %}"
+    "{{ message['content'] + eos_token }}{% endgeneration %}{% else %}"
+    "{{ message['role'].capitalize() + ': ' + message['content'] + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+KINDS = {  # special tokens: BOS, EOS, and others; the template
+    "llama": (
+        {"bos_token": "<|begin|>", "eos_token": "<|eot_id|>"},
+        ["<|start_header_id|>", "<|end_header_id|>"],
+        LLAMA,
+    ),
+    "qwen3": ({"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, ["<|im_start|>"], QWEN),
+    "neox": ({"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}, [], NEOX),
+}
+
+
+def tokenizer_of(kind: str, chat: bool) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE tokenizer in the style of a family."""
+    named, others, template = KINDS[kind]
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    special = sorted({*named.values(), *others})
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(
+        ["What is a cat? A small animal. User: Assistant: and a dog", "four and five are nine"], trainer
+    )
+    if kind == "llama":
+        from tokenizers.processors import TemplateProcessing
+
+        raw.post_processor = TemplateProcessing(
+            single="<|begin|> $A", special_tokens=[("<|begin|>", raw.token_to_id("<|begin|>"))]
+        )
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=raw, **named, additional_special_tokens=others, name_or_path=f"made/{kind}"
+    )
+    made.chat_template = template if chat else None
+    return made
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {(kind, chat): tokenizer_of(kind, chat) for kind in KINDS for chat in (False, True)}
+
+
+SHORT = [("user", "What is a cat?"), ("assistant", "A small animal.")]
+LONG = [("system", "Be brief."), *SHORT, ("user", "And a dog?"), ("assistant", "Another.")]
+
+
+def as_messages(turns) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+GPT = {"user": "human", "assistant": "gpt", "system": "system"}
+RECORDS = {  # name: (format that is detected, record, turns)
+    "prompt_response": ("prompt_response", {"prompt": "What is a cat?", "response": "A small animal."}, SHORT),
+    "completion": ("prompt_response", {"prompt": "What is a cat?", "completion": "A small animal."}, SHORT),
+    "trl_chat": ("prompt_response", {"prompt": as_messages(LONG[:-1]), "completion": as_messages(LONG[-1:])}, LONG),
+    "alpaca": ("alpaca", {"instruction": "What is a cat?", "input": "", "output": "A small animal."}, SHORT),
+    "alpaca_input": (
+        "alpaca",
+        {"instruction": "Add.", "input": "4 5", "output": "9", "text": "all of it"},
+        [("user", "Add.\n4 5"), ("assistant", "9")],
+    ),
+    "alpaca_history": (
+        "alpaca",
+        {
+            "system": "Be brief.",
+            "history": [["What is a cat?", "A small animal."]],
+            "instruction": "And a dog?",
+            "output": "Another.",
+        },
+        LONG,
+    ),
+    "messages": ("messages", {"messages": as_messages(LONG)}, LONG),
+    "sharegpt": ("sharegpt", {"conversations": [{"from": GPT[r], "value": t} for r, t in LONG]}, LONG),
+    "sharegpt_system": (
+        "sharegpt",
+        {"system": "Be brief.", "conversations": [{"from": GPT[r], "value": t} for r, t in LONG[1:]]},
+        LONG,
+    ),
+    "text": ("text", {"text": "four and five are nine"}, [("assistant", "four and five are nine")]),
+}
+
+
+def read(tmp_path, record, **settings) -> Row:
+    source = Source(write_jsonl(tmp_path / "p.jsonl", [record]), **settings)
+    return source.read()[0]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_formats_are_detected_and_read(tmp_path, name):
+    expected, record, turns = RECORDS[name]
+    source = Source(write_jsonl(tmp_path / "p.jsonl", [record | {"id": 7, "source": "s"}]))
+    row = source.read()[0]
+    assert list(source.formats.values()) == [expected]
+    assert [*row.turns, ("assistant", row.response)] == turns
+    assert (row.id, row.source, row.row) == ("7", "s", 0)
+    assert row == read(tmp_path, record | {"id": 7, "source": "s"}, format=expected)
+
+
+def expected_ids(tokenizer, turns, train_on):
+    """Ids and learned positions by transformers alone: the template's ids up to EOS, masks by decoding."""
+    if not tokenizer.chat_template or len(turns) == 1:
+        ids = tokenizer("").input_ids
+        learned = []
+        for role, text in turns:
+            start = len(ids)
+            ids = ids + tokenizer(text if role == "assistant" else text + "\n", add_special_tokens=False).input_ids
+            if role == "assistant":
+                ids = [*ids, tokenizer.eos_token_id]
+                learned.append(range(max(1, start), len(ids)))
+    else:
+        whole = tokenizer.apply_chat_template(as_messages(turns), tokenize=True, return_dict=True)["input_ids"]
+        last = max(i for i, token in enumerate(whole) if token == tokenizer.eos_token_id)
+        ids = whole[: last + 1]
+        learned, stop = [], 0
+        ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id]
+        for role, text in turns:
+            if role != "assistant":
+                continue
+            stop = next(e for e in ends if e >= stop and text in tokenizer.decode(ids[stop : e + 1]))
+            thought = (
+                "<think>\n\n</think>\n\n" if (role, text) == turns[-1] and "<think>" in tokenizer.decode(ids) else ""
+            )
+            start = stop
+            while thought + text not in tokenizer.decode(ids[start:stop]):
+                start -= 1
+            learned.append(range(start, stop + 1))
+            stop += 1
+    return ids, [i for span in (learned if train_on == "all" else learned[-1:]) for i in span]
+
+
+@pytest.mark.parametrize("train_on", ["last", "all"])
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_and_masks_are_those_of_transformers(tmp_path, tokenizers, kind, chat, train_on):
+    tokenizer = tokenizers[kind, chat]
+    encoder = Encoder(tokenizer, 400, train_on=train_on)
+    for name, (_, record, turns) in RECORDS.items():
+        encoded = encoder.rows([read(tmp_path, record)])[0]
+        assert not isinstance(encoded, ValueError), (name, encoded)
+        ids, learned = expected_ids(tokenizer, turns, train_on)
+        assert encoded.input_ids == ids, name
+        assert [*encoded.earlier, *range(encoded.response_start, len(ids))] == learned, name
+        assert ids[-1] == tokenizer.eos_token_id
+        bos = tokenizer.bos_token_id
+        if bos is not None and bos != tokenizer.eos_token_id:
+            assert ids.count(bos) == (1 if kind == "llama" else 0)
+
+
+def test_generation_blocks_and_prefixes_agree(tokenizers):
+    tokenizer = tokenizers["neox", True]
+    row = Row(0, "a", *[text for _, text in LONG[-2:]], "", tuple(LONG[:-2]))
+    masks = tokenizer.apply_chat_template(
+        as_messages(LONG), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    encoder = Encoder(tokenizer, 400, train_on="all")
+    by_blocks = encoder.rows([row])[0]
+    assert by_blocks.input_ids == masks["input_ids"]
+    learned = [*by_blocks.earlier, *range(by_blocks.response_start, len(by_blocks.input_ids))]
+    assert learned == [i for i, m in enumerate(masks["assistant_masks"]) if m]
+    encoder._blocks = False
+    assert encoder.rows([row])[0] == by_blocks
+
+
+def test_a_template_that_cannot_be_masked_is_refused_with_the_remedy(tokenizers):
+    broken = {
+        "no prefix": "{{ messages | length }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}",
+        "no answer": "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}x",
+        "syntax": "{% for m in messages %}",
+        "raises": "{{ raise_exception('never') }}",
+        "other": "{% for m in messages %}{{ m.role }}{% generation %}{% endgeneration %}{% endfor %}",
+    }
+    for template in broken.values():
+        tokenizer = tokenizer_of("neox", False)
+        tokenizer.chat_template = template
+        with pytest.raises(UserError, match=r"chat template of 'made/neox'.*generation"):
+            Encoder(tokenizer, 100)
+
+
+def test_rows_that_a_template_does_not_take_are_named_alone(tokenizers):
+    tokenizer = tokenizer_of("llama", False)
+    tokenizer.chat_template = LLAMA.replace(
+        "{% for message",
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% for message",
+        1,
+    )
+    rows = [Row(0, "a", "q", "r", ""), Row(1, "b", "q", "r", "", (("system", "s"),)), Row(2, "c", "q2", "r2", "")]
+    encoded = Encoder(tokenizer, 100).rows(rows)
+    assert "no system" in str(encoded[1])
+    assert [isinstance(e, ValueError) for e in encoded] == [False, True, False]
+    assert encoded[2] == Encoder(tokenizer, 100).rows(rows[2:])[0]
+
+
+def test_an_earlier_turn_that_changes_is_refused_only_where_it_is_learned(tokenizers):
+    tokenizer = tokenizer_of("qwen3", True)
+    tokenizer.chat_template = QWEN.replace("message.content.strip()", "(message.content if loop.last else 'gone')", 1)
+    row = Row(0, "a", "q2", "r2", "", (("user", "q"), ("assistant", "r")))
+    tokenizer.chat_template = QWEN.replace(
+        "{{- message.content.strip() +", "{{- (message.content if loop.index0 != 1 or loop.last else 'cut') +"
+    )
+    assert "train_on: last" in str(Encoder(tokenizer, 100, train_on="all").rows([row])[0])
+    assert not isinstance(Encoder(tokenizer, 100).rows([row])[0], ValueError)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_left_truncation_keeps_the_response_and_bos(tokenizers, kind):
+    tokenizer = tokenizers[kind, True]
+    row = Row(0, "a", *[text for _, text in LONG[-2:]], "", tuple(LONG[:-2]))
+    whole = Encoder(tokenizer, 400, train_on="all").rows([row])[0]
+    response = whole.input_ids[whole.response_start :]
+    length = len(whole.input_ids) - 9
+    cut = Encoder(tokenizer, length, "left", "all").rows([row])[0]
+    head = 1 if whole.input_ids[0] == tokenizer.bos_token_id else 0
+    assert cut.truncated
+    assert cut.input_ids == whole.input_ids[:head] + whole.input_ids[head + 9 :]
+    assert cut.input_ids[cut.response_start :] == response
+    assert [cut.input_ids[i] for i in cut.earlier] == [whole.input_ids[i] for i in whole.earlier if i >= head + 9]
+    tiny = Encoder(tokenizer, 3, "left").rows([row])[0]
+    assert (tiny.response_start, tiny.input_ids[1:], tiny.truncated) == (1, response[:2], True)
+    assert "no response token fits" in str(Encoder(tokenizer, 3).rows([row])[0])
+    right = Encoder(tokenizer, len(whole.input_ids) - 1).rows([row])[0]
+    assert (right.input_ids, right.truncated) == (whole.input_ids[:-1], True)
+
+
+def test_earlier_turns_are_predicted_in_the_batch():
+    batch = collate(
+        [Example(0, 0, [10, 11, 12, 13, 14, 15], 4, earlier=[2]), Example(1, 0, [20, 21], 1)], 2, call_cost=1
+    )
+    flat = batch.input_ids_ST.flatten()
+    assert batch.target_K.tolist() == [21, 12, 14, 15]
+    assert flat[batch.position_K].tolist() == [20, 11, 13, 14]
+    assert batch.length_B.tolist() == [3, 1]
+    assert sum(part.predicted for part in batch.parts) == 4
+    assert batch.scale_K.tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3])
+
+
+def test_a_table_keeps_what_was_encoded(tokenizers):
+    tokenizer = tokenizers["llama", True]
+    rows = [
+        Row(i, str(i), f"question {i}", f"answer {i}", "s" if i % 2 else "", place=f"line {i}") for i in range(2500)
+    ]
+    rows[3] = Row(3, "3", "<|eot_id|>", "a", "")
+    encoder = Encoder(tokenizer, 60)
+    table, lost = encoded_table(rows, encoder, ["", "s"])
+    assert len(table) == 2499
+    assert len(lost) == 1
+    assert "'<|eot_id|>'" in lost[0]
+    example = examples_of(table, [1500])[0]
+    expected = encoder.rows([rows[1501]])[0]
+    assert (example.input_ids, example.response_start, example.source) == (
+        expected.input_ids,
+        expected.response_start,
+        1,
+    )
+    assert "\x1b[2m" in shown(tokenizer, table)
+    assert shown(tokenizer, table).endswith("answer 0<|eot_id|>")
+
+
+# ---- files ----
+
+
+def write(path, records):
+    """Records in the format that the suffix names."""
+    if path.suffix == ".jsonl":
+        write_jsonl(path, records)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records))
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)
+    else:
+        datasets.Dataset.from_list(records).save_to_disk(path)
+    return str(path)
+
+
+MANY = [{"id": f"r{i}", "prompt": f'say "{i}",\nplease é', "response": "x" * (1 + i * 70_000)} for i in range(3)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv", ""])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
+    rows = Source(write(tmp_path / f"p{suffix}", MANY)).read()
+    assert [(row.id, row.prompt, row.response) for row in rows] == [tuple(r.values()) for r in MANY]
+    assert all(row.place.startswith(str(tmp_path)) for row in rows)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ""])
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_format_in_every_kind_of_file(tmp_path, name, suffix):
+    _, record, turns = RECORDS[name]
+    row = Source(write(tmp_path / f"p{suffix}", [record])).read()[0]
+    assert [*row.turns, ("assistant", row.response)] == turns
+
+
+def test_several_files_are_one_source_and_name_their_rows(tmp_path):
+    first = write_jsonl(tmp_path / "web.jsonl", [{"prompt": "a", "response": "b"}])
+    second = write(tmp_path / "books.csv", [{"instruction": "c", "output": "d"}, {"instruction": "e", "output": "f"}])
+    source = Source([first, second])
+    assert [(row.row, row.id, row.prompt, row.source) for row in source.read()] == [
+        (0, "0", "a", "web"),
+        (1, "1", "c", "books"),
+        (2, "2", "e", "books"),
+    ]
+    assert list(source.formats.values()) == ["prompt_response", "alpaca"]
+    assert Source([first]).read()[0].source == ""
+
+
+def test_several_splits_in_a_folder_are_named(tmp_path):
+    records = datasets.Dataset.from_list(MANY)
+    datasets.DatasetDict({"train": records, "test": records}).save_to_disk(tmp_path / "all")
+    with pytest.raises(UserError, match=r"several splits.*all/test, .*all/train"):
+        Source(str(tmp_path / "all")).read()
+    assert len(Source(str(tmp_path / "all" / "train")).read()) == 3
+
+
+def test_preference_pairs_are_refused_with_the_way_round(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(UserError, match=r"line 1: preference pairs.*chosen: response"):
+        Source(path).read()
+    assert Source(path, columns={"chosen": "response"}).read()[0].response == "b"
+
+
+def test_renames_may_not_hide_a_column(tmp_path):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "response": "b", "answer": "c"}])
+    with pytest.raises(UserError, match="two columns the same name"):
+        Source(path, columns={"answer": "response"}).read()
+
+
+def test_an_overlap_is_found_in_conversations_whatever_their_format(tmp_path):
+    toy = str(TOY / "model")
+    pool = [{"prompt": f"q{i}", "response": "r"} for i in range(6)]
+    chat = [as_messages([("system", "s"), ("user", f" q{i} "), ("assistant", "other")]) for i in range(4, 9)]
+    files = (
+        write_jsonl(tmp_path / "p.jsonl", pool),
+        write_jsonl(tmp_path / "v.jsonl", [{"messages": m} for m in chat]),
+    )
+    with pytest.raises(UserError, match=r"share no prompt with the pool"):
+        BilevelDataModule(*files, tokenizer=toy).setup()
+    data = BilevelDataModule(*files, tokenizer=toy, on_bad_row="skip")
+    data.setup()
+    assert data.sets["pool"]["id"][:] == ["0", "1", "2", "3"]
+    assert len(data.skipped["pool"]) == 2
+
+
+def test_one_file_or_several_on_the_command_line():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(BilevelDataModule, "data")
+    for given, expected in (("a.jsonl", "a.jsonl"), ("[a.jsonl, b.csv]", ["a.jsonl", "b.csv"])):
+        flags = [f"--data.pool={given}", "--data.validation=v.jsonl", "--data.truncation=left", "--data.train_on=all"]
+        assert parser.parse_args(flags).data.pool == expected
