@@ -27,7 +27,7 @@ class ModelCard(Callback):
         self._settings: dict[str, Plain] = {}
 
     @rank_zero_only
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitBilevel)
         self._settings = run_settings(trainer, pl_module)
 
@@ -94,6 +94,7 @@ def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metri
     return "\n".join(parts)
 
 
-def file_name(path: str) -> str:
-    """The name of a local file or folder without its folders; a hub id as it is."""
-    return Path(path).name if Path(path).exists() else path
+def file_name(path: str | list[str]) -> str:
+    """The names of local files or folders without their folders; a hub id as it is."""
+    paths = [path] if isinstance(path, str) else path
+    return ", ".join(Path(one).name if Path(one).exists() else one for one in paths)
