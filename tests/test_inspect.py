@@ -36,6 +36,7 @@ def refined(small, tmp_path_factory) -> Path:
     arguments = [
         "fit",
         "--config=configs/refine.yaml",
+        "--trainer.callbacks.start=2",
         *(f"--data.{name}={path}" for name, path in small.items()),
         "--data.batch_size=16",
         "--trainer.max_epochs=3",
