@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import importlib.util
 import json
 import time
 from pathlib import Path
@@ -59,7 +60,8 @@ def test_every_promised_tag_is_in_the_event_files(refined):
     assert {"weights/distribution"} <= tags["histograms"]
     shown = {"weights/lowest/text_summary", "weights/highest/text_summary", "refine/responses/text_summary"}
     assert shown | {"custom_scalars__config__", "weights/finds_corrupted", "_hparams_/session_start_info"} <= plugins
-    assert {f"figures/{name}" for name in ("weights", "trajectories", "losses", "refinement")} <= tags["images"]
+    if importlib.util.find_spec("matplotlib"):
+        assert {f"figures/{name}" for name in ("weights", "trajectories", "losses", "refinement")} <= tags["images"]
 
 
 def test_the_scalars_have_sane_values(refined):
@@ -92,9 +94,9 @@ def test_tables_say_how_rows_moved(refined):
 
 
 def test_figures_and_the_model_card_are_written(refined):
-    assert {path.name for path in (refined / "figures").iterdir()} == {
-        f"{name}.png" for name in ("weights", "trajectories", "losses", "refinement")
-    }
+    if importlib.util.find_spec("matplotlib"):
+        names = {path.name for path in (refined / "figures").iterdir()}
+        assert names == {f"{name}.png" for name in ("weights", "trajectories", "losses", "refinement")}
     card = (refined / "policy" / "README.md").read_text()
     loss = json.loads((refined / "metrics.json").read_text())["test/loss"]
     for part in (
