@@ -179,7 +179,8 @@ def run(
         f"--trainer.default_root_dir={folder}",
     ]
     if method.clean_pool:
-        flags += clean_pool_flags(options.config, shared, folder)
+        with quiet(folder / "settings.txt"):
+            flags += clean_pool_flags(options.config, shared, folder)
     started = time.perf_counter()
     with quiet(folder / "log.txt"):
         cli = BilevelCLI(["fit", f"--config={options.config}", *flags])
