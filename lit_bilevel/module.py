@@ -67,6 +67,7 @@ class LitBilevel(LightningModule):
         gradient_clip_val: largest norm of the policy's gradient.
         accumulate_grad_batches: micro-batches in a policy step.
         response_weights: how generated responses count inside their row's group (with the `SelfRefine` callback).
+        refined_weights: weights of these groups; by default the same class as `weights`, learned anew.
         max_new_tokens: longest answer that `predict` generates.
         max_skipped_steps: policy steps in a row whose gradient is not finite after which the run stops.
     """
@@ -88,6 +89,7 @@ class LitBilevel(LightningModule):
         gradient_clip_val: float | None = None,
         accumulate_grad_batches: int = 1,
         response_weights: ResponseWeights | None = None,
+        refined_weights: ExampleWeights | None = None,
         max_new_tokens: int = 256,
         max_skipped_steps: int = 10,
     ):
@@ -97,7 +99,7 @@ class LitBilevel(LightningModule):
         self.policy_settings = policy
         self.policy: Policy | None = None
         self.weights = weights
-        self.refinement = Refinement(weights, response_weights or Uniform(), weight_optimizer)
+        self.refinement = Refinement(refined_weights or weights, response_weights or Uniform(), weight_optimizer)
         self.solver = solver
         self.max_new_tokens = max_new_tokens
         self.make_optimizer = optimizer
@@ -222,7 +224,7 @@ class LitBilevel(LightningModule):
             batch["lower"],
             batch["upper"],
             functools.partial(self.refinement.weigh, self.weights),
-            self.weights.needs_loss,
+            self.weights.needs_loss or self.refinement.needs_loss,
             self.upper_weight,
             optimizer,
             lightning_engine(self),
