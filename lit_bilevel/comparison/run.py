@@ -123,8 +123,10 @@ class Runner:
             flags += [f"--trainer.max_steps={self.steps}", "--trainer.max_epochs=-1"]
             before += seconds
             row |= scores
+        if (folder / "checkpoints" / "last.ckpt").exists():
+            flags.append("--ckpt_path=last")
         with quiet(folder / "log.txt"):
-            cli = BilevelCLI(["fit", f"--config={self.config}", *self.shared, *flags, "--ckpt_path=last"])
+            cli = BilevelCLI(["fit", f"--config={self.config}", *self.shared, *flags])
             row |= self._scored(cli, folder)
         row["seconds"] += before
         if not self.keep_checkpoints:
