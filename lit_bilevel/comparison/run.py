@@ -23,9 +23,10 @@ from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.comparison.answers import measures
 from lit_bilevel.comparison.evidence import Evidence, row_losses
 from lit_bilevel.comparison.filters import CleanRows
+from lit_bilevel.comparison.fitting import data_flag, fit, prepare
 from lit_bilevel.comparison.methods import Method
 from lit_bilevel.comparison.output import quiet
-from lit_bilevel.comparison.results import Result, Results, replace_text
+from lit_bilevel.comparison.results import Result, Results
 from lit_bilevel.comparison.rows import copy_records, stratified
 from lit_bilevel.comparison.stopwatch import Stopwatch
 from lit_bilevel.data.files import records
@@ -73,7 +74,7 @@ class Runner:
         with quiet(results.folder / "settings.txt"):
             cli = self._built([])
             if subset is not None:
-                self.shared.append(pool_flag(self._subset(cli, subset)))
+                self.shared.append(data_flag("pool", self._subset(cli, subset)))
                 cli = self._built([])
         self.settings: Any = cli.config
         pool = cli.datamodule.sets["pool"]
@@ -107,26 +108,19 @@ class Runner:
         before = self.row(method.needs, seed)["seconds"] if method.needs else 0.0
         self.say(f"{name}, seed {seed} …")
         folder = self.results.run_folder(name, seed)
-        flags = [*method.flags, f"--seed_everything={seed}", f"--trainer.default_root_dir={folder}"]
+        flags = [*method.flags, f"--seed_everything={seed}"]
         flags.append(method.callbacks(self._callbacks()))
-        settings = json.dumps([*self.shared, *flags], indent=2)
-        known = folder / "flags.json"
-        if folder.exists() and not (known.is_file() and known.read_text() == settings):
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_text(known, settings)
+        prepare(folder, [*self.shared, *flags])
         row: Result = {"method": name, "seed": seed}
         if method.filter is not None:
             with quiet(folder / "filter.txt"):
                 chosen, scores, seconds = self._chosen(method, folder, seed)
-            flags += [pool_flag(chosen), "--data.truth=null"]
+            flags += [data_flag("pool", chosen), "--data.truth=null"]
             flags += [f"--trainer.max_steps={self.steps}", "--trainer.max_epochs=-1"]
             before += seconds
             row |= scores
-        if (folder / "checkpoints" / "last.ckpt").exists():
-            flags.append("--ckpt_path=last")
         with quiet(folder / "log.txt"):
-            cli = BilevelCLI(["fit", f"--config={self.config}", *self.shared, *flags])
+            cli = fit(folder, self.config, [*self.shared, *flags])
             row |= self._scored(cli, folder)
         row["seconds"] += before
         if not self.keep_checkpoints:
@@ -210,8 +204,3 @@ class Runner:
         raw = [record for path in paths for _, record in records(path)]
         expected = [raw[row].get("expected") for row in test["row"][:]]
         return measures(answers, test["response"][:], expected)
-
-
-def pool_flag(files: Any) -> str:
-    """The flag for a file or a list of files."""
-    return f"--data.pool={files if isinstance(files, str) else json.dumps(files)}"
