@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,6 @@ from lit_bilevel.comparison.results import Results
 from lit_bilevel.comparison.rows import copy_records, stratified
 from lit_bilevel.comparison.run import Runner
 from lit_bilevel.comparison.significance import interval, permutation_test
-from lit_bilevel.data.rows import Source
 from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.load import LoraSettings, PolicySettings
@@ -146,7 +146,7 @@ def test_gradient_similarity_is_the_cosine_with_the_mean_direction():
     seen = evidence(
         ids=list("abcde"),
         policy=lambda tuned, adapter: SimpleNamespace(trainable=lambda: [torch.zeros(2)]),
-        row_gradients=lambda policy, name: iter(upper if name == "upper" else pool),
+        row_gradients=lambda policy, name: enumerate(upper if name == "upper" else pool),
     )
     assert GradientSimilarity().scores(seen) == pytest.approx([1, 0, -1, 0.5**0.5, 0], abs=1e-6)
 
@@ -164,7 +164,7 @@ def test_losses_and_gradients_of_rows_are_those_of_training(built):
     found = Evidence(built, None, 0)
     policy = found.policy()
     loss, tokens = row_losses(policy, built.datamodule, "upper")
-    gradients = torch.stack(list(found.row_gradients(policy, "upper")))
+    gradients = torch.stack([gradient for _, gradient in found.row_gradients(policy, "upper")])
     (window,) = built.datamodule.evaluation_loader("upper")
     batch = built.datamodule.on_before_batch_transfer(window, 0)
     mean = example_nll(policy(batch), batch).mean()
@@ -191,16 +191,15 @@ def test_an_adapter_of_an_earlier_run_is_loaded(built, tmp_path):
 
 def test_records_are_copied_with_their_history_and_their_ids(tmp_path):
     turns = [{"role": role, "content": f"{role} {i}"} for i in range(2) for role in ("user", "assistant")]
-    first = write_jsonl(tmp_path / "one.jsonl", [{"messages": turns}, {"messages": turns[:2]}])
+    first = write_jsonl(tmp_path / "one.jsonl", [{"messages": turns}, {"messages": turns[2:] + turns[:2]}])
     second = write_jsonl(tmp_path / "two.jsonl", [{"prompt": "p", "response": "r", "key": "k", "more": [1]}])
-    original = Source([first, second], columns={"key": "id"})
-    rows = original.read()
-    files = copy_records([first, second], {"key": "id"}, {0: rows[0].id, 2: rows[2].id}, tmp_path / "new")
-    copied = Source(files, columns={"key": "id"}).read()
-    assert [(row.id, row.source, row.history, row.response) for row in copied] == [
-        (row.id, row.source, row.history, row.response) for row in (rows[0], rows[2])
+    files = copy_records([first, second], {"key": "id"}, {1: "1", 2: "k"}, tmp_path / "new")
+    assert [Path(file).name for file in files] == ["one.jsonl", "two.jsonl"]  # their names are their rows' sources
+    assert [record for file in files for record in read_jsonl(Path(file))] == [
+        {"messages": turns[2:] + turns[:2], "id": "1"},
+        {"prompt": "p", "response": "r", "key": "k", "more": [1]},
     ]
-    assert read_jsonl(tmp_path / "new" / "1" / "two.jsonl")[0]["more"] == [1]
+    assert isinstance(copy_records(second, {}, {0: "0"}, tmp_path / "single"), str)
 
 
 def test_a_subset_has_the_proportions_of_the_whole():

@@ -19,14 +19,12 @@ from typing import Any
 
 import torch
 
-from lit_bilevel.cli import BilevelCLI
-from lit_bilevel.comparison.fitting import data_flag, fit, prepare
+from lit_bilevel.comparison.fitting import built, data_flag, fit, prepare
 from lit_bilevel.comparison.methods import BASELINES, UNIFORM
 from lit_bilevel.comparison.output import quiet, say
 from lit_bilevel.comparison.results import replace_text
 from lit_bilevel.comparison.rows import copy_records
 from lit_bilevel.curves import Curve, read_curves
-from lit_bilevel.data.rows import Source
 from lit_bilevel.errors import UserError
 from lit_bilevel.statistics import correlation, ranks
 
@@ -77,10 +75,11 @@ class Diagnosis:
         self.shared = ["--checkpoint.every_minutes=5", *shared, "--export.policy=false", "--data.test=null"]
         output.mkdir(parents=True, exist_ok=True)
         with quiet(output / "settings.txt"):
-            cli = BilevelCLI([f"--config={config}", *self.shared], run=False)
+            cli = built(config, self.shared)
         if not cli.model.learns_weights:
             raise UserError(f"the method of {config} learns no weights; diagnose one with `OneStep`, for example.")
         self.data: Any = cli.config.data
+        self.sets = cli.datamodule.sets
 
     def run(self) -> dict[str, Any]:
         """Fit what is missing; returns rank correlations and steps by the names of the module's docstring."""
@@ -108,17 +107,16 @@ class Diagnosis:
 
     def _halves(self) -> tuple[Any, Any]:
         """Files with every other row of the validation file, in the order of a hash of the ids."""
-        source = Source(
-            self.data.validation, self.data.format, self.data.columns or {}, on_bad_row=self.data.on_bad_row
-        )
-        rows = sorted(source.read(), key=lambda row: hashlib.sha256(f"half {row.id}".encode()).digest())
+        parts = [self.sets[name] for name in ("upper", "monitor")]
+        rows = [pair for part in parts for pair in zip(part["id"][:], part["row"][:], strict=True)]
+        rows.sort(key=lambda pair: hashlib.sha256(f"half {pair[0]}".encode()).digest())
         self.rows = len(rows)
-        parts = []
+        halves = []
         for number in (0, 1):
-            chosen = {row.row: row.id for row in rows[number::2]}
+            chosen = {position: key for key, position in rows[number::2]}
             folder = self.output / f"half_{'ab'[number]}_rows"
-            parts.append(copy_records(self.data.validation, self.data.columns or {}, chosen, folder))
-        return parts[0], parts[1]
+            halves.append(copy_records(self.data.validation, self.data.columns or {}, chosen, folder))
+        return halves[0], halves[1]
 
     def _fit(self, name: str, flags: list[str]) -> bool:
         """Fit under a name, unless that is done; returns whether it was."""

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from lit_bilevel.data.collate import collate
-from lit_bilevel.data.stream import examples_of
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.load import LoraSettings, load_policy
 from lit_bilevel.policy.policy import Policy
@@ -77,8 +76,8 @@ class Evidence:
             policy = load_policy(replace(settings, path=path, lora=adapter), torch.get_default_dtype())
         return policy.to(self.trainer.strategy.root_device).eval()
 
-    def row_gradients(self, policy: Policy, name: str) -> Iterator[torch.Tensor]:
-        """The loss gradient [P] of every row of a set, one after the other.
+    def row_gradients(self, policy: Policy, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """The position and the loss gradient [P] of every row of a set, one after the other.
 
         Args:
             policy: whose trainable parameters count.
@@ -86,13 +85,12 @@ class Evidence:
         """
         device = self.trainer.strategy.root_device
         parameters = policy.trainable()
-        dataset = self.data.sets[name]
-        for example in examples_of(dataset, range(len(dataset))):
+        for example in (example for window in self.data.evaluation_loader(name) for example in window.examples):
             batch = collate([example], 1).to(device)
             with self.trainer.precision_plugin.forward_context():
                 loss = example_nll(policy(batch), batch).sum()
             parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-            yield torch.cat([part.flatten() for part in parts]).float()
+            yield example.row, torch.cat([part.flatten() for part in parts]).float()
 
 
 def row_losses(policy: Policy, data: Any, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,15 @@ from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.comparison.results import replace_text
 
 
+def built(config: str, flags: Sequence[str]) -> Any:
+    """A `BilevelCLI` with its module and its data, set up and not run."""
+    cli: Any = BilevelCLI([f"--config={config}", *flags], run=False)
+    if cli.datamodule.tokenizer is None:
+        cli.datamodule.tokenizer = cli.model.policy_settings.path
+    cli.datamodule.setup()
+    return cli
+
+
 def prepare(folder: Path, flags: Sequence[str]) -> None:
     """Make the folder, without what a run under other flags left there."""
     settings, known = json.dumps(list(flags), indent=2), folder / "flags.json"

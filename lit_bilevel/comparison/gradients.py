@@ -29,10 +29,13 @@ class GradientSimilarity(Filter):
             torch.manual_seed(evidence.seed)
             policy = evidence.policy(tuned=True, adapter=ADAPTER)
         target_P = torch.zeros(sum(p.numel() for p in policy.trainable()), device=policy.trainable()[0].device)
-        for gradient_P in evidence.row_gradients(policy, "upper"):
+        for _, gradient_P in evidence.row_gradients(policy, "upper"):
             target_P += unit(gradient_P)
         target_P = unit(target_P)
-        return np.array([float(unit(gradient_P) @ target_P) for gradient_P in evidence.row_gradients(policy, "pool")])
+        score_N = np.zeros(len(evidence.ids))
+        for row, gradient_P in evidence.row_gradients(policy, "pool"):
+            score_N[row] = float(unit(gradient_P) @ target_P)
+        return score_N
 
 
 def unit(vector: torch.Tensor) -> torch.Tensor:

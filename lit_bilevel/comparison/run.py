@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.comparison.answers import measures
 from lit_bilevel.comparison.evidence import Evidence, row_losses
 from lit_bilevel.comparison.filters import CleanRows
-from lit_bilevel.comparison.fitting import data_flag, fit, prepare
+from lit_bilevel.comparison.fitting import built, data_flag, fit, prepare
 from lit_bilevel.comparison.methods import Method
 from lit_bilevel.comparison.output import quiet
 from lit_bilevel.comparison.results import Result, Results
@@ -72,10 +71,10 @@ class Runner:
         if max_steps:
             self.shared += [f"--trainer.max_steps={max_steps}", "--trainer.max_epochs=-1"]
         with quiet(results.folder / "settings.txt"):
-            cli = self._built([])
+            cli = built(config, self.shared)
             if subset is not None:
                 self.shared.append(data_flag("pool", self._subset(cli, subset)))
-                cli = self._built([])
+                cli = built(config, self.shared)
         self.settings: Any = cli.config
         pool = cli.datamodule.sets["pool"]
         self.kinds = read_truth(self.settings.data.truth, pool["id"][:]) if self.settings.data.truth else None
@@ -132,14 +131,6 @@ class Runner:
 
     # ---- parts of a run ----
 
-    def _built(self, flags: list[str]) -> Any:
-        """The configuration's module and data, set up and not run."""
-        cli = BilevelCLI([f"--config={self.config}", *self.shared, *flags], run=False)
-        if cli.datamodule.tokenizer is None:
-            cli.datamodule.tokenizer = cli.model.policy_settings.path
-        cli.datamodule.setup()
-        return cli
-
     def _subset(self, cli: Any, count: int) -> Any:
         """Files with a part of the pool, stratified by source and, where there is a truth, by kind of corruption."""
         data: Any = cli.config.data
@@ -160,7 +151,7 @@ class Runner:
         """Files with the rows that a filter keeps, AUROC of its scores, and the time it took."""
         assert method.filter is not None
         started = time.perf_counter()
-        cli = self._built([f"--seed_everything={seed}"])
+        cli = built(self.config, [*self.shared, f"--seed_everything={seed}"])
         earlier = self.results.run_folder(method.needs, seed) if method.needs else None
         scores = method.filter.scores(Evidence(cli, earlier, seed))
         mask = method.filter.chosen(scores, self.keep, seed)
