@@ -1,7 +1,7 @@
 """The policy: a causal LM that returns the NLL of response tokens, and nothing else.
 
-Only response positions go through the output layer. Where the model's logits are not simply its output layer applied
-to the decoder's last hidden states (soft-capping, scaled logits, an adapted head), the model's own logits are used.
+Only response positions go through the output layer. Where the model's logits are not what `head.py` knows to compute
+from the decoder's last hidden states (an adapted output layer, say), the model's own logits at all positions are used.
 
 Left out: attention masks. Sequences are padded on the right and attention is causal, so no response token sees padding.
 """
@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_bilevel.losses import logits_nll, token_nll
+from lit_bilevel.losses import OutputLayer, logits_nll, token_nll
+from lit_bilevel.policy.head import Shape, head_shape
 from lit_bilevel.problem import Values
 from lit_bilevel.types import Batch
-
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 class Policy(nn.Module):
@@ -32,7 +31,7 @@ class Policy(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
-        self.plain_head = _has_plain_head(self.causal_lm)
+        self.head_shape: Shape | None = head_shape(self.causal_lm)
         self.has_dropout = _has_dropout(self)
 
     @property
@@ -47,12 +46,13 @@ class Policy(nn.Module):
     def forward(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """NLL in nats of each predicted token, [K]; logits are divided by the temperature."""
         model = self.causal_lm
-        if not self.plain_head:
+        if self.head_shape is None:
             logits_KV = _selected(lambda ids_ST: model(input_ids=ids_ST, use_cache=False).logits, batch)
             return logits_nll(logits_KV, batch.target_K, temperature)
         decoder, head = model.get_decoder(), model.get_output_embeddings()
         hidden_KD = _selected(lambda ids_ST: decoder(input_ids=ids_ST, use_cache=False).last_hidden_state, batch)
-        return token_nll(hidden_KD, head.weight, batch.target_K, head.bias, temperature)
+        layer = OutputLayer(head.weight, head.bias, *self.head_shape)
+        return token_nll(hidden_KD, layer, batch.target_K, temperature)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -112,24 +112,6 @@ def _selected(call: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
         outputs.append(output.flatten(0, 1)[position_K])
         first += part.predicted
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-
-def _has_plain_head(model: Any) -> bool:
-    """Whether logits are the output layer applied to the decoder's output."""
-    head = model.get_output_embeddings()
-    changed = any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in LOGIT_CHANGES)
-    if type(head) is not nn.Linear or changed or not hasattr(model, "get_decoder") or head.weight.is_meta:
-        return False
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
-            expected = model(input_ids=ids, use_cache=False).logits
-            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            return torch.allclose(head(hidden), expected, rtol=1e-2, atol=1e-2)
-    finally:
-        model.train(training)
 
 
 def _has_dropout(policy: Policy) -> bool:
