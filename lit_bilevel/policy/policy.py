@@ -9,11 +9,12 @@ Left out: attention masks. Sequences are padded on the right and attention is ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_bilevel.losses import OutputLayer, logits_nll, token_nll
 from lit_bilevel.policy.head import Shape, head_shape
@@ -33,6 +34,7 @@ class Policy(nn.Module):
         self.model = model
         self.head_shape: Shape | None = head_shape(self.causal_lm)
         self.has_dropout = _has_dropout(self)
+        self.compiled = False
 
     @property
     def causal_lm(self) -> Any:
@@ -42,6 +44,11 @@ class Policy(nn.Module):
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that are tuned, in a fixed order."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, by the name that the model gives their class; none where it gives no name."""
+        names = set(getattr(self.causal_lm, "_no_split_modules", None) or ())
+        return [module for module in self.modules() if type(module).__name__ in names]
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """NLL in nats of each predicted token, [K]; logits are divided by the temperature."""
@@ -54,6 +61,16 @@ class Policy(nn.Module):
         layer = OutputLayer(head.weight, head.bias, *self.head_shape)
         return token_nll(hidden_KD, layer, batch.target_K, temperature)
 
+    def uncompiled(self) -> AbstractContextManager:
+        """Run layers as they are written, for passes that compiled ones cannot make."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """No compiled layers and no fused attention, which have neither tangents nor second derivatives."""
+        with self.uncompiled(), sdpa_kernel(SDPBackend.MATH):
+            yield
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Dropout off and no graph; every submodule's mode comes back as it was, also on exceptions.
@@ -64,7 +81,7 @@ class Policy(nn.Module):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.uncompiled():
                 yield
         finally:
             for module, training in modes:
