@@ -107,6 +107,10 @@ def _of_sharding(module: Any, stage: str) -> list[str]:
             f"`{type(module.solver).__name__}` needs Hessian-vector products, which FSDP2 does not give; use `OneStep`,"
             " or `trainer.strategy: ddp`"
         )
+    if module.policy_settings.compile:
+        problems.append(
+            "`model.policy.compile` and FSDP2's gathering of parameters do not go together here; leave one of them out"
+        )
     if module.policy_settings.quantization is not None:
         problems.append("a quantized policy cannot be sharded by FSDP2; use `trainer.strategy: ddp`")
     return problems
@@ -125,6 +129,8 @@ def _of_deepspeed(module: Any) -> list[str]:
             f"DeepSpeed stage 3 would split the parameters of `{type(module.weights).__name__}`; use stage 2, or FSDP2"
             f" ({SHARDING})"
         )
+    if module.policy_settings.compile:
+        problems.append("`model.policy.compile` was never tried under DeepSpeed; leave it out")
     if module.gradient_clip_val is not None:
         problems.append(
             "`model.gradient_clip_val` cannot reach gradients that DeepSpeed keeps; set it to null, and"

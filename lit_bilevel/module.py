@@ -31,6 +31,7 @@ from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
 from lit_bilevel.guard import Guard
 from lit_bilevel.optim import ExponentiatedGradient, check_optimizer
+from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.policy import Policy
@@ -144,6 +145,8 @@ class LitBilevel(LightningModule):
         if self.policy is None:
             dtype = torch.get_default_dtype()
             self.policy = load_policy(self.policy_settings, dtype)
+            if self.policy_settings.compile:
+                compile_layers(self.policy, self.trainer.strategy.root_device.type == "cpu")
             if isinstance(self.trainer.strategy, ModelParallelStrategy):
                 shard(self.policy, self.trainer.strategy.root_device)
         # the data weights take the same step on every process, so DDP must not average their gradients
