@@ -73,7 +73,9 @@ class Guard:
         """Why the run must end; whoever saves checkpoints does so first."""
         self._told: set[str] = set()
 
-    def admits(self, module: Any, optimizer: Any, features: Features, size: Tensor | None, found: Tensor | None) -> bool:
+    def admits(
+        self, module: Any, optimizer: Any, features: Features, size: Tensor | None, found: Tensor | None
+    ) -> bool:
         """Clip the policy's gradient; whether the step may be taken, on every process alike.
 
         Args:
@@ -176,7 +178,9 @@ class Guard:
 def _clipped(module: Any, optimizer: Any, scaler: Any) -> Tensor:
     """Norm of the policy's gradient, before it is clipped."""
     if isinstance(module.trainer.strategy, DeepSpeedStrategy):
-        return torch.zeros((), device=module.device)  # it keeps the gradients to itself, clips them and skips steps that overflowed
+        return torch.zeros(
+            (), device=module.device
+        )  # it keeps the gradients to itself, clips them and skips steps that overflowed
     if scaler is not None:
         scaler.unscale_(optimizer)
     parameters = module.policy.trainable()

@@ -175,7 +175,7 @@ class Run:
         for process in self.processes:
             process.kill()
 
-    def wait(self, timeout: float = 120) -> list[int]:
+    def wait(self, timeout: float = 600) -> list[int]:
         """The exit codes; negative numbers of signals."""
         end = time.monotonic() + timeout
         for process in self.processes:

@@ -16,7 +16,6 @@ from lit_bilevel.atomic import AtomicCheckpointIO
 from lit_bilevel.callbacks import BilevelCheckpoint
 from lit_bilevel.cli import BilevelCLI, main
 
-
 # ---- signals ----
 
 
