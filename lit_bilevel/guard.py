@@ -178,9 +178,8 @@ class Guard:
 def _clipped(module: Any, optimizer: Any, scaler: Any) -> Tensor:
     """Norm of the policy's gradient, before it is clipped."""
     if isinstance(module.trainer.strategy, DeepSpeedStrategy):
-        return torch.zeros(
-            (), device=module.device
-        )  # it keeps the gradients to itself, clips them and skips steps that overflowed
+        # it keeps the gradients to itself, clips them and skips steps that overflowed
+        return torch.zeros((), device=module.device)
     if scaler is not None:
         scaler.unscale_(optimizer)
     parameters = module.policy.trainable()

@@ -160,7 +160,7 @@ def _listen(handler: Any) -> None:
 
 
 def _was_launched(trainer: Trainer) -> bool:
-    """Whether Lightning started this process; the one that did is killed by Lightning when this ends otherwise than 0."""
+    """Whether Lightning started this process; if so it kills the one that did unless this one ends with 0."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     return trainer.local_rank > 0 and isinstance(environment, LightningEnvironment)
 
