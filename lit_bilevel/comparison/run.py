@@ -178,7 +178,7 @@ class Runner:
             row["monitor_loss"] = float(cli.trainer.checkpoint_callback.best_model_score)
         stopwatch = next(callback for callback in cli.trainer.callbacks if isinstance(callback, Stopwatch))
         row["steps"], row["seconds"] = cli.trainer.global_step, stopwatch.seconds
-        if cli.model.learns_weights:
+        if cli.model.learns_weights or cli.model.weights.needs_scoring:
             row |= {key: value for key, value in metrics.items() if key.startswith("auroc/")}
         loss_n, tokens_n = row_losses(cli.model.policy, cli.datamodule, "test")
         table = {"id": cli.datamodule.sets["test"]["id"][:], "tokens": tokens_n, "loss": loss_n}
