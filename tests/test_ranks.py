@@ -67,7 +67,7 @@ def double(folder):
 
 @pytest.fixture(scope="module")
 def single(folder):
-    return both(folder, precision="32-true", optimizer="sgd")
+    return both(folder, precision="32-true", eps=1e-4)  # or Adam would make rounding noise as large as a gradient
 
 
 def same(ends, name, strategy, tolerance):
