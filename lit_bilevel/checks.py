@@ -44,8 +44,7 @@ def check_settings(module: Any) -> None:
                 )
     if module.accumulate_grad_batches < 1:
         problems.append(f"`model.accumulate_grad_batches` is {module.accumulate_grad_batches}; it must be at least 1")
-    if module.guard.limit < 1:
-        problems.append(f"`model.max_skipped_steps` is {module.guard.limit}; it must be at least 1")
+    problems += module.guard.settings.problems()
     if problems:
         raise gathered("bad settings", problems)
 
