@@ -95,15 +95,11 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     losses.CHUNK_ELEMENTS = case.get("chunk", 1 << 25)
     world_size, sharded = int(os.environ.get("WORLD_SIZE", 1)), case["strategy"] == "fsdp2"
     strategies = {"auto": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(save_distributed_checkpoint=False)}
-    optimizers = {
-        "sgd": partial(torch.optim.SGD, lr=case.get("lr", 0.3)),
-        "adamw": partial(torch.optim.AdamW, lr=case.get("lr", 3e-3), eps=case.get("eps", 1e-8)),
-    }
     module = lb.LitBilevel(
         lb.PolicySettings(case["model"], **case.get("policy", {})),
         getattr(lb, case.get("weights", "SoftmaxWeights"))(),
         getattr(lb, case["solver"])(**case.get("solver_settings", {})),
-        optimizer=optimizers[case.get("optimizer", "adamw")],
+        optimizer=partial(torch.optim.AdamW, lr=case.get("lr", 3e-3), eps=case.get("eps", 1e-8)),
         weight_optimizer=partial(ExponentiatedGradient, lr=0.3),
         accumulate_grad_batches=case.get("accumulate", 1),
         gradient_clip_val=case.get("clip", 1.0),

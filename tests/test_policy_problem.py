@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial, partialmethod
 
 import pytest
@@ -10,7 +11,7 @@ from problems import normal
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lit_bilevel import BMOWeights, Implicit, OneStep, Penalty, ValueFunction, losses
+from lit_bilevel import BMOWeights, Implicit, Mixing, OneStep, Penalty, ValueFunction, losses
 from lit_bilevel.data.collate import collate
 from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
@@ -328,6 +329,35 @@ def test_activation_checkpointing_changes_no_answer(solver, size):
 @pytest.mark.parametrize("solver", EVERY_SOLVER)
 def test_compiling_changes_no_answer(solver):
     same_answers(compiled_policy(), solver, ROWS, 1e-7)
+
+
+@pytest.mark.parametrize(
+    ("solver", "weights", "passes", "backward"),
+    [
+        (Mixing, None, 2, 2),
+        (Penalty, None, 2, 2),
+        (Mixing, BMOWeights, 2, 2),
+        (partial(OneStep, "one_sided"), None, 3, 2),
+        (partial(OneStep, "forward"), None, 3, 2),
+        (ValueFunction, None, 3, 2),  # and φ's backward pass, which leaves the policy's gradients alone
+    ],
+)
+def test_passes_of_a_step(solver, weights, passes, backward):
+    policy, made_weights = tiny_policy(), None
+    if weights is not None:
+        made_weights = weights()
+        made_weights.build(torch.zeros(ROWS, dtype=torch.int64), torch.float64)
+    calls, losses_seen = [], []
+    policy.model.model.register_forward_hook(lambda *_: calls.append(1))
+    problem = made(policy, weigh=made_weights, needs_loss=weights is not None)
+    problem.engine = replace(ENGINE, backward=lambda loss: losses_seen.append(1) or loss.backward())
+    used = solver()
+    if used.learns:
+        used(problem)
+    problem.complete()
+    problem.weights()
+    assert len(calls) == passes
+    assert len(losses_seen) == backward
 
 
 @pytest.mark.filterwarnings("ignore")
