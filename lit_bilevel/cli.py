@@ -42,6 +42,7 @@ from lit_bilevel.callbacks import (
 )
 from lit_bilevel.callbacks.export import is_rehearsal
 from lit_bilevel.callbacks.progress import Bar, Lines
+from lit_bilevel.checks import check_precision
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
@@ -115,7 +116,10 @@ class BilevelCLI(LightningCLI):
         given = [*(own if isinstance(own, list) else [own]), *callbacks]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             callbacks = [*callbacks, Bar() if sys.stdout.isatty() else Lines()]
-        return super()._instantiate_trainer(config, callbacks)
+        asked = config.get("precision")
+        trainer = super()._instantiate_trainer(config, callbacks)
+        check_precision(asked, trainer)
+        return trainer
 
     def after_fit(self) -> None:
         """Test the monitor-best checkpoint, so that a run ends with the number that counts."""

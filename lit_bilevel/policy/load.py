@@ -97,11 +97,16 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
     except (OSError, ValueError) as error:
         raise _unloadable("causal language model", settings.path, error) from error
     if settings.activation_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     if settings.lora is not None:
         model = _with_lora(model, settings)
     return Policy(model).train()  # `from_pretrained` returns eval mode, and Lightning keeps what it finds
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a transformers model compute its layers again in the backward pass instead of keeping what they gave."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _quantization(settings: PolicySettings) -> Any:
