@@ -92,6 +92,9 @@ class BilevelCLI(LightningCLI):
         """Parse; unlike Lightning's, without a warning where a program with arguments of its own calls this CLI."""
         self.config = parser.parse_args(args)
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave settings as they are; Lightning's would take them from a checkpoint that has any, unasked."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(BilevelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Export, "export")
