@@ -42,11 +42,29 @@ def check_settings(module: Any) -> None:
                     f"`model.{name}` is {value}, so λ is 0 in some step, where `{type(part).__name__}` has no meaning;"
                     " change it, or use `OneStep` with `SoftmaxWeights`"
                 )
-    if module.accumulate_grad_batches < 1:
-        problems.append(f"`model.accumulate_grad_batches` is {module.accumulate_grad_batches}; it must be at least 1")
-    problems += module.guard.settings.problems()
+    problems += _out_of_range(module) + module.guard.settings.problems()
     if problems:
         raise gathered("bad settings", problems)
+
+
+def _out_of_range(module: Any) -> list[str]:
+    problems = []
+    for name, least, most in (
+        ("accumulate_grad_batches", 1, None),
+        ("max_new_tokens", 1, None),
+        ("warmup_steps", 0, None),
+        ("upper_weight_start", 0, 1),
+        ("weight_start", 0, 1),
+    ):
+        value = getattr(module, name)
+        if value < least or (most is not None and value > most):
+            wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
+            problems.append(f"`model.{name}` is {value}; it must be {wanted}")
+    if module.gradient_clip_val is not None and module.gradient_clip_val <= 0:
+        problems.append(
+            f"`model.gradient_clip_val` is {module.gradient_clip_val}; it must be above 0, or null for none"
+        )
+    return problems
 
 
 def takes_one_optimizer(strategy: Any) -> bool:
@@ -106,6 +124,10 @@ def _of_sharding(module: Any, stage: str) -> list[str]:
             f"`{type(module.solver).__name__}` needs Hessian-vector products, which FSDP2 does not give; use `OneStep`,"
             " or `trainer.strategy: ddp`"
         )
+    if module.policy_settings.compile:
+        problems.append(
+            "`model.policy.compile` and FSDP2's gathering of parameters do not go together here; leave one of them out"
+        )
     if module.policy_settings.quantization is not None:
         problems.append("a quantized policy cannot be sharded by FSDP2; use `trainer.strategy: ddp`")
     return problems
@@ -124,6 +146,8 @@ def _of_deepspeed(module: Any) -> list[str]:
             f"DeepSpeed stage 3 would split the parameters of `{type(module.weights).__name__}`; use stage 2, or FSDP2"
             f" ({SHARDING})"
         )
+    if module.policy_settings.compile:
+        problems.append("`model.policy.compile` was never tried under DeepSpeed; leave it out")
     if module.gradient_clip_val is not None:
         problems.append(
             "`model.gradient_clip_val` cannot reach gradients that DeepSpeed keeps; set it to null, and"

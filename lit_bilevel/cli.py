@@ -22,7 +22,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lit_bilevel.optim
 import lit_bilevel.policy.backends
@@ -172,7 +172,7 @@ def main(args: list[str] | None = None) -> int:
         jsonargparse.set_parsing_settings(add_print_completion_argument=True)
     try:
         BilevelCLI(args)
-    except UserError as error:
+    except (UserError, MisconfigurationException) as error:  # the latter is Lightning's
         sys.stderr.write(f"lit-bilevel: {error}\n")
         return 2
     except SIGTERMException:  # while no state was at stake, as in a prediction

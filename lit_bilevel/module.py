@@ -31,6 +31,7 @@ from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
 from lit_bilevel.guard import Guard, GuardSettings
 from lit_bilevel.optim import ExponentiatedGradient, check_optimizer
+from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.policy import Policy
@@ -67,6 +68,7 @@ class LitBilevel(LightningModule):
         gradient_clip_val: largest norm of the policy's gradient.
         accumulate_grad_batches: micro-batches in a policy step.
         response_weights: how generated responses count inside their row's group (with the `SelfRefine` callback).
+        refined_weights: weights of these groups; by default the same class as `weights`, learned anew.
         max_new_tokens: longest answer that `predict` generates.
         guard: limits beyond which a run is warned about or stopped.
     """
@@ -88,6 +90,7 @@ class LitBilevel(LightningModule):
         gradient_clip_val: float | None = None,
         accumulate_grad_batches: int = 1,
         response_weights: ResponseWeights | None = None,
+        refined_weights: ExampleWeights | None = None,
         max_new_tokens: int = 256,
         guard: GuardSettings | None = None,
     ):
@@ -97,7 +100,7 @@ class LitBilevel(LightningModule):
         self.policy_settings = policy
         self.policy: Policy | None = None
         self.weights = weights
-        self.refinement = Refinement(weights, response_weights or Uniform(), weight_optimizer)
+        self.refinement = Refinement(refined_weights or weights, response_weights or Uniform(), weight_optimizer)
         self.solver = solver
         self.max_new_tokens = max_new_tokens
         self.make_optimizer = optimizer
@@ -142,6 +145,8 @@ class LitBilevel(LightningModule):
         if self.policy is None:
             dtype = torch.get_default_dtype()
             self.policy = load_policy(self.policy_settings, dtype)
+            if self.policy_settings.compile:
+                compile_layers(self.policy, self.trainer.strategy.root_device.type == "cpu")
             if isinstance(self.trainer.strategy, ModelParallelStrategy):
                 shard(self.policy, self.trainer.strategy.root_device)
         # the data weights take the same step on every process, so DDP must not average their gradients
@@ -152,6 +157,17 @@ class LitBilevel(LightningModule):
         ]
 
     def configure_optimizers(self) -> Any:
+        try:
+            return self._make_optimizers()
+        except (ValueError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"an optimizer or the schedule cannot be made: {error}; look at `model.optimizer`,"
+                " `model.weight_optimizer`, `model.lr_scheduler` and `model.lr_scheduler_kwargs`."
+            ) from error
+
+    def _make_optimizers(self) -> Any:
         from transformers import get_scheduler
 
         assert self.policy is not None
@@ -224,7 +240,7 @@ class LitBilevel(LightningModule):
             batch["lower"],
             batch["upper"],
             functools.partial(self.refinement.weigh, self.weights),
-            self.weights.needs_loss,
+            self.weights.needs_loss or self.refinement.needs_loss,
             self.upper_weight,
             optimizer,
             lightning_engine(self),

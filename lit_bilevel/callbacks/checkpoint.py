@@ -28,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_bilevel.atomic import install
 from lit_bilevel.callbacks.export import is_rehearsal
+from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 
 
@@ -47,6 +48,9 @@ class BilevelCheckpoint(ModelCheckpoint):
     def __init__(
         self, every_n_steps: int | None = None, every_minutes: float | None = None, dirpath: str | None = None
     ):
+        for name, value, least in (("every_n_steps", every_n_steps, 1), ("every_minutes", every_minutes, 0)):
+            if value is not None and value < least:
+                raise UserError(f"`checkpoint.{name}` is {value}; it must be at least {least}.")
         super().__init__(
             dirpath=dirpath,
             filename="best",
