@@ -64,6 +64,10 @@ def _out_of_range(module: Any) -> list[str]:
         problems.append(
             f"`model.gradient_clip_val` is {module.gradient_clip_val}; it must be above 0, or null for none"
         )
+    if module.lr_scheduler_name == "reduce_lr_on_plateau":
+        problems.append(
+            "`model.lr_scheduler` is reduce_lr_on_plateau, which follows a metric; use one that follows steps"
+        )
     return problems
 
 

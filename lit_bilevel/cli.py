@@ -106,6 +106,15 @@ class BilevelCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCard, "card")
         parser.set_defaults({"trainer.default_root_dir": "runs/default", "trainer.enable_model_summary": False})
 
+    def instantiate_classes(self) -> None:
+        """Build trainer, module and data; nothing but settings can be wrong there."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the settings cannot be used: {error} (`--print_config` shows all of them)") from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         if config["trainer"].get("logger") in (None, True):

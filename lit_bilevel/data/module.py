@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from lit_bilevel.data.collate import collate
-from lit_bilevel.data.encode import Encoder
+from lit_bilevel.data.encode import Encoder, load_tokenizer
 from lit_bilevel.data.examples import EvaluationWindows, Examples, Window, questions_of
 from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
 from lit_bilevel.data.prepare import Preparation, cache_folder
@@ -166,9 +166,7 @@ class BilevelDataModule(LightningDataModule):
             return self.trainer.lightning_module.tokenizer
         if self.tokenizer is None:
             raise UserError("`data.tokenizer` is not set and there is no policy to take it from; give a folder or id.")
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.tokenizer)
+        return load_tokenizer(self.tokenizer)
 
     def _examples(self, name: str) -> Examples:
         return Examples(self.sets[name], {source: number for number, source in enumerate(self.source_names)})
