@@ -42,11 +42,33 @@ def check_settings(module: Any) -> None:
                     f"`model.{name}` is {value}, so λ is 0 in some step, where `{type(part).__name__}` has no meaning;"
                     " change it, or use `OneStep` with `SoftmaxWeights`"
                 )
-    if module.accumulate_grad_batches < 1:
-        problems.append(f"`model.accumulate_grad_batches` is {module.accumulate_grad_batches}; it must be at least 1")
-    problems += module.guard.settings.problems()
+    problems += _out_of_range(module) + module.guard.settings.problems()
     if problems:
         raise gathered("bad settings", problems)
+
+
+def _out_of_range(module: Any) -> list[str]:
+    problems = []
+    for name, least, most in (
+        ("accumulate_grad_batches", 1, None),
+        ("max_new_tokens", 1, None),
+        ("warmup_steps", 0, None),
+        ("upper_weight_start", 0, 1),
+        ("weight_start", 0, 1),
+    ):
+        value = getattr(module, name)
+        if value < least or (most is not None and value > most):
+            wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
+            problems.append(f"`model.{name}` is {value}; it must be {wanted}")
+    if module.gradient_clip_val is not None and module.gradient_clip_val <= 0:
+        problems.append(
+            f"`model.gradient_clip_val` is {module.gradient_clip_val}; it must be above 0, or null for none"
+        )
+    if module.lr_scheduler_name == "reduce_lr_on_plateau":
+        problems.append(
+            "`model.lr_scheduler` is reduce_lr_on_plateau, which follows a metric; use one that follows steps"
+        )
+    return problems
 
 
 def takes_one_optimizer(strategy: Any) -> bool:
