@@ -4,9 +4,9 @@
 
 Rows are synthetic: a question and an answer of random words. Start-up is `setup` of the data module, in a process of
 its own, whose memory is watched ten times a second: `private` is what it holds itself, with its children; pages of the
-memory map, which the system takes back when it needs them, come on top in `resident`. Steps of both pools alternate in one
-process and are paired: the ratio is of medians in a round, and the median over rounds counts. A step draws its rows,
-reads and collates them, and trains a small Llama and the weights (`OneStep`). Left out: the end of an epoch.
+memory map, which the system takes back when it needs them, come on top in `resident`. Steps of both pools alternate in
+one process and are paired: the ratio is of medians in a round, and the median over rounds counts. A step draws its
+rows, reads and collates them, and trains a small Llama and the weights (`OneStep`). Left out: the end of an epoch.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class MemoryWatch:
                 continue
             sizes = {line.split(":")[0]: line.split()[1] for line in lines[1:]}
             private += int(sizes["Private_Dirty"]) / 1024
-            resident += int(sizes["Rss"]) / 1024
+            resident += int(sizes["Pss"]) / 1024
         return private, resident
 
 

@@ -9,8 +9,9 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import TOY, Source, write_jsonl
+from conftest import TOY, write_jsonl
 from jsonargparse import ArgumentParser
+from sources import Source
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
