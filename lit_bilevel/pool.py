@@ -20,6 +20,7 @@ import numpy as np
 
 from lit_bilevel.data.files import dataset, is_file, records
 from lit_bilevel.errors import UserError
+from lit_bilevel.place import located
 
 Added = tuple[str, np.ndarray] | None
 
@@ -130,7 +131,7 @@ def read_pool(paths: Sequence[str], id_column: str = "id") -> Pool:
     """
     import pyarrow
 
-    pools = [_read(path, id_column) for path in paths]
+    pools = [_read(located(path), id_column) for path in paths]
     if len(pools) == 1:
         return pools[0]
     tables = [pool.table for pool in pools if isinstance(pool, Table)]

@@ -28,7 +28,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "lit_bilevel" / "toy"
-WORDS = 40
+WORDS = (2, 8)
+"""Fewest and most words of a text."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"| {rows:,} | {cache} | {measured_start_up(options, rows)} |", flush=True)
         seconds, ratios = step_times(options)
         for rows, own in zip(options.rows, seconds, strict=True):
-            print(f"{rows:,} rows: {1000 * statistics.median(own):.2f} ms a step (median of {len(own)})")
+            print(f"{rows:,} rows: {1000 * statistics.median(own):.2f} ms a step (median of {len(own)})", flush=True)
         ratio = statistics.median(ratios)
         print(f"step time, large / small: {ratio:.3f} ({min(ratios):.3f}–{max(ratios):.3f} over {len(ratios)} rounds)")
     return int(abs(ratio - 1) > 0.05)
@@ -72,7 +73,7 @@ def write_rows(path: Path, rows: int, seed: int) -> None:
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(1, 6))) for _ in range(1000)]
     with path.open("w") as file:
         for i in range(rows):
-            prompt, response = (" ".join(draw.choices(words, k=draw.randint(4, WORDS // 2))) for _ in range(2))
+            prompt, response = (" ".join(draw.choices(words, k=draw.randint(*WORDS))) for _ in range(2))
             record = {"id": f"{path.stem}-{i}", "prompt": f"{path.stem} {i} {prompt}", "response": response}
             file.write(json.dumps(record | {"source": f"s{i % 5}"}) + "\n")
 

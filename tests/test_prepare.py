@@ -228,7 +228,7 @@ def test_the_cache_lies_where_it_is_put(monkeypatch, tmp_path):
 def test_reading_takes_a_few_bytes_a_row(tmp_path):
     """A row of these is about 1,000 bytes as Python objects; what is kept of it until the end is 32."""
     peaks = []
-    for rows in (1_000, 5_000):
+    for rows in (3_000, 7_000):
         path = tmp_path / f"{rows}.jsonl"
         with path.open("w") as file:
             for i in range(rows):
@@ -238,7 +238,7 @@ def test_reading_takes_a_few_bytes_a_row(tmp_path):
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert (len(table), problems) == (rows, [])
-    assert peaks[1] - peaks[0] < 4_000 * 150  # 32, and what sorting them takes
+    assert peaks[1] - peaks[0] < 4_000 * 200  # 32, and what sorting them takes
 
 
 def test_columns_follow_a_selection(small, tmp_path):

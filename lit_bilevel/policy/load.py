@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.place import located
 from lit_bilevel.policy.policy import Policy
 
 
@@ -67,7 +68,7 @@ def load_tokenizer(settings: PolicySettings) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
+        return AutoTokenizer.from_pretrained(located(settings.path), trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise _unloadable("tokenizer", settings.path, error) from error
 
@@ -88,7 +89,7 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
     dtype = default_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            settings.path,
+            located(settings.path),
             dtype=dtype,
             attn_implementation=settings.attn_implementation,
             trust_remote_code=settings.trust_remote_code,
