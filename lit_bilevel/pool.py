@@ -156,7 +156,8 @@ def _read(path: str, id_column: str) -> Pool:
     elif file.suffix.lower() == ".csv":
         pool = Lines([_line(item) if isinstance(item, dict) else b"" for _, item in records(path)], id_column)
     else:
-        pool = Lines([line.strip() for line in file.read_bytes().split(b"\n") if line.strip()], id_column)
+        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        pool = Lines([line.strip() for line in lines if line.strip()], id_column)
     if not pool.ids:
         raise UserError(f"{path} is empty; give the pool that the weights were learned on.")
     return pool
@@ -172,7 +173,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 def _json_lines(path: Path) -> list[bytes]:
     try:
-        records = json.loads(path.read_bytes().decode("utf-8") or "[]")
+        records = json.loads(path.read_bytes().decode("utf-8-sig").strip() or "[]")
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); for one record a line name it .jsonl.") from error
     if not isinstance(records, list):
