@@ -161,6 +161,20 @@ def test_a_preparation_that_fails_leaves_nothing(small, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(small, tmp_path, monkeypatch):
+    pool = write_jsonl(tmp_path / "p.jsonl", read_jsonl(Path(small["pool"])))
+    encode = prepare.encode_rows
+
+    def change(*arguments):
+        Path(pool).write_text(Path(pool).read_text().replace("add", "sub"))
+        return encode(*arguments)
+
+    monkeypatch.setattr(prepare, "encode_rows", change)
+    with pytest.raises(UserError, match=r"p\.jsonl changed while it was read"):
+        module(small | {"pool": pool}, str(tmp_path / "cache"))
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
 @pytest.mark.parametrize("harm", ["shorter", "missing", "nonsense"])
 def test_a_prepared_set_that_is_not_whole_is_made_again(small, tmp_path, made, harm):
     expected = contents(module(small, str(tmp_path)))

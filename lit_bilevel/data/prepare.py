@@ -156,6 +156,8 @@ class Preparation:
                 rank_zero_info(f"{name}: {len(rows):,} rows are tokenized now, to be kept in {place.parent}")
             with _bars(self.progress and large):
                 table = encode_rows(rows, self.encoder, partial / "tokens.arrow", self.num_proc)
+            if self.key(source) != place.name:
+                raise UserError(f"{source.name} changed while it was read; start again.")
             wrong = column(table, "problem")
             files = [Path(file["filename"]) for file in table.cache_files]
             about = {
