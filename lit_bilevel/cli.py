@@ -46,6 +46,7 @@ from lit_bilevel.checks import check_precision
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.place import with_own_configs
 
 # lines of libraries that say nothing to a user of this program; each is matched as a beginning
 UNTOLD = (
@@ -184,7 +185,7 @@ def main(args: list[str] | None = None) -> int:
     if importlib.util.find_spec("shtab") is not None:
         jsonargparse.set_parsing_settings(add_print_completion_argument=True)
     try:
-        BilevelCLI(args)
+        BilevelCLI(with_own_configs(sys.argv[1:] if args is None else args))
     except (UserError, MisconfigurationException) as error:  # the latter is Lightning's
         sys.stderr.write(f"lit-bilevel: {error}\n")
         return 2

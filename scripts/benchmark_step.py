@@ -122,7 +122,7 @@ def footing(options: argparse.Namespace) -> list[str]:
     """What is missing from the table."""
     missing = []
     if importlib.util.find_spec("trl") is None:
-        missing.append("TRL is not installed (`pip install lit-bilevel[benchmark]`), so its line is missing.")
+        missing.append("TRL is not installed (`pip install lit-bilevel[trl]`), so its line is missing.")
     if peak_flops(options) is None:
         missing.append("FLOP utilisation needs `--peak_tflops` here.")
     return ["", *missing] if missing else []

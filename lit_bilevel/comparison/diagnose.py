@@ -194,8 +194,8 @@ def advice(found: dict[str, Any]) -> list[str]:
     if seeds < GOOD:
         lines.append(
             "- Another order of the pool gives other weights. Visit rows more often (more epochs), average the"
-            " direction longer (`direction_decay` nearer to 1), lower the learning rate of `weight_optimizer`, or use the mean of"
-            " the weights of several seeds; then diagnose again."
+            " direction longer (`direction_decay` nearer to 1), lower the learning rate of `weight_optimizer`, or use"
+            " the mean of the weights of several seeds; then diagnose again."
         )
     return [*lines, *(line for name, where in found["rise"].items() for line in _about_rise(name, where))]
 
