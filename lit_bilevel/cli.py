@@ -130,13 +130,14 @@ class BilevelCLI(LightningCLI):
         folder = Path(self.trainer.default_root_dir)
         lines = []
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        monitor = next((c.monitor_losses for c in callbacks if isinstance(c, Summary)), [])
-        if monitor:
-            lines.append(f"monitor loss {monitor[0]:.4f} at its first check, {min(monitor):.4f} at its best")
+        summary = next(c for c in callbacks if isinstance(c, Summary))
+        if monitor := summary.monitor_losses:
+            lines.append(f"{'monitor/loss':<20} {monitor[0]:.4f} at its first check, {min(monitor):.4f} at its best")
         metrics = folder / "metrics.json"
         if metrics.is_file():
-            found = json.loads(metrics.read_text())
-            lines.append(", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            for name, value in json.loads(metrics.read_text()).items():
+                before = f"  (before the run {summary.first[name]:.4f})" if name in summary.first else ""
+                lines.append(f"{name:<20} {value:.4f}{before}")
         names = ("weights.parquet", "policy", "metrics.json", "responses.jsonl", "checkpoints", "figures")
         lines.append(f"written to {folder}: {', '.join(name for name in names if (folder / name).exists())}")
         lines.append(f"look at it with: lit-bilevel inspect {folder}; tensorboard --logdir {folder}")
