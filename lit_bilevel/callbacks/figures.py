@@ -132,7 +132,7 @@ def _distributions(figure: Any, weights: Any, groups: list[str], most: int = 8) 
         axes.set_yticks([])
         axes.spines[["top", "left", "right"]].set_visible(False)
     all_axes[-1].set_xlabel("weight (mean 1; the highest 1 % in the last bar)")
-    figure.suptitle("Weights: how many rows have which")
+    figure.suptitle("Weights of the rows")
 
 
 def _trajectories(figure: Any, run: Path) -> bool:

@@ -51,7 +51,7 @@ class Rate:
 class Bar(TQDMProgressBar):
     """The bar on a terminal; what a narrow one cuts off is at its end."""
 
-    TRAINING = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt}{postfix}"
+    TRAINING = "{desc} |{bar:10}| {n_fmt}/{total_fmt}{postfix}"
 
     def init_train_tqdm(self) -> Any:
         bar = super().init_train_tqdm()
@@ -128,7 +128,7 @@ class GenerationBar:
         total: responses that this process generates.
     """
 
-    FORMAT = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} responses, left={remaining}{postfix}"
+    FORMAT = "{desc} |{bar:10}| {n_fmt}/{total_fmt} responses, left={remaining}{postfix}"
 
     def __init__(self, trainer: Trainer, total: int):
         own = trainer.progress_bar_callback
@@ -162,6 +162,12 @@ class GenerationBar:
     def responses(self, count: int) -> None:
         """Count responses that are done."""
         self._bar.update(count)
+
+
+def say(text: str) -> None:
+    """Log a line, above the bars where there are some."""
+    with tqdm.external_write_mode():
+        rank_zero_info(text)
 
 
 def short(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:

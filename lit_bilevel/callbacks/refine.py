@@ -20,12 +20,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.callbacks.choose import Choose, LowestFraction
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.callbacks.inspect import table_cell
-from lit_bilevel.callbacks.progress import GenerationBar
+from lit_bilevel.callbacks.progress import GenerationBar, say
 from lit_bilevel.callbacks.record import ResponseFile
 from lit_bilevel.data.responses import ResponseStore, is_usable
 from lit_bilevel.errors import UserError, gathered
@@ -210,7 +210,7 @@ class SelfRefine(Callback):
             "refine/length": tokens / count,
             "refine/rows": float(len(store)),
         }
-        rank_zero_info(
+        say(
             f"refinement round {store.round}: {len(all_of_them)} responses to {len(responses)} rows,"
             f" {shares['refine/finished']:.0%} finished, {shares['refine/usable']:.0%} used for training (those with"
             f" content{'' if self.keep_unfinished else ' that ended by themselves'}),"
