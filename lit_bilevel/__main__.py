@@ -18,6 +18,7 @@ commands:
   predict    generate answers to the test prompts
   select     keep the best-weighted rows of a pool, as a new file
   inspect    what a run found, on the terminal and as one HTML file
+  diagnose   whether the validation set is large and clean enough to learn weights from
 
   lit-bilevel COMMAND --help     options of a command
   lit-bilevel --version
@@ -44,6 +45,10 @@ def main(args: list[str] | None = None) -> int:
         from lit_bilevel.report import main as inspect
 
         return inspect(arguments)
+    if arguments[0] == "diagnose":
+        from lit_bilevel.comparison.diagnose import main as diagnose
+
+        return diagnose(arguments)
     from lit_bilevel.cli import main as lightning
 
     return lightning(arguments)

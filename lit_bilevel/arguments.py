@@ -61,7 +61,7 @@ def suggestion(message: str, names: Iterable[str]) -> str:
     if found:
         return nearest(found[1], lit_bilevel.__all__)
     found = UNKNOWN_COMMAND.search(message)
-    return nearest(found[1], [*re.findall(r"\w+", found[2]), "select", "inspect"]) if found else ""
+    return nearest(found[1], [*re.findall(r"\w+", found[2]), "select", "inspect", "diagnose"]) if found else ""
 
 
 def nearest(name: str, names: Iterable[str], all_of_them: bool = False) -> str:

@@ -44,8 +44,7 @@ def check_settings(module: Any) -> None:
                 )
     if module.accumulate_grad_batches < 1:
         problems.append(f"`model.accumulate_grad_batches` is {module.accumulate_grad_batches}; it must be at least 1")
-    if module.guard.limit < 1:
-        problems.append(f"`model.max_skipped_steps` is {module.guard.limit}; it must be at least 1")
+    problems += module.guard.settings.problems()
     if problems:
         raise gathered("bad settings", problems)
 
@@ -107,6 +106,10 @@ def _of_sharding(module: Any, stage: str) -> list[str]:
             f"`{type(module.solver).__name__}` needs Hessian-vector products, which FSDP2 does not give; use `OneStep`,"
             " or `trainer.strategy: ddp`"
         )
+    if module.policy_settings.compile:
+        problems.append(
+            "`model.policy.compile` and FSDP2's gathering of parameters do not go together here; leave one of them out"
+        )
     if module.policy_settings.quantization is not None:
         problems.append("a quantized policy cannot be sharded by FSDP2; use `trainer.strategy: ddp`")
     return problems
@@ -125,6 +128,8 @@ def _of_deepspeed(module: Any) -> list[str]:
             f"DeepSpeed stage 3 would split the parameters of `{type(module.weights).__name__}`; use stage 2, or FSDP2"
             f" ({SHARDING})"
         )
+    if module.policy_settings.compile:
+        problems.append("`model.policy.compile` was never tried under DeepSpeed; leave it out")
     if module.gradient_clip_val is not None:
         problems.append(
             "`model.gradient_clip_val` cannot reach gradients that DeepSpeed keeps; set it to null, and"

@@ -1,7 +1,8 @@
 """LightningCLI with this project's module, data and callbacks.
 
 `fit` ends by testing the monitor-best checkpoint. Mistakes of the user end in one message and status 2, without a
-traceback; SIGTERM and Ctrl-C in a checkpoint and status 143 or 130. Left out: a second trainer, or modes; what a run
+traceback; SIGTERM and Ctrl-C in a checkpoint and status 143 or 130; the end of another process of the run in a message
+that says so. Left out: a second trainer, or modes; what a run
 does is what its YAML composes.
 """
 
@@ -53,6 +54,7 @@ UNTOLD = (
     "Loading `train_dataloader` to estimate",
     "Restoring states from the checkpoint path",  # followed by "Loaded model weights" or "Restored all states"
 )
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "remote process exited")
 OUTDATED = (r".*isinstance\(treespec, LeafSpec\).*", r".*(instantiate_classes|skip_none).*")
 
 
@@ -171,6 +173,14 @@ def main(args: list[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"lit-bilevel: {error}\n")
         return 2
-    except SIGTERMException:  # while no state was at stake, as in a test
+    except SIGTERMException:  # while no state was at stake, as in a prediction
         return 128 + signal.SIGTERM
+    except RuntimeError as error:
+        if not any(text in str(error) for text in LOST):
+            raise
+        sys.stderr.write(
+            "lit-bilevel: another process of the run has ended, so this one ends too; its own message stands above, or"
+            f" in its log (seen here: {str(error).splitlines()[0]}). Continue with `--ckpt_path last`.\n"
+        )
+        return 1
     return 0

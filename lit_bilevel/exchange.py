@@ -17,7 +17,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from torch import Tensor
 
 from lit_bilevel.policy.problem import Engine, PolicyProblem
-from lit_bilevel.policy.score import measures
 from lit_bilevel.problem import Values
 from lit_bilevel.ratios import ResponseWeights
 from lit_bilevel.types import PADDING_ROW, Features
@@ -84,7 +83,7 @@ def gathered_scores(
     return Features(row.long(), source.long(), length.long(), loss), s, losses
 
 
-def followed(found: Tensor | None, rule: ResponseWeights, trainer: Any) -> dict[str, Tensor]:
+def followed(found: Tensor | None, rule: ResponseWeights, trainer: Any) -> Tensor | None:
     """Let the rule take in the generated responses of a step on all processes.
 
     Args:
@@ -93,14 +92,14 @@ def followed(found: Tensor | None, rule: ResponseWeights, trainer: Any) -> dict[
         trainer: Lightning's.
 
     Returns:
-        What is logged of the responses, if there were any.
+        The same over all processes, if there were any responses.
     """
     if found is None:
-        return {}
+        return None
     if trainer.world_size > 1:
         table = trainer.strategy.all_gather(found)
-        found = torch.cat([table[:, :1].amax(0), table[:, 1:].sum(0)])
-    if not found[2] > 0:
-        return {}
+        found = torch.cat([table[table[:, 0].argmax(), :2], table[:, 2:].sum(0)])
+    if not found[3] > 0:
+        return None
     rule.follow(found[-2:])
-    return measures(found)
+    return found

@@ -29,13 +29,14 @@ from lit_bilevel.checks import check_flags, check_run, check_settings, takes_one
 from lit_bilevel.errors import UserError
 from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
-from lit_bilevel.guard import Guard
+from lit_bilevel.guard import Guard, GuardSettings
 from lit_bilevel.optim import ExponentiatedGradient, check_optimizer
+from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
-from lit_bilevel.policy.score import weigh_responses
+from lit_bilevel.policy.score import measures, weigh_responses
 from lit_bilevel.policy.shard import shard
 from lit_bilevel.ratios import ResponseWeights, Uniform
 from lit_bilevel.refinement import Refinement
@@ -67,8 +68,9 @@ class LitBilevel(LightningModule):
         gradient_clip_val: largest norm of the policy's gradient.
         accumulate_grad_batches: micro-batches in a policy step.
         response_weights: how generated responses count inside their row's group (with the `SelfRefine` callback).
+        refined_weights: weights of these groups; by default the same class as `weights`, learned anew.
         max_new_tokens: longest answer that `predict` generates.
-        max_skipped_steps: policy steps in a row whose gradient is not finite after which the run stops.
+        guard: limits beyond which a run is warned about or stopped.
     """
 
     def __init__(
@@ -88,8 +90,9 @@ class LitBilevel(LightningModule):
         gradient_clip_val: float | None = None,
         accumulate_grad_batches: int = 1,
         response_weights: ResponseWeights | None = None,
+        refined_weights: ExampleWeights | None = None,
         max_new_tokens: int = 256,
-        max_skipped_steps: int = 10,
+        guard: GuardSettings | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -97,7 +100,7 @@ class LitBilevel(LightningModule):
         self.policy_settings = policy
         self.policy: Policy | None = None
         self.weights = weights
-        self.refinement = Refinement(weights, response_weights or Uniform(), weight_optimizer)
+        self.refinement = Refinement(refined_weights or weights, response_weights or Uniform(), weight_optimizer)
         self.solver = solver
         self.max_new_tokens = max_new_tokens
         self.make_optimizer = optimizer
@@ -111,7 +114,7 @@ class LitBilevel(LightningModule):
         self.warmup_steps = warmup_steps
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
-        self.guard = Guard(max_skipped_steps)
+        self.guard = Guard(guard or GuardSettings())
         self.evaluation = Evaluation()
         self.own_optimizer: Optimizer | None = None
         """The outer optimizer where the strategy takes one only."""
@@ -142,6 +145,8 @@ class LitBilevel(LightningModule):
         if self.policy is None:
             dtype = torch.get_default_dtype()
             self.policy = load_policy(self.policy_settings, dtype)
+            if self.policy_settings.compile:
+                compile_layers(self.policy, self.trainer.strategy.root_device.type == "cpu")
             if isinstance(self.trainer.strategy, ModelParallelStrategy):
                 shard(self.policy, self.trainer.strategy.root_device)
         # the data weights take the same step on every process, so DDP must not average their gradients
@@ -203,10 +208,12 @@ class LitBilevel(LightningModule):
         if self.learns_weights and self.progress >= self.weight_start:
             self.refinement.step(self.weights, outer, features, s_B)
         problem.complete()  # with the new weights: a row's first score counts at its first visit
-        if self.guard.admits(self, inner.optimizer, features):
+        statistics = self.weights.statistics()
+        found = followed(found, self.refinement.rule, self.trainer)
+        if self.guard.admits(self, inner.optimizer, features, statistics.get("effective_size"), found):
             inner.step()
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self._log_step(losses | followed(found, self.refinement.rule, self.trainer))
+        self._log_step(losses | measures(found) | {f"weights/{name}": value for name, value in statistics.items()})
 
     def _optimizers(self) -> tuple[Any, Optimizer | None]:
         """The inner optimizer as Lightning wraps it (its steps count), and the outer one raw (its steps do not)."""
@@ -222,15 +229,14 @@ class LitBilevel(LightningModule):
             batch["lower"],
             batch["upper"],
             functools.partial(self.refinement.weigh, self.weights),
-            self.weights.needs_loss,
+            self.weights.needs_loss or self.refinement.needs_loss,
             self.upper_weight,
             optimizer,
             lightning_engine(self),
         )
 
-    def _log_step(self, losses: dict[str, Tensor]) -> None:
-        statistics = {f"weights/{name}": value for name, value in self.weights.statistics().items()}
-        shown = {name: value.float() for name, value in (losses | statistics).items()}
+    def _log_step(self, values: dict[str, Tensor]) -> None:
+        shown = {name: value.float() for name, value in values.items()}
         bar = {"upper/loss", "lower/loss", "weights/effective_size"}
         self.log_dict({k: v for k, v in shown.items() if k in bar}, prog_bar=True)
         self.log_dict({k: v for k, v in shown.items() if k not in bar})
@@ -245,6 +251,7 @@ class LitBilevel(LightningModule):
     def on_train_epoch_end(self) -> None:
         self.weights.refresh()
         table = self.weights.table()
+        self.guard.look(self, table)
         extremes = {"weights/max": table.max().float(), "weights/min": table.min().float()}
         self.log_dict(extremes | {"skipped_steps": float(self.guard.skipped)})
 

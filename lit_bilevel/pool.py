@@ -198,12 +198,12 @@ def _write_parquet(path: Path, table: Any, added: Added) -> None:
 
 def _line(record: Any) -> bytes:
     try:
-        return json.dumps(record, ensure_ascii=False, default=_plain).encode("utf-8")
+        return json.dumps(record, ensure_ascii=False, default=plain).encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair: only its escape can be written
-        return json.dumps(record, default=_plain).encode("utf-8")
+        return json.dumps(record, default=plain).encode("utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Values of a table that JSON lacks."""
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()

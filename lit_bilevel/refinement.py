@@ -2,11 +2,12 @@
 
     a refined row contributes   κ·w_i·ℓ_i + (1−κ)·w̃_i·ℓ̃_i        w̃ mean 1 over the refined rows, 1 at each refresh
 
-w̃ is a second table of the same class as the offline weights, stepped by its own copy of the weight optimizer; the
-refined rows' offline weights are frozen, and stay in the pool's normaliser. In a batch, an offline example of pool row
-i has row number i < N, the group at position m of the refined rows has N + m, so both pass through one batched step.
+w̃ is a second set of weights: in closed form (`BMOWeights`: e^{−ℓ̃/τ} over its running mean), or learned by a copy of
+the weight optimizer. The refined rows' offline weights are frozen, and stay in the pool's normaliser. In a batch, an
+offline example of pool row i has row number i < N, the group at position m of the refined rows has N + m, so both pass
+through one batched step.
 
-Source: arXiv 2511.21056; METHOD section 3. Left out: a learned κ.
+Source: arXiv 2511.21056. Left out: a learned κ.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Refinement(nn.Module):
     """Joins the offline weights with those of the groups; empty until the first refresh.
 
     Args:
-        template: weights that were not built yet, copied at each refresh.
+        template: weights of the groups that were not built yet, copied at each refresh.
         rule: how responses count inside their group.
         make_optimizer: makes the optimizer of the groups' weights.
     """
@@ -55,6 +56,11 @@ class Refinement(nn.Module):
         """Whether any row is refined."""
         return self.weights is not None
 
+    @property
+    def needs_loss(self) -> bool:
+        """Whether the groups' weights depend on their losses in this step."""
+        return self.weights is not None and self.weights.needs_loss
+
     def refresh(self, rows_M: Tensor, offline: ExampleWeights, source_N: Tensor, share: float) -> None:
         """Start a round: these pool rows are refined, and every group weighs 1.
 
@@ -64,10 +70,8 @@ class Refinement(nn.Module):
             source_N: source number of every pool row.
             share: κ.
         """
-        device = offline.visits.device
-        dtype = next((p.dtype for p in offline.parameters()), torch.float32)
-        self._build(rows_M, source_N[rows_M], offline.pool_rows, share, dtype)
-        self.to(device)
+        self._build(rows_M, source_N[rows_M], offline.pool_rows, share, offline.dtype)
+        self.to(offline.visits.device)
 
     def _build(self, rows_M: Tensor, source_M: Tensor, pool_rows: int, share: float, dtype: torch.dtype) -> None:
         self.weights = self.optimizer = self._optimizer_state = None
@@ -109,7 +113,7 @@ class Refinement(nn.Module):
             self._make_optimizer(self.weights)
         parts = ((offline, optimizer, own, 0), (self.weights, self.optimizer, groups, len(self.frozen)))
         for weights, stepped, chosen, first in parts:
-            if len(chosen) > 1:  # one row has no baseline to be compared with
+            if weights.learnable and len(chosen) > 1:  # one row has no baseline to be compared with
                 _step(weights, stepped, _taken(features, chosen, first), s_B[chosen])
 
     def table(self) -> tuple[Tensor, Tensor]:
@@ -136,12 +140,11 @@ class Refinement(nn.Module):
     def checkpoint(self) -> dict[str, Any]:
         """What `state_dict` does not hold: which rows, and the state of the optimizer and of the rule."""
         optimizer = self.optimizer.state_dict() if self.optimizer is not None else self._optimizer_state
-        dtype = next((p.dtype for p in self.parameters()), torch.float32)
         return {
             "rows": self.rows.cpu(),
             "source": self._source.cpu(),
             "share": self.share,
-            "double": dtype == torch.float64,
+            "double": self.weights is not None and self.weights.dtype == torch.float64,
             "optimizer": optimizer,
             "rule": self.rule.state_dict(),
         }

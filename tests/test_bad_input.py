@@ -8,13 +8,12 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import TOY, read_jsonl, write_jsonl
+from conftest import TOY, Source, read_jsonl, write_jsonl
 from transformers import AutoTokenizer
 
 from lit_bilevel.data import files
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.module import BilevelDataModule
-from lit_bilevel.data.rows import Source
 from lit_bilevel.errors import UserError
 from lit_bilevel.types import Row
 
@@ -96,9 +95,9 @@ def test_a_bad_line_is_named_wherever_it_stands(tmp_path, monkeypatch, name, pla
     path = tmp_path / "p.jsonl"
     path.write_bytes(b"\n".join(lines))
     with pytest.raises(UserError, match=rf"p\.jsonl, line {place + 1}: .*{message}"):
-        Source(str(path)).read()
+        Source(str(path)).rows()
     source = Source(str(path), on_bad_row="skip")
-    assert [row.prompt for row in source.read()] == ["p"]
+    assert [row.prompt for row in source.rows()] == ["p"]
     assert len(source.skipped) == 1
 
 
@@ -117,7 +116,7 @@ def test_files_that_cannot_be_read_are_refused_also_under_skip(tmp_path, suffix,
     path.write_bytes(content)
     for policy in ("error", "skip"):
         with pytest.raises(UserError, match=message):
-            Source(str(path), on_bad_row=policy).read()
+            Source(str(path), on_bad_row=policy).rows()
 
 
 @pytest.mark.parametrize(
@@ -128,21 +127,21 @@ def test_bad_lines_of_a_csv_file(tmp_path, line, message):
     path = tmp_path / "p.csv"
     path.write_text(f"prompt,response\np,r\n{line}\n\nq,r\n")
     with pytest.raises(UserError, match=rf"line 3: .*{message}"):
-        Source(str(path)).read()
-    assert [row.prompt for row in Source(str(path), on_bad_row="skip").read()] == ["p", "q"]
+        Source(str(path)).rows()
+    assert [row.prompt for row in Source(str(path), on_bad_row="skip").rows()] == ["p", "q"]
 
 
 def test_a_byte_order_mark_is_no_content(tmp_path):
     for suffix, text in ((".jsonl", '{"prompt": "p", "response": "r"}'), (".csv", "prompt,response\np,r")):
         path = tmp_path / f"p{suffix}"
         path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-        assert Source(str(path)).read()[0].prompt == "p"
+        assert Source(str(path)).rows()[0].prompt == "p"
 
 
 def test_twenty_problems_are_named_and_the_rest_counted(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [GOOD[0], *({"prompt": "", "response": "r"} for _ in range(30))])
     with pytest.raises(UserError, match=r"30 problems(?s:.*)line 21: (?s:.*)and 10 more"):
-        Source(path).read()
+        Source(path).rows()
 
 
 def test_tokenizers_without_eos_are_refused_and_without_pad_are_not():
@@ -197,7 +196,7 @@ def test_nothing_but_a_user_error_comes_out_of_any_file(tmp_path):
         path.write_bytes(b"\n".join(lines))
         source = Source(str(path), on_bad_row="skip")
         try:
-            rows = source.read()
+            rows = source.rows()
         except UserError:
             return
         if suffix == ".jsonl":

@@ -1,11 +1,12 @@
-"""Every configuration in the repository parses and builds its parts."""
+"""Every configuration in the repository parses, builds its parts and runs."""
 
 from __future__ import annotations
 
+import pyarrow.parquet
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TOY
 
-from lit_bilevel.cli import BilevelCLI
+from lit_bilevel.cli import BilevelCLI, main
 
 COMPLETE = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 PARTIAL = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*/*.yaml"))
@@ -25,3 +26,23 @@ def test_partial_configurations_parse_on_top_of_a_complete_one(name):
     with pytest.raises(SystemExit) as end:
         BilevelCLI(["--config=configs/quickstart.yaml", f"--config={name}", "--print_config"], run=False)
     assert end.value.code == 0
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_complete_configurations_run_two_steps_on_the_toy_policy(name, flags, tmp_path):
+    """With the hub's models and data replaced by local ones, and what needs a GPU left out."""
+    assert flags[0].startswith("--config=")
+    local = [f"--model.policy.path={TOY / 'model'}", "--data.columns=null", "--data.test=null", "--data.max_length=64"]
+    cheap = ["--trainer.max_steps=2", "--trainer.max_epochs=-1", "--trainer.accelerator=cpu", "--export.policy=false"]
+    text = (ROOT / "configs" / name).read_text()
+    if "query_key_value" in text:
+        local.append("--model.policy.lora.target_modules=[q_proj, v_proj]")
+    if "bf16" in text:
+        cheap.append("--trainer.precision=32-true")
+    if "dtype: bfloat16" in text:
+        cheap.append("--model.policy.dtype=float32")
+    cheap += ["--figures.enabled=false", "--trainer.val_check_interval=2", "--data.batch_size=4"]
+    assert main(["fit", f"--config=configs/{name}", *flags[1:], *local, *cheap]) == 0
+    weights = pyarrow.parquet.read_table(tmp_path / "run" / "weights.parquet")
+    assert len(weights) == 90

@@ -9,13 +9,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import SHARED, TOY, read_jsonl, write_jsonl
+from conftest import SHARED, TOY, Source, read_jsonl, write_jsonl
 from transformers import AutoTokenizer
 
 from lit_bilevel.data.collate import collate, share_of_rank
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.module import BilevelDataModule
-from lit_bilevel.data.rows import Source
 from lit_bilevel.data.stream import PairedStream, Schedule
 from lit_bilevel.errors import UserError
 from lit_bilevel.types import PADDING_ROW, Example, Row
@@ -33,7 +32,7 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
         path.write_text(json.dumps(records))
     else:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
-    rows = Source(str(path)).read()
+    rows = Source(str(path)).rows()
     assert [(row.id, row.prompt, row.response, row.source) for row in rows] == [
         (r["id"], r["prompt"], r["response"], r["source"]) for r in records
     ]
@@ -42,7 +41,7 @@ def test_every_format_gives_the_same_rows(tmp_path, suffix):
 
 def test_id_and_source_are_optional_and_columns_can_be_renamed(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"question": "q", "answer": "r"}, {"question": "q2", "answer": "r2"}])
-    rows = Source(path, columns={"question": "prompt", "answer": "response"}).read()
+    rows = Source(path, columns={"question": "prompt", "answer": "response"}).rows()
     assert rows == [Row(0, "0", "q", "r", ""), Row(1, "1", "q2", "r2", "")]
 
 
@@ -59,11 +58,11 @@ def test_a_bad_record_is_named_with_its_line(tmp_path, name):
     record, message = BAD[name]
     path = write_jsonl(tmp_path / "p.jsonl", [GOOD, record])
     with pytest.raises(UserError, match="line 2") as caught:
-        Source(path).read()
+        Source(path).rows()
     assert message in str(caught.value)
     assert path in str(caught.value)
     source = Source(path, on_bad_row="skip")
-    assert [row.id for row in source.read()] == ["a"]
+    assert [row.id for row in source.rows()] == ["a"]
     assert len(source.skipped) == 1
 
 
@@ -80,18 +79,18 @@ def test_broken_files_are_refused(tmp_path, content, message):
     path = tmp_path / "p.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message):
-        Source(str(path)).read()
+        Source(str(path)).rows()
 
 
 def test_unknown_columns_are_refused_with_the_remedy(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"x": "1", "y": "2"}])
     with pytest.raises(UserError, match=r"fit no known format.*data\.columns"):
-        Source(path).read()
+        Source(path).rows()
 
 
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match=r"nowhere\.jsonl does not exist"):
-        Source("nowhere.jsonl").read()
+        Source("nowhere.jsonl").rows()
 
 
 # ---- encoding ----

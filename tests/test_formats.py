@@ -9,18 +9,18 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import TOY, write_jsonl
+from conftest import TOY, Source, write_jsonl
 from jsonargparse import ArgumentParser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
+from lit_bilevel.data.examples import Examples
+from lit_bilevel.data.formats import Preference
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.data.report import shown
-from lit_bilevel.data.rows import Source
-from lit_bilevel.data.stream import examples_of
-from lit_bilevel.data.table import encoded_table
+from lit_bilevel.data.table import column, encode_rows, write_rows
 from lit_bilevel.errors import UserError
 from lit_bilevel.types import Example, Row
 
@@ -129,20 +129,26 @@ RECORDS = {  # name: (format that is detected, record, turns)
         {"system": "Be brief.", "conversations": [{"from": GPT[r], "value": t} for r, t in LONG[1:]]},
         LONG,
     ),
+    "preference": ("preference", {"prompt": "What is a cat?", "chosen": SHORT[1][1], "rejected": "A dog."}, SHORT),
+    "preference_chat": (
+        "preference",
+        {"chosen": as_messages(LONG), "rejected": as_messages([*LONG[:-1], ("assistant", "A wolf.")])},
+        LONG,
+    ),
     "text": ("text", {"text": "four and five are nine"}, [("assistant", "four and five are nine")]),
 }
 
 
 def read(tmp_path, record, **settings) -> Row:
     source = Source(write_jsonl(tmp_path / "p.jsonl", [record]), **settings)
-    return source.read()[0]
+    return source.rows()[0]
 
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_formats_are_detected_and_read(tmp_path, name):
     expected, record, turns = RECORDS[name]
     source = Source(write_jsonl(tmp_path / "p.jsonl", [record | {"id": 7, "source": "s"}]))
-    row = source.read()[0]
+    row = source.rows()[0]
     assert list(source.formats.values()) == [expected]
     assert [*row.turns, ("assistant", row.response)] == turns
     assert (row.id, row.source, row.row) == ("7", "s", 0)
@@ -286,19 +292,26 @@ def test_earlier_turns_are_predicted_in_the_batch():
     assert batch.scale_K.tolist() == pytest.approx([1, 1 / 3, 1 / 3, 1 / 3])
 
 
-def test_a_table_keeps_what_was_encoded(tokenizers):
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_a_table_keeps_what_was_encoded(tmp_path, tokenizers, num_proc):
     tokenizer = tokenizers["llama", True]
-    rows = [
-        Row(i, str(i), f"question {i}", f"answer {i}", "s" if i % 2 else "", place=f"line {i}") for i in range(2500)
+    records = [
+        {"prompt": f"question {i}", "response": f"answer {i}", "source": "s" if i % 2 else ""} for i in range(2500)
     ]
-    rows[3] = Row(3, "3", "<|eot_id|>", "a", "")
+    records[3]["prompt"] = "<|eot_id|>"
+    records[7] = records[5]
+    source = Source(write_jsonl(tmp_path / "p.jsonl", records))
+    rows, problems = write_rows(source, tmp_path / "rows.arrow")
+    assert problems == [f"{tmp_path}/p.jsonl, line 8: the same prompt and response as on {tmp_path}/p.jsonl, line 6"]
     encoder = Encoder(tokenizer, 60)
-    table, lost = encoded_table(rows, encoder, ["", "s"])
-    assert len(table) == 2499
-    assert len(lost) == 1
-    assert "'<|eot_id|>'" in lost[0]
-    example = examples_of(table, [1500])[0]
-    expected = encoder.rows([rows[1501]])[0]
+    table = encode_rows(rows, encoder, tmp_path / "tokens.arrow", num_proc)
+    assert len(table.cache_files) == num_proc
+    lost = [(row, problem) for row, problem in enumerate(table["problem"]) if problem]
+    assert [row for row, _ in lost] == [3]
+    assert "'<|eot_id|>'" in lost[0][1]
+    assert column(table, "row").to_pylist() == [i for i in range(2500) if i != 7]
+    example = Examples(table, {"": 0, "s": 1})([1500])[0]
+    expected = encoder.rows([Row(1501, "1501", "question 1501", "answer 1501", "s")])[0]
     assert (example.input_ids, example.response_start, example.source) == (
         expected.input_ids,
         expected.response_start,
@@ -334,7 +347,7 @@ MANY = [{"id": f"r{i}", "prompt": f'say "{i}",\nplease é', "response": "x" * (1
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv", ""])
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
-    rows = Source(write(tmp_path / f"p{suffix}", MANY)).read()
+    rows = Source(write(tmp_path / f"p{suffix}", MANY)).rows()
     assert [(row.id, row.prompt, row.response) for row in rows] == [tuple(r.values()) for r in MANY]
     assert all(row.place.startswith(str(tmp_path)) for row in rows)
 
@@ -343,7 +356,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_format_in_every_kind_of_file(tmp_path, name, suffix):
     _, record, turns = RECORDS[name]
-    row = Source(write(tmp_path / f"p{suffix}", [record])).read()[0]
+    row = Source(write(tmp_path / f"p{suffix}", [record])).rows()[0]
     assert [*row.turns, ("assistant", row.response)] == turns
 
 
@@ -351,34 +364,47 @@ def test_several_files_are_one_source_and_name_their_rows(tmp_path):
     first = write_jsonl(tmp_path / "web.jsonl", [{"prompt": "a", "response": "b"}])
     second = write(tmp_path / "books.csv", [{"instruction": "c", "output": "d"}, {"instruction": "e", "output": "f"}])
     source = Source([first, second])
-    assert [(row.row, row.id, row.prompt, row.source) for row in source.read()] == [
+    assert [(row.row, row.id, row.prompt, row.source) for row in source.rows()] == [
         (0, "0", "a", "web"),
         (1, "1", "c", "books"),
         (2, "2", "e", "books"),
     ]
     assert list(source.formats.values()) == ["prompt_response", "alpaca"]
-    assert Source([first]).read()[0].source == ""
+    assert Source([first]).rows()[0].source == ""
 
 
 def test_several_splits_in_a_folder_are_named(tmp_path):
     records = datasets.Dataset.from_list(MANY)
     datasets.DatasetDict({"train": records, "test": records}).save_to_disk(tmp_path / "all")
     with pytest.raises(UserError, match=r"several splits.*all/test, .*all/train"):
-        Source(str(tmp_path / "all")).read()
-    assert len(Source(str(tmp_path / "all" / "train")).read()) == 3
+        Source(str(tmp_path / "all")).rows()
+    assert len(Source(str(tmp_path / "all" / "train")).rows()) == 3
 
 
-def test_preference_pairs_are_refused_with_the_way_round(tmp_path):
-    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    with pytest.raises(UserError, match=r"line 1: preference pairs.*chosen: response"):
-        Source(path).read()
-    assert Source(path, columns={"chosen": "response"}).read()[0].response == "b"
+def test_preference_pairs_are_read_and_the_chosen_answer_is_learned(tmp_path):
+    other = [*LONG[:-1], ("assistant", "A wolf.")]
+    for record in (
+        {"prompt": "And a dog?", "chosen": "Another.", "rejected": "A wolf."},
+        {"prompt": as_messages(LONG[:-1]), "chosen": as_messages(LONG[-1:]), "rejected": as_messages(other[-1:])},
+        {"prompt": "And a dog?", "chosen": as_messages(LONG), "rejected": as_messages(other), "messages": []},
+    ):
+        turns, chosen, rejected = Preference().pair(record)
+        assert turns in (LONG[:-1], LONG[3:4])
+        assert (chosen, rejected) == ("Another.", "A wolf.")
+        assert read(tmp_path, record).response == "Another."
+    for bad, message in (
+        ({"chosen": "b", "rejected": "c"}, "`prompt` is missing"),
+        ({"prompt": "a", "chosen": "b", "rejected": ""}, "`rejected` is empty"),
+        ({"chosen": as_messages(LONG), "rejected": as_messages(SHORT)}, "do not answer the same question"),
+    ):
+        with pytest.raises(UserError, match=f"line 1: .*{message}"):
+            read(tmp_path, bad)
 
 
 def test_renames_may_not_hide_a_column(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "response": "b", "answer": "c"}])
     with pytest.raises(UserError, match="two columns the same name"):
-        Source(path, columns={"answer": "response"}).read()
+        Source(path, columns={"answer": "response"}).rows()
 
 
 def test_an_overlap_is_found_in_conversations_whatever_their_format(tmp_path):

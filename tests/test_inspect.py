@@ -263,7 +263,7 @@ def test_an_epoch_of_a_hundred_thousand_rows_is_summed_up_in_a_second(tmp_path):
     random = torch.Generator().manual_seed(0)
     pool = Dataset.from_dict(
         {name: [f"{name} {i}" for i in range(rows)] for name in ("id", "prompt", "response")}
-        | {"row": list(range(rows)), "source": [i % 5 for i in range(rows)]}
+        | {"row": list(range(rows)), "source": ["abcde"[i % 5] for i in range(rows)]}
     )
     source_N = torch.arange(rows) % 5
     inspector = WeightInspector()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from problems import normal
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lit_bilevel import BMOWeights, Implicit, OneStep, ValueFunction
+from lit_bilevel import BMOWeights, Implicit, OneStep, ValueFunction, losses
 from lit_bilevel.data.collate import collate
 from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
@@ -252,6 +254,25 @@ def test_dropout_is_replayed(size):
     assert distance(problem.lower_jvp(direction), difference) < 1e-5 * max(1, float(difference.abs().max()))
     twice = [flat(problem.hessian_vector_product(direction)) for _ in range(2)]
     assert torch.equal(*twice)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        partial(test_losses_and_gradients, 3),
+        partial(test_one_step_is_the_alignment_of_gradients, "one_sided", 1e-6, ROWS),
+        partial(test_one_step_is_the_alignment_of_gradients, "forward", 1e-10, ROWS),
+        test_hessian_vector_product_is_the_difference_of_gradients,
+        partial(test_dropout_is_replayed, ROWS),
+    ],
+)
+def test_the_answers_are_the_same_where_logits_come_in_chunks(check, monkeypatch):
+    chunks = []
+    apply = losses._ChunkedNLL.apply
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", 40 * 7)
+    monkeypatch.setattr(losses._ChunkedNLL, "apply", lambda *arguments: chunks.append(1) or apply(*arguments))
+    check()
+    assert chunks
 
 
 def test_weights_that_need_losses_do_not_depend_on_accumulation():

@@ -1,110 +1,20 @@
-"""Nothing is lost: killed, stopped and refused runs, and checkpoints that a kill cannot spoil."""
+"""Nothing is lost: stopped and refused runs, and checkpoints that a failure cannot spoil (`test_kills.py` kills)."""
 
 from __future__ import annotations
 
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, read_jsonl, write_jsonl
+from conftest import read_jsonl, write_jsonl
 from lightning.pytorch import Callback
-from test_refine import refine_flags
+from mortal import same
 
 from lit_bilevel.atomic import AtomicCheckpointIO
 from lit_bilevel.callbacks import BilevelCheckpoint
 from lit_bilevel.cli import BilevelCLI, main
-
-
-def outcome(folder: Path) -> dict[str, bytes | list]:
-    """What a run leaves: every byte of the policy and the responses, every number of the weights."""
-    found: dict[str, bytes | list] = {
-        f"policy/{path.name}": path.read_bytes() for path in sorted((folder / "policy").iterdir())
-    }
-    found["weights"] = pyarrow.parquet.read_table(folder / "weights.parquet").to_pylist()
-    for name in ("responses.jsonl", "metrics.json"):
-        if (folder / name).exists():
-            found[name] = (folder / name).read_bytes()
-    return found
-
-
-def same(one: Path, other: Path) -> None:
-    a, b = outcome(one), outcome(other)
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name] == b[name], name
-
-
-# ---- SIGKILL at random moments ----
-
-
-def start(flags: list[str], log: Path) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lit_bilevel", "fit", *flags, "--ckpt_path=last"]
-    with log.open("a") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=ROOT)
-
-
-def killed(process: subprocess.Popen, folder: Path, saves: int, delay: float) -> bool:
-    """Kill a run once it has saved so many checkpoints (0: once it has begun), and a moment more; False if it ended."""
-    last, config = folder / "checkpoints" / "last.ckpt", folder / "config.yaml"
-
-    def stamp(path: Path) -> int:
-        try:
-            return path.stat().st_mtime_ns
-        except FileNotFoundError:
-            return 0
-
-    seen, begun, count = stamp(last), stamp(config), -1
-    while count < saves and process.poll() is None:
-        if count < 0 and stamp(config) != begun:
-            count = 0
-        if stamp(last) != seen:
-            seen, count = stamp(last), max(count, 0) + 1
-        time.sleep(0.001)
-    time.sleep(delay)
-    process.kill()
-    return process.wait() == -signal.SIGKILL
-
-
-def survive(flags: list[str], folder: Path, kills: int, most: int, seed: int) -> int:
-    """Run to the end with so many kills on the way; returns how many there were."""
-    chance, done = random.Random(seed), 0
-    while True:
-        process = start(refine_flags(flags, folder), folder.with_suffix(".log"))
-        if done < kills:
-            saves = 0 if done == 0 else chance.randint(1, most)
-            done += killed(process, folder, saves, chance.uniform(0, 0.3))
-        if process.wait() == 0:
-            return done
-        assert process.returncode == -signal.SIGKILL, folder.with_suffix(".log").read_text()[-3000:]
-
-
-LONG = ("--trainer.max_epochs=3", "--checkpoint.every_n_steps=1")
-
-
-def test_three_kills_change_no_bit(flags, tmp_path):
-    assert main(["fit", *refine_flags([*flags, *LONG], tmp_path / "whole")]) == 0
-    assert survive([*flags, *LONG], tmp_path / "killed", kills=3, most=14, seed=int(os.environ.get("KILL_SEED", 0))) > 0
-    same(tmp_path / "whole", tmp_path / "killed")
-
-
-@pytest.mark.slow
-def test_twenty_kills_change_no_bit(flags, tmp_path):
-    assert main(["fit", *refine_flags([*flags, *LONG], tmp_path / "whole")]) == 0
-    kills = 0
-    for seed in range(100, 120):
-        if kills < 20:
-            kills += survive([*flags, *LONG], tmp_path / str(seed), kills=20 - kills, most=4, seed=seed)
-            same(tmp_path / "whole", tmp_path / str(seed))
-    assert kills >= 20
-
 
 # ---- signals ----
 

@@ -5,7 +5,8 @@ to save by itself and leaves the saving to Lightning. `last.ckpt` is saved only 
 after a step; where validation or the end of an epoch follows, after those, or a resumed run would leave them out.
 
 SIGTERM and Ctrl-C are answered at the next such place, so a validation or a refresh is brought to its end first; a
-second one ends the process at once, and the last checkpoint stays as it is. When a new run starts in the folder of an
+second one ends the process at once, and the last checkpoint stays as it is; so does one while testing, where nothing is
+at stake. With several processes a signal to any of them is a signal to all. When a new run starts in the folder of an
 earlier one, its checkpoints are renamed to `earlier-*`. Left out: keeping more than one best checkpoint.
 """
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
@@ -68,22 +70,28 @@ class BilevelCheckpoint(ModelCheckpoint):
         install(trainer.strategy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._signal = 0
         if trainer.ckpt_path is None and trainer.is_global_zero and not is_rehearsal(trainer):
             for name in ("last.ckpt", "best.ckpt"):
                 path = Path(str(self.dirpath)) / name
                 if path.is_file():
                     os.replace(path, path.with_name(f"earlier-{name}"))
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _listen(self._note)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._saved_at, self._due, self._signal = time.monotonic(), False, 0
-        if threading.current_thread() is threading.main_thread():  # the Trainer puts the old handlers back at the end
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._note)
+        self._saved_at, self._due = time.monotonic(), False
+        _listen(self._note)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_test_start(trainer, pl_module)
+        _listen(_end)
 
     def _note(self, number: int, frame: Any) -> None:
         if self._signal:
-            raise Stopped(128 + number)
+            _end(number, frame)
         self._signal = number
         rank_zero_info(f"{signal.Signals(number).name}: saving a checkpoint after this step (again: stop at once) …")
 
@@ -141,4 +149,21 @@ class BilevelCheckpoint(ModelCheckpoint):
             assert isinstance(pl_module, LitBilevel)
             pl_module.guard.stop_if_asked()
             rank_zero_info(f"stopped after {trainer.global_step} policy steps; continue with `--ckpt_path last`")
-            raise Stopped(128 + self._signal)
+            raise Stopped(0 if _was_launched(trainer) else 128 + self._signal)
+
+
+def _listen(handler: Any) -> None:
+    """Answer SIGTERM and Ctrl-C in this way; the Trainer puts the old handlers back at the end."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
+
+
+def _was_launched(trainer: Trainer) -> bool:
+    """Whether Lightning started this process; if so it kills the one that did unless this one ends with 0."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return trainer.local_rank > 0 and isinstance(environment, LightningEnvironment)
+
+
+def _end(number: int, frame: Any) -> None:
+    raise Stopped(128 + number)

@@ -20,6 +20,7 @@ from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from lit_bilevel.data.table import column
 from lit_bilevel.losses import example_nll
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.shard import whole_state
@@ -102,16 +103,15 @@ class Export(Callback):
         import pyarrow.parquet
 
         data = trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
-        names = trainer.datamodule.source_names  # type: ignore[attr-defined]
         weights = pl_module.weights
         rows_M, weight_M = pl_module.refinement.table()
         groups = dict(zip(rows_M.tolist(), weight_M.tolist(), strict=True))
         refined = [groups.get(row) for row in range(len(data))]
         table = pyarrow.table(
             {
-                "id": pyarrow.array(data["id"][:], pyarrow.string()),
-                "row": pyarrow.array(data["row"][:], pyarrow.int64()),
-                "source": pyarrow.array([names[number] for number in data["source"][:]], pyarrow.string()),
+                "id": column(data, "id"),
+                "row": column(data, "row"),
+                "source": column(data, "source"),
                 "weight": pyarrow.array(weights.table().cpu().numpy(), pyarrow.float64()),
                 "weight_refined": pyarrow.array(refined, pyarrow.float64()),
                 "visits": pyarrow.array(weights.visits.cpu().numpy(), pyarrow.int32()),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def draw(run: Path, truth: str | None = None) -> dict[str, Any]:
 
     folder = run / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    paints = {
+    paints: dict[str, Callable[[Any, Path], bool]] = {
         "weights": _weights,
         "kinds": functools.partial(_kinds, truth=truth),
         "trajectories": _trajectories,

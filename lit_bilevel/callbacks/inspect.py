@@ -153,13 +153,12 @@ class WeightInspector(Callback):
         place = ranks(table)
         before = self._before if self._before is not None else torch.ones(len(table))
         moved = place - ranks(before) if self._before is not None else torch.zeros(len(table))
-        names = self._data.source_names
         records = []
         for end, rows in (("lowest", order[:count]), ("highest", order.flip(0)[:count])):
             for row in rows.tolist():
                 record = self._data.sets["pool"][row]
-                found = {name: record[name] for name in ("id", "row", "prompt", "response")}
-                found |= {"source": names[record["source"]], "weight": float(table[row]), "visits": int(visits[row])}
+                found = {name: record[name] for name in ("id", "row", "prompt", "response", "source")}
+                found |= {"weight": float(table[row]), "visits": int(visits[row])}
                 found |= {"end": end, "before": float(before[row]), "moved": int(moved[row])}
                 records.append(found | ({"kind": self._kinds[row] or "clean"} if self._kinds else {}))
         return records

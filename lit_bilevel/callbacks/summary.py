@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lit_bilevel.callbacks.export import evaluating, is_rehearsal
 from lit_bilevel.callbacks.inspect import boards
+from lit_bilevel.data.table import column
 from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.settings import Plain, run_settings
@@ -86,8 +87,8 @@ def _pool(trainer: Trainer) -> str:
 
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     pool = data.sets["pool"]
-    tokens = pyarrow.compute.sum(pyarrow.compute.list_value_length(pool.data.column("input_ids"))).as_py()
-    truncated = pyarrow.compute.sum(pool.data.column("truncated")).as_py()
+    tokens = pyarrow.compute.sum(column(pool, "length")).as_py()
+    truncated = pyarrow.compute.sum(column(pool, "truncated")).as_py()
     sources = len(data.source_names)
     return (
         f"{len(pool):,} rows, {tokens:,} tokens ({tokens / len(pool):.0f} a row),"

@@ -1,4 +1,4 @@
-"""Files to records: json, jsonl, csv, parquet, an Arrow folder or a hub id, read one record at a time.
+"""Files to records: json, jsonl, csv, parquet, a folder or a hub id, read one record at a time.
 
 Each reader yields pairs of a place ("line 3") and a record, or the exception that reading it gave; a file that cannot
 be read at all raises. Files are closed early and lines are never longer in memory than `MAX_LINE`, except in .json,
@@ -22,27 +22,51 @@ Records = Iterator[tuple[str, Any]]
 
 
 def records(source: str) -> Records:
-    """The records of a file, an Arrow folder (`save_to_disk`) or a hub id (`name`, `name:config`, `name:config:split`).
+    """The records of a file, of a folder, or of a dataset on the hub.
+
+    Args:
+        source: a file; a folder that `datasets` saved; or a hub id, or a folder of data files, as `name`, `name:config`
+            or `name:config:split` (`name::split` has no config; the split is `train` if none is named).
 
     Raises:
         UserError: if there is no such file, or it cannot be read at all.
     """
     path = Path(source)
+    if not is_file(source):
+        return _numbered(dataset(source).with_format("arrow").iter(batch_size=1024))
     readers = {".json": _json_records, ".jsonl": _jsonl_records, ".csv": _csv_records, ".parquet": _parquet_records}
-    if path.is_dir():
-        return _folder_records(path)
     suffix = path.suffix.lower()
-    if suffix not in readers:
-        if path.exists():
-            raise UserError(
-                f"{source} is not a known kind of file; use {', '.join(SUFFIXES)}, an Arrow folder or a hub id."
-            )
-        return _hub_records(source)
-    if not path.is_file():
-        raise UserError(f"{source} does not exist; check the path (it is read from {Path.cwd()}).")
     if suffix != ".parquet":
         _refuse_binary(path)
     return readers[suffix](path)
+
+
+def stored(source: str) -> list[Path]:
+    """The files on disk that hold a source's records.
+
+    Raises:
+        UserError: as `records` does.
+    """
+    if is_file(source):
+        return [Path(source)]
+    return [Path(file["filename"]) for file in dataset(source).cache_files]
+
+
+def is_file(source: str) -> bool:
+    """Whether a source is a file, and not a folder or a hub id.
+
+    Raises:
+        UserError: if it is neither: a name with the suffix of a file and no file, or a file of another kind.
+    """
+    path = Path(source)
+    known = path.suffix.lower() in SUFFIXES
+    if path.is_dir():
+        return False
+    if known and not path.is_file():
+        raise UserError(f"{source} does not exist; check the path (it is read from {Path.cwd()}).")
+    if not known and path.exists():
+        raise UserError(f"{source} is not a known kind of file; use {', '.join(SUFFIXES)}, a folder or a hub id.")
+    return known
 
 
 def _refuse_binary(path: Path) -> None:
@@ -144,35 +168,30 @@ def _parquet_records(path: Path) -> Records:
         raise UserError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}).") from error
 
 
-def _folder_records(path: Path) -> Records:
+def dataset(source: str) -> Any:
+    """The dataset in a folder or on the hub, as `datasets` reads it.
+
+    Raises:
+        UserError: if it cannot, or the folder holds several splits.
+    """
     import datasets
 
+    path = Path(source)
     if (path / "dataset_dict.json").is_file():
         splits = sorted(part.name for part in path.iterdir() if part.is_dir())
         raise UserError(f"{path} holds several splits; name one of them: {', '.join(str(path / s) for s in splits)}.")
-    try:
-        dataset = datasets.load_from_disk(str(path))
-    except Exception as error:  # whatever the library finds wrong with the folder
-        raise UserError(
-            f"{path} is a folder, but not one that `datasets` saved ({type(error).__name__}:"
-            f" {str(error).splitlines()[0] if str(error) else ''}); name the files themselves."
-        ) from error
-    return _numbered(dataset.with_format("arrow").iter(batch_size=1024))
-
-
-def _hub_records(source: str) -> Records:
-    from datasets import load_dataset
-
     name, config, split = (*source.split(":"), "", "")[:3]
     try:
-        dataset = load_dataset(name, config or None, split=split or "train")
-    except Exception as error:  # the network, the hub, or the data set's own files
+        if (path / "state.json").is_file():
+            return datasets.load_from_disk(str(path))
+        return datasets.load_dataset(name, config or None, split=split or "train")
+    except Exception as error:  # the network, the hub, or whatever the library finds wrong with the files
+        what = "a folder of data files" if path.is_dir() else "neither a local file nor a dataset on the hub"
         raise UserError(
-            f"{source!r} is neither a local file nor a dataset that could be loaded from the hub"
-            f" ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); check the path or the id"
-            " (`name:config:split` chooses a config and a split)."
+            f"{source!r} could not be loaded as {'' if path.is_dir() else 'it is '}{what} ({type(error).__name__}:"
+            f" {str(error).splitlines()[0] if str(error) else ''}); check the path or the id (`name:config:split`"
+            " chooses a config and a split)."
         ) from error
-    return _numbered(dataset.with_format("arrow").iter(batch_size=1024))
 
 
 def _numbered(batches: Any) -> Records:

@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError, gathered
 
 NAMES = {"pool": "pool", "upper": "validation", "monitor": "validation"}
@@ -31,14 +32,10 @@ def fingerprint(sets: Mapping[str, Dataset], order: Mapping[str, int]) -> dict[s
 
 
 def _hash(dataset: Dataset) -> str:
+    """Of the digests of all rows, in their order."""
     digest = hashlib.sha256()
-    for name in ("id", "prompt", "response"):
-        for chunk in dataset.data.column(name).chunks:
-            for text in chunk.to_pylist():
-                part = text.encode("utf-8", "surrogatepass")
-                digest.update(len(part).to_bytes(8, "little") + part)
-    for chunk in dataset.data.column("input_ids").chunks:
-        digest.update(chunk.flatten().to_numpy(zero_copy_only=False).tobytes())
+    for chunk in column(dataset, "digest").chunks:
+        digest.update(b"".join(chunk.to_pylist()))
     return digest.hexdigest()
 
 

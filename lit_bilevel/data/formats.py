@@ -1,7 +1,7 @@
 """What a record means: the columns of a file turned into the turns of a conversation.
 
-One small class a format; `detect` chooses by the columns that are there. Left out: tool calls, images, and preference
-pairs, which are recognised and refused because their second answer needs an objective of its own.
+One small class a format; `detect` chooses by the columns that are there. Of a preference pair the rejected answer is
+read (`Preference.pair`) but not trained on, for that needs an objective of its own. Left out: tool calls and images.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ class Format(ABC):
 
     name: str
     required: tuple[str, ...]
-    refusal = ""
-    """Why records of this format cannot be used, where they cannot."""
 
     def fits(self, columns: Collection[str]) -> bool:
         """Whether records with these columns can be of this format."""
@@ -35,20 +33,6 @@ class Format(ABC):
         Raises:
             ValueError: naming the field that is missing or wrong.
         """
-
-
-class Preference(Format):
-    """A chosen and a rejected answer."""
-
-    name = "preference"
-    required = ("chosen", "rejected")
-    refusal = (
-        "preference pairs (`chosen`, `rejected`) are not trained on yet; to learn the chosen answers alone, rename"
-        " their column: `--data.columns '{chosen: response}'`"
-    )
-
-    def read(self, record: Mapping[str, Any]) -> list[Turn]:
-        raise ValueError(self.refusal)
 
 
 class Messages(Format):
@@ -71,6 +55,43 @@ class ShareGPT(Format):
     def read(self, record: Mapping[str, Any]) -> list[Turn]:
         turns = turns_field(record, "conversations", ("from", "value"), self.roles)
         return conversation(system_turn(record) + turns, "conversations")
+
+
+class Preference(Format):
+    """`chosen` and `rejected`, two answers to one question; the chosen one is learned.
+
+    Both are strings or lists of messages: answers to the column `prompt` (a string or a list of messages), or, where
+    there is none or they begin with a user or system turn, whole conversations that differ in their last turn.
+    """
+
+    name = "preference"
+    required = ("chosen", "rejected")
+
+    def read(self, record: Mapping[str, Any]) -> list[Turn]:
+        turns, chosen, _ = self.pair(record)
+        return [*turns, ("assistant", chosen)]
+
+    def pair(self, record: Mapping[str, Any]) -> tuple[list[Turn], str, str]:
+        """The turns up to the question, the chosen answer and the rejected one.
+
+        Raises:
+            ValueError: naming the field that is missing or wrong, or if the two do not answer the same question.
+        """
+        chosen, rejected = (self._conversation(record, name) for name in self.required)
+        if chosen[:-1] != rejected[:-1]:
+            raise ValueError("the fields `chosen` and `rejected` do not answer the same question")
+        return chosen[:-1], chosen[-1][1], rejected[-1][1]
+
+    def _conversation(self, record: Mapping[str, Any], name: str) -> list[Turn]:
+        if isinstance(record.get(name), list):
+            answer = turns_field(record, name)
+            if answer[0][0] != "assistant":
+                return conversation(answer, name)
+        else:
+            answer = [("assistant", text_field(record, name))]
+        if isinstance(record.get("prompt"), list):
+            return conversation(turns_field(record, "prompt") + answer, name)
+        return conversation([*system_turn(record), ("user", text_field(record, "prompt")), *answer], name)
 
 
 class PromptResponse(Format):

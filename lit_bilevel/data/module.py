@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -22,25 +23,28 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
-from lit_bilevel.data.collate import collate, share_of_rank
+from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
+from lit_bilevel.data.examples import EvaluationWindows, Examples, Window, questions_of
 from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
+from lit_bilevel.data.prepare import Preparation, cache_folder
 from lit_bilevel.data.report import announce, write_skipped
 from lit_bilevel.data.responses import ResponseStore
 from lit_bilevel.data.rows import Source
-from lit_bilevel.data.split import part_from_pool, split
-from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, Window, examples_of, unchanged
-from lit_bilevel.data.table import encoded_table
+from lit_bilevel.data.split import apart
+from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, unchanged
+from lit_bilevel.data.table import column, source_numbers
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.types import Batch, Question, Row
+from lit_bilevel.types import Batch
 
 
 class BilevelDataModule(LightningDataModule):
     """Pool, validation and test data of a bilevel run.
 
     Args:
-        pool: the unclean training data: a json, jsonl, csv or parquet file, a folder that `datasets` saved, or a hub id
-            (`name:config:split`); or a list of these, whose rows then have the file's name as source if they have none.
+        pool: the unclean training data: a json, jsonl, csv or parquet file, a folder that `datasets` saved or one of
+            data files, or a hub id (`name:config:split`); or a list of these, whose rows then have the file's name as
+            source if they have none.
         validation: the small trusted set, in the same formats.
         test: rows for the final report; they never touch training.
         truth: file that says which pool rows are corrupted (`id`, `corrupted` or `harmful`, `kind`); for scoring only.
@@ -52,11 +56,14 @@ class BilevelDataModule(LightningDataModule):
         truncation: the side on which longer ones are cut: `right` the response, `left` first the oldest prompt tokens.
         train_on: assistant turns that are learned where there are several.
         monitor_fraction: share of the validation file that only chooses the checkpoint.
-        format: `auto` (by the columns), `prompt_response`, `messages`, `sharegpt`, `alpaca` or `text`.
+        format: `auto` (by the columns), `prompt_response`, `messages`, `sharegpt`, `alpaca`, `preference` or `text`.
         columns: renames of columns, theirs to ours.
         on_bad_row: `error` names bad records and stops; `skip` leaves them out, counts them and lists them in
             `skipped.jsonl`.
-        num_workers: worker processes that collate batches.
+        cache: where tokenized sets are kept for later runs: `true` is `$XDG_CACHE_HOME/lit_bilevel` (by default
+            `~/.cache/lit_bilevel`), another folder, or `false` for a temporary one.
+        num_proc: processes that tokenize.
+        num_workers: worker processes that read batches.
         pin_memory: whether to pin batches.
         seed: seed of the data order; by default that of `seed_everything`, else 0.
     """
@@ -78,6 +85,8 @@ class BilevelDataModule(LightningDataModule):
         format: str = "auto",
         columns: Mapping[str, str] | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
+        cache: bool | str = True,
+        num_proc: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
         seed: int | None = None,
@@ -92,7 +101,8 @@ class BilevelDataModule(LightningDataModule):
         self.max_length = max_length
         self.encoding: dict[str, Any] = {"truncation": truncation, "train_on": train_on}
         self.monitor_fraction = monitor_fraction
-        self.source_settings: dict[str, Any] = {"format": format, "columns": columns or {}, "on_bad_row": on_bad_row}
+        self.source_settings: dict[str, Any] = {"format": format, "columns": columns or {}}
+        self.on_bad_row, self.cache, self.num_proc = on_bad_row, cache, num_proc
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
@@ -106,14 +116,9 @@ class BilevelDataModule(LightningDataModule):
 
     def _check_settings(self) -> None:
         problems = [
-            f"`data.{name}` is {value}; it must be at least 1"
-            for name, value in (
-                ("batch_size", self.batch_size),
-                ("upper_batch_size", self.upper_batch_size),
-                ("eval_batch_size", self.eval_batch_size),
-                ("max_length", self.max_length),
-            )
-            if value < 1
+            f"`data.{name}` is {getattr(self, name)}; it must be at least 1"
+            for name in ("batch_size", "upper_batch_size", "eval_batch_size", "max_length", "num_proc")
+            if getattr(self, name) < 1
         ]
         if not 0 < self.monitor_fraction < 1:
             problems.append(f"`data.monitor_fraction` is {self.monitor_fraction}; it must lie between 0 and 1")
@@ -130,23 +135,28 @@ class BilevelDataModule(LightningDataModule):
         """
         if self.sets:
             return
-        rows: dict[str, list[Row]] = {}
+        if self.truth is not None and not Path(self.truth).is_file():
+            raise UserError(f"{self.truth} does not exist; check `data.truth`, or leave it out.")
+        tokenizer = self._load_tokenizer()
+        self._preparation = Preparation(
+            Encoder(tokenizer, self.max_length, **self.encoding),
+            cache_folder(self.cache),
+            self.on_bad_row,
+            self.num_proc,
+            progress=sys.stderr.isatty() and self._process[0] == 0,
+        )
+        sets: dict[str, Dataset] = {}
         formats: dict[str, str] = {}
         for name, path in self.paths.items():
             if path is not None:
                 source = Source(path, **self.source_settings)
-                rows[name] = source.read()
-                self.skipped[name] = source.skipped
-                formats |= source.formats
-        self.skipped["pool"] += part_from_pool(rows, self.source_settings["on_bad_row"])
-        rows["upper"], rows["monitor"] = split(rows.pop("validation"), self.monitor_fraction)
-        if self.truth is not None and not Path(self.truth).is_file():
-            raise UserError(f"{self.truth} does not exist; check `data.truth`, or leave it out.")
-        self.source_names = sorted({row.source for row in rows["pool"]})
-        tokenizer = self._load_tokenizer()
-        encoder = Encoder(tokenizer, self.max_length, **self.encoding)
-        self.sets = {name: self._encoded(name, part, encoder) for name, part in rows.items()}
-        announce(self.sets, self.skipped, formats, tokenizer)
+                sets[name], self.skipped[name], found = self._preparation(name, source)
+                formats |= found
+        sets, shared = apart(sets, self.on_bad_row, self.monitor_fraction)
+        self.skipped["pool"] += shared
+        self.source_names = sorted(column(sets["pool"], "source").unique().to_pylist())
+        self.sets = sets
+        announce(sets, self.skipped, formats, tokenizer)
         if self.trainer is not None and stage == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             write_skipped(Path(self.trainer.default_root_dir), self.skipped)
 
@@ -159,27 +169,27 @@ class BilevelDataModule(LightningDataModule):
 
         return AutoTokenizer.from_pretrained(self.tokenizer)
 
-    def _encoded(self, name: str, rows: list[Row], encoder: Encoder) -> Dataset:
-        """A table with the rows and their token ids; rows that cannot be encoded are bad rows."""
-        table, lost = encoded_table(rows, encoder, self.source_names)
-        if lost and (self.source_settings["on_bad_row"] == "error" or not len(table)):
-            raise gathered(f"the {name} set has rows that cannot be used (or set `data.on_bad_row: skip`)", lost)
-        self.skipped.setdefault(name, []).extend(lost)
-        return table
+    def _examples(self, name: str) -> Examples:
+        return Examples(self.sets[name], {source: number for number, source in enumerate(self.source_names)})
+
+    @property
+    def _process(self) -> tuple[int, int]:
+        """Number of this process, and of all."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     # ---- what others ask for ----
 
     @property
     def pool_sources(self) -> torch.Tensor:
         """[N] source number of every pool row in the weight table."""
-        return torch.tensor(self.sets["pool"]["source"][:])
+        return torch.from_numpy(source_numbers(self.sets["pool"], self.source_names))
 
     def window(self, level: Literal["lower", "upper"]) -> int:
         """Rows of a policy step over all processes."""
         module = self.trainer.lightning_module if self.trainer else None
         accumulated = getattr(module, "accumulate_grad_batches", 1)
         size = self.batch_size if level == "lower" else self.upper_batch_size
-        return size * accumulated * (self.trainer.world_size if self.trainer else 1)
+        return size * accumulated * self._process[1]
 
     # ---- loaders ----
 
@@ -196,9 +206,8 @@ class BilevelDataModule(LightningDataModule):
         assert trainer is not None
         make = StepMaker(
             schedule,
-            {level: self.sets[name] for level, name in (("lower", "pool"), ("upper", "upper"))},
-            trainer.global_rank,
-            trainer.world_size,
+            {level: self._examples(name) for level, name in (("lower", "pool"), ("upper", "upper"))},
+            *self._process,
             repeat_first_epoch=trainer.overfit_batches > 0,  # type: ignore[attr-defined]
         )
         self._stream = PairedStream(make, schedule.steps, lambda: int(trainer.num_training_batches), self.num_workers)
@@ -217,23 +226,14 @@ class BilevelDataModule(LightningDataModule):
         """The test prompts: lists of `Question`."""
         if "test" not in self.sets:
             raise UserError("`data.test` is not set, so there are no prompts to answer; give a file of held-out rows.")
-        columns = [self.sets["test"][name][:] for name in ("id", "prompt", "input_ids", "response_start")]
-        questions = [
-            Question(position, id, prompt, ids[:start], self.max_length - start)
-            for position, (id, prompt, ids, start) in enumerate(zip(*columns, strict=True))
-        ]
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        own = sorted(questions, key=lambda question: (len(question.prompt_ids), question.row))[rank::world]
+        own = questions_of(self.sets["test"], self.max_length, *self._process)
         batches: Any = [own[i : i + self.eval_batch_size] for i in range(0, len(own), self.eval_batch_size)]
         return DataLoader(batches, batch_size=None, collate_fn=unchanged)
 
     def evaluation_loader(self, name: str) -> DataLoader:
         """Every row of a set once, dealt out to the processes."""
-        dataset = self.sets[name]
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        examples = share_of_rank(examples_of(dataset, range(len(dataset))), rank, world)
-        starts = range(0, len(examples), self.eval_batch_size)
-        windows: Any = [Window(examples[i : i + self.eval_batch_size], len(dataset)) for i in starts]
+        length_N = column(self.sets[name], "length").to_numpy()
+        windows = EvaluationWindows(self._examples(name), length_N, self.eval_batch_size, *self._process)
         return DataLoader(windows, batch_size=None, collate_fn=unchanged)
 
     # ---- what the main process adds ----

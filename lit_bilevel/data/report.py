@@ -13,6 +13,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lit_bilevel.data.table import column
+
 DIM, NORMAL = "\x1b[2m", "\x1b[0m"
 
 
@@ -40,10 +42,13 @@ def write_skipped(folder: Path, skipped: Mapping[str, Sequence[str]]) -> None:
 
 def summary(sets: Mapping[str, Any], skipped: Mapping[str, Sequence[str]], formats: Mapping[str, str]) -> str:
     """Formats of the files; rows, longest sequence, truncated and skipped rows of each set."""
+    import pyarrow.compute
+
     lines = [f"{path}: format {name}" for path, name in formats.items()]
     for name, table in sets.items():
-        longest = max(map(len, table["input_ids"]))
-        lines.append(f"{name}: {len(table)} rows, longest {longest} tokens, {sum(table['truncated'])} truncated")
+        longest = pyarrow.compute.max(column(table, "length")).as_py()
+        truncated = pyarrow.compute.sum(column(table, "truncated")).as_py()
+        lines.append(f"{name}: {len(table):,} rows, longest {longest:,} tokens, {truncated:,} truncated")
     lines += [f"{name}: {len(problems)} rows skipped" for name, problems in skipped.items() if problems]
     return "\n".join(lines)
 

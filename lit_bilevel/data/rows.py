@@ -1,27 +1,32 @@
-"""Files to rows, checked record by record.
+"""Files to rows, one at a time and checked record by record.
 
-A row's `row` is its position in the source and never changes; `id` is the user's own where there is one. All bad
-records are gathered, then named with file and line in one error, or skipped and counted where that was asked for.
+A row's `row` is its position in the source and never changes; `id` is the user's own where there is one. A record that
+cannot be read gives a `Problem` in its place, with file and line; `prepare` decides what comes of it.
 
 Left out: streaming sources. Data weights need stable positions and a known number of rows.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 from lit_bilevel.data.files import records
 from lit_bilevel.data.formats import FORMATS, Format, detect
-from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.errors import UserError
 from lit_bilevel.types import Row
 
 PATIENCE = 100
 """Records of an unknown format after which a file is given up."""
+
+
+class Problem(NamedTuple):
+    """A record that is no row: its position in the source, and what is wrong with it and where."""
+
+    row: int
+    message: str
 
 
 @dataclass
@@ -33,16 +38,13 @@ class Source:
             several of these, one after the other: rows without a `source` then have the file's name.
         format: `auto` to detect from the columns, or a format's name.
         columns: renames, from the file's column name to ours.
-        on_bad_row: `error` stops at bad records and names them; `skip` leaves them out and counts them.
     """
 
     path: str | Sequence[str]
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
-    on_bad_row: Literal["error", "skip"] = "error"
-    skipped: list[str] = field(default_factory=list, init=False)
     formats: dict[str, str] = field(default_factory=dict, init=False)
-    """The format of each file."""
+    """The format of each file that was read."""
 
     @property
     def paths(self) -> list[str]:
@@ -54,36 +56,20 @@ class Source:
         """The files, for messages."""
         return ", ".join(self.paths)
 
-    def read(self) -> list[Row]:
-        """All good rows, in the order of the source.
+    def read(self) -> Iterator[Row | Problem]:
+        """Every record in the order of the source, as a row or as a problem.
 
         Raises:
-            UserError: if a file is missing, empty or unreadable, or has bad records and `on_bad_row` is `error`.
+            UserError: if a file is missing, empty, unreadable, or of no known format.
         """
-        rows: list[Row] = []
-        self.skipped, self.formats = [], {}
-        ids: dict[str, str] = {}
-        contents: dict[bytes, str] = {}
-        count = 0
+        position = 0
         for path in self.paths:
-            before = count
-            for count, (place, item) in enumerate(self._read_file(path), start=before + 1):
-                try:
-                    row = self._row(count - 1, place, item, path)
-                    _refuse_repeated(row.id, ids, place, f"the id {row.id!r} was already used on")
-                    _refuse_repeated(_digest(row), contents, place, "the same prompt and response as on")
-                    rows.append(row)
-                except ValueError as error:
-                    self.skipped.append(f"{place}: {error}")
-            if count == before:
+            before = position
+            for place, item in self._read_file(path):
+                yield self._row_or_problem(position, place, item, path)
+                position += 1
+            if position == before:
                 raise UserError(f"{path} is empty; give a file with at least one record per line.")
-        if self.skipped and self.on_bad_row == "error":
-            raise gathered(
-                f"bad data in {self.name} (mend it, or leave it out with `data.on_bad_row: skip`)", self.skipped
-            )
-        if not rows:
-            raise UserError(f"{self.name} has no usable record among {count} (the first: {self.skipped[0]}).")
-        return rows
 
     def _read_file(self, path: str) -> Iterator[tuple[str, tuple[Format, dict[str, Any]] | Exception]]:
         """Place ("pool.jsonl, line 3") and renamed record with its format, or the exception that reading it gave."""
@@ -104,12 +90,10 @@ class Source:
                     break
                 yield place, ValueError(f"the columns {_names(renamed)} fit no known format")
                 continue
-            if reader.refusal:
-                raise UserError(f"{place}: {reader.refusal}.")
             self.formats[path] = reader.name
             yield place, (reader, renamed)
         if reader is None and strangers:
-            wanted = "; ".join(f"{known.name}: {', '.join(known.required)}" for known in FORMATS if not known.refusal)
+            wanted = "; ".join(f"{known.name}: {', '.join(known.required)}" for known in FORMATS)
             place, renamed = strangers[0]
             raise UserError(
                 f"{place}: the columns {_names(renamed)} fit no known format ({wanted}); rename them with"
@@ -123,6 +107,12 @@ class Source:
         if self.format not in names:
             raise UserError(f"`data.format` is {self.format!r}; the known formats are: auto, {', '.join(names)}.")
         return names[self.format]
+
+    def _row_or_problem(self, position: int, place: str, item: Any, path: str) -> Row | Problem:
+        try:
+            return self._row(position, place, item, path)
+        except ValueError as error:
+            return Problem(position, f"{place}: {error}")
 
     def _row(self, position: int, place: str, item: tuple[Format, dict[str, Any]] | Exception, path: str) -> Row:
         if isinstance(item, Exception):
@@ -162,15 +152,3 @@ def _key(record: Mapping[str, Any], name: str) -> str | None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"the field `{name}` is {type(value).__name__}, not a string or a whole number")
     return str(value)
-
-
-def _digest(row: Row) -> bytes:
-    """A short name for what a row says."""
-    text = json.dumps([row.history, row.prompt, row.response])
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def _refuse_repeated(key: Any, seen: dict[Any, str], place: str, what: str) -> None:
-    if key in seen:
-        raise ValueError(f"{what} {seen[key]}")
-    seen[key] = place

@@ -6,55 +6,82 @@ Left out: near-duplicates; only prompts that are equal after stripping white spa
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
+import numpy as np
+from datasets import Dataset
+
+from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.types import Row
 
 
-def split(rows: list[Row], monitor_fraction: float) -> tuple[list[Row], list[Row]]:
+def apart(
+    sets: Mapping[str, Dataset], on_bad_row: str, monitor_fraction: float
+) -> tuple[dict[str, Dataset], list[str]]:
+    """The sets of a run from those of its files, and which rows were left out of the pool.
+
+    Args:
+        sets: the tables `pool`, `validation` and perhaps `test`.
+        on_bad_row: whether pool rows that ask what another set asks are refused (`error`) or left out (`skip`).
+        monitor_fraction: share of the validation rows that only chooses the checkpoint.
+
+    Raises:
+        UserError: as `shared_with_pool` and `split` do.
+    """
+    found = dict(sets)
+    shared, messages = shared_with_pool(found, on_bad_row)
+    if len(shared):
+        found["pool"] = found["pool"].select(np.delete(np.arange(len(found["pool"])), shared))
+    found["upper"], found["monitor"] = split(found.pop("validation"), monitor_fraction)
+    return found, messages
+
+
+def split(table: Dataset, monitor_fraction: float) -> tuple[Dataset, Dataset]:
     """Upper and monitor parts, by hash of the id so that the order of the file does not matter.
 
     Raises:
         UserError: if either part would be empty.
     """
-    count = round(len(rows) * monitor_fraction)
-    if count < 1 or len(rows) - count < 1:
+    count = round(len(table) * monitor_fraction)
+    if count < 1 or len(table) - count < 1:
         raise UserError(
-            f"the validation file has {len(rows)} usable rows, too few to split into an upper and a monitor part at"
+            f"the validation file has {len(table)} usable rows, too few to split into an upper and a monitor part at"
             f" `data.monitor_fraction` {monitor_fraction}; add rows or change the fraction."
         )
-    ranked = sorted(rows, key=lambda row: hashlib.sha256(row.id.encode()).digest())
-    chosen = {row.id for row in ranked[:count]}
-    return [row for row in rows if row.id not in chosen], [row for row in rows if row.id in chosen]
+    hashes = [hashlib.sha256(id.encode()).digest() for id in column(table, "id").to_pylist()]
+    ranked = sorted(range(len(table)), key=hashes.__getitem__)
+    return table.select(sorted(ranked[count:])), table.select(sorted(ranked[:count]))
 
 
-def part_from_pool(rows: dict[str, list[Row]], on_bad_row: str) -> list[str]:
-    """Take the questions of validation and test out of the pool, and say which; under `error` refuse them.
+def shared_with_pool(sets: Mapping[str, Dataset], on_bad_row: str) -> tuple[np.ndarray, list[str]]:
+    """Positions of the pool rows that ask what a row of validation or test asks, and who they are.
 
     Raises:
-        UserError: naming the rows, also where no row of the pool would be left.
+        UserError: naming the rows, where such rows are refused or no other row of the pool would be left.
     """
-    pool: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows["pool"]:
-        pool.setdefault(_question(row), []).append(row)
-    shared = {
-        twin.row: f"{name} id {row.id!r} has the prompt of pool id {twin.id!r} ({row.place}; {twin.place})"
-        for name in ("validation", "test")
-        for row in rows.get(name, ())
-        for twin in pool.get(_question(row), ())
-    }
-    kept = [row for row in rows["pool"] if row.row not in shared]
-    if shared and (on_bad_row == "error" or not kept):
+    import pyarrow
+    import pyarrow.compute
+
+    asked = {name: column(sets[name], "question").to_pylist() for name in ("validation", "test") if name in sets}
+    known = pyarrow.array({digest for own in asked.values() for digest in own}, pyarrow.binary())
+    questions = column(sets["pool"], "question")
+    positions = pyarrow.compute.is_in(questions, value_set=known).to_numpy().nonzero()[0]
+    twins: dict[bytes, list[int]] = {}
+    for position, digest in zip(positions.tolist(), questions.take(positions).to_pylist(), strict=True):
+        twins.setdefault(digest, []).append(position)
+    names = {name: table.select_columns(["id", "place"]) for name, table in sets.items()}
+    messages: dict[int, str] = {}
+    for name, own in asked.items():
+        for i, digest in enumerate(own):
+            for position in twins.get(digest, ()):
+                row, twin = names[name][i], names["pool"][position]
+                who = f"{name} id {row['id']!r} has the prompt of pool id {twin['id']!r}"
+                messages[position] = f"{who} ({row['place']}; {twin['place']})"
+    if messages and (on_bad_row == "error" or len(messages) == len(sets["pool"])):
         raise gathered(
             "validation and test must share no prompt with the pool (the weights would be learned or scored on what"
             " they select; remove these rows from one of the files, or leave them out of the pool with"
             " `data.on_bad_row: skip`)",
-            list(shared.values()),
+            list(messages.values()),
         )
-    rows["pool"] = kept
-    return list(shared.values())
-
-
-def _question(row: Row) -> tuple[str, ...]:
-    """What two rows may not share: the turns before the answer but system prompts, or all of a plain text."""
-    return tuple(text.strip() for role, text in row.turns if role != "system") or (row.response.strip(),)
+    return positions, list(messages.values())

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lit_bilevel.data.collate import share_of_rank
-from lit_bilevel.types import Example
+from lit_bilevel.data.examples import Examples, Window
 
 
 @dataclass(frozen=True)
@@ -65,33 +65,20 @@ def _permutation(size: int, seed: int, turn: int) -> torch.Tensor:
     return torch.randperm(size, generator=generator)
 
 
-class Window:
-    """One process's examples of one level in a policy step.
-
-    No dataclass, for Lightning would walk into it token by token.
-
-    Args:
-        examples: the process's share.
-        rows: rows of the level in the whole step, over all processes.
-    """
-
-    def __init__(self, examples: list[Example], rows: int):
-        self.examples = examples
-        self.rows = rows
-
-
 class StepMaker:
     """Makes this process's windows of a policy step.
 
     Args:
         schedule: which rows each step sees.
-        sets: the table of each level.
+        sets: the examples of each level.
         rank: this process.
         world_size: number of processes.
         repeat_first_epoch: every epoch is the first one (for `overfit_batches`).
     """
 
-    def __init__(self, schedule: Schedule, sets: dict[str, Any], rank: int, world_size: int, repeat_first_epoch: bool):
+    def __init__(
+        self, schedule: Schedule, sets: dict[str, Examples], rank: int, world_size: int, repeat_first_epoch: bool
+    ):
         self.schedule, self.sets = schedule, sets
         self.rank, self.world_size = rank, world_size
         self.repeat_first_epoch = repeat_first_epoch
@@ -102,17 +89,8 @@ class StepMaker:
         rows = {"lower": self.schedule.lower(epoch, step), "upper": self.schedule.upper(position)}
         return {level: self._window(self.sets[level], rows[level]) for level in rows}
 
-    def _window(self, table: Any, rows: list[int]) -> Window:
-        return Window(share_of_rank(examples_of(table, rows), self.rank, self.world_size), len(rows))
-
-
-def examples_of(dataset: Any, rows: Any) -> list[Example]:
-    """The rows of a table as examples."""
-    rows = list(rows)
-    names = ("source", "input_ids", "response_start", "earlier")
-    table = dataset.select_columns(list(names))[rows]
-    columns = zip(rows, *(table[name] for name in names), strict=True)
-    return [Example(row, source, ids, start, earlier=earlier) for row, source, ids, start, earlier in columns]
+    def _window(self, examples: Examples, rows: list[int]) -> Window:
+        return Window(share_of_rank(examples(rows), self.rank, self.world_size), len(rows))
 
 
 class _Steps(Dataset):

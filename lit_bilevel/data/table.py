@@ -1,54 +1,199 @@
-"""Rows with their token ids as an Arrow table, made a thousand rows at a time so that memory stays near its size.
+"""Rows on disk: an Arrow file of the rows of a source, and one with their token ids, both read through the memory map.
 
-Left out: a cache on disk; a run encodes its files once.
+Neither is ever whole in memory. What has to be known of all rows at once is kept as digests of 16 bytes: of what a row
+asks (`question`, no two sets may share one) and of what it is (`digest`, for telling whether data changed).
+Left out: near-duplicates; rows are the same where their ids or all their words are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+import numpy as np
+from datasets import Dataset, Features, List, Value
 
 from lit_bilevel.data.encode import Encoder
+from lit_bilevel.data.rows import Problem, Source
 from lit_bilevel.types import Row
 
 CHUNK = 1000
-FEATURES = Features(
+ROWS = Features(
     {
         "row": Value("int64"),
         "id": Value("string"),
         "prompt": Value("large_string"),
         "response": Value("large_string"),
-        "source": Value("int64"),
+        "source": Value("string"),
+        "history": List(List(Value("string"))),
+        "place": Value("string"),
+    }
+)
+ENCODED = Features(
+    {name: ROWS[name] for name in ("row", "id", "prompt", "response", "source", "place")}
+    | {
         "input_ids": List(Value("int32")),
         "response_start": Value("int64"),
         "truncated": Value("bool"),
         "earlier": List(Value("int32")),
+        "length": Value("int32"),
+        "question": Value("binary"),
+        "digest": Value("binary"),
+        "problem": Value("string"),
     }
 )
 
 
-def encoded_table(rows: Sequence[Row], encoder: Encoder, source_names: Sequence[str]) -> tuple[Dataset, list[str]]:
-    """The table, and what is wrong with the rows that are not in it.
+# ---- rows ----
+
+
+def write_rows(source: Source, path: Path, counted: Any = lambda rows: None) -> tuple[Dataset, list[str]]:
+    """Write the rows of a source to an Arrow file, those left out that repeat an earlier one's id or words.
 
     Args:
-        rows: the rows.
-        encoder: for their tokenizer.
-        source_names: names of the sources; a row's number is its position here, or -1.
+        source: where they come from.
+        path: the new file.
+        counted: told how many more records were read.
+
+    Returns:
+        The table, and what is wrong with the records that are not in it, in their order.
     """
-    numbers = {source: number for number, source in enumerate(source_names)}
-    lost: list[str] = []
-    parts = []
-    for start in range(0, max(1, len(rows)), CHUNK):
-        part = rows[start : start + CHUNK]
+    import pyarrow
+
+    problems: list[Problem] = []
+    repeats = Repeats()
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, ROWS.arrow_schema) as writer:
+        for items in _chunks(source.read()):
+            rows = [item for item in items if isinstance(item, Row)]
+            problems += [item for item in items if isinstance(item, Problem)]
+            for row in rows:
+                repeats.add(row)
+            columns = {name: [getattr(row, name) for row in rows] for name in ROWS}
+            writer.write_batch(pyarrow.RecordBatch.from_pydict(columns, ROWS.arrow_schema))
+            counted(len(items))
+    table = Dataset.from_file(str(path))
+    found = repeats.found()
+    for position, (what, first) in found.items():
+        own, other = table[position], table[first]
+        text = what.format(repr(own["id"]))
+        problems.append(Problem(own["row"], f"{own['place']}: {text} {other['place']}"))
+    if found:
+        table = table.select(np.setdiff1d(np.arange(len(table)), list(found)))
+    return table, [problem.message for problem in sorted(problems)]
+
+
+class Repeats:
+    """Finds rows that repeat the id or the words of an earlier one; takes 32 bytes a row."""
+
+    def __init__(self) -> None:
+        self._ids, self._words = bytearray(), bytearray()
+
+    def add(self, row: Row) -> None:
+        """Take in the next row."""
+        self._ids += _digest(row.id)
+        self._words += _digest(row.history, row.prompt, row.response)
+
+    def found(self) -> dict[int, tuple[str, int]]:
+        """Position of each repetition → what it repeats (a text with a place for its id), and the position of that."""
+        first = _first_equal(_as_array(self._ids))
+        new = (first == np.arange(len(first))).nonzero()[0]  # the words of a repeated id do not count
+        same = new[_first_equal(_as_array(self._words)[new])]
+        ids, words = np.setdiff1d(np.arange(len(first)), new), (same != new).nonzero()[0]
+        found = {int(i): ("the id {} was already used on", int(first[i])) for i in ids}
+        return found | {int(new[i]): ("the same prompt and response as on", int(same[i])) for i in words}
+
+
+def _first_equal(keys: np.ndarray) -> np.ndarray:
+    """[n] the first position with the same key."""
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    return first[inverse]
+
+
+def _as_array(digests: bytes | bytearray) -> np.ndarray:
+    return np.frombuffer(digests, dtype="S16")
+
+
+def _digest(*parts: Any) -> bytes:
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
+
+
+def _chunks(items: Iterable[Any]) -> Iterable[list[Any]]:
+    iterator = iter(items)
+    return iter(lambda: list(itertools.islice(iterator, CHUNK)), [])
+
+
+# ---- token ids ----
+
+
+def encode_rows(rows: Dataset, encoder: Encoder, path: Path, num_proc: int = 1) -> Dataset:
+    """Tokenize a table of rows into Arrow files beside `path`, a thousand at a time in each of the processes.
+
+    Returns:
+        A table with a row for every row; `problem` says why there are no token ids, where there are none.
+    """
+    return rows.map(
+        _Encode(encoder),
+        batched=True,
+        batch_size=CHUNK,
+        remove_columns=rows.column_names,
+        features=ENCODED,
+        num_proc=num_proc if num_proc > 1 else None,
+        cache_file_name=str(path),
+        load_from_cache_file=False,
+        new_fingerprint=path.stem,  # its own would hash the tokenizer and every row
+        desc="tokenizing",
+    )
+
+
+class _Encode:
+    """Columns of rows to columns with token ids; an object, so that processes can be given it."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+
+    def __call__(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        rows = rows_of(columns)
         records: list[dict[str, Any]] = []
-        for row, encoded in zip(part, encoder.rows(part), strict=True):
+        for row, encoded in zip(rows, self.encoder.rows(rows), strict=True):
+            record = {name: getattr(row, name) for name in ("row", "id", "prompt", "response", "source", "place")}
+            record |= {"question": _digest(*question(row)), "problem": None, "length": 0}
             if isinstance(encoded, ValueError):
-                lost.append(f"{row.place}, id {row.id!r}: {encoded}")
-                continue
-            written = {"row": row.row, "id": row.id, "prompt": row.prompt, "response": row.response}
-            records.append(written | {"source": numbers.get(row.source, -1)} | vars(encoded))
-        columns = {name: [record[name] for record in records] for name in FEATURES}
-        parts.append(Dataset.from_dict(columns, features=FEATURES))
-    return concatenate_datasets(parts), lost
+                record |= {"problem": f"{row.place}, id {row.id!r}: {encoded}"}
+            else:
+                record |= vars(encoded) | {"length": len(encoded.input_ids)}
+                record["digest"] = _digest(row.id, row.prompt, row.response, encoded.input_ids, encoded.earlier)
+            records.append(record)
+        return {name: [record.get(name) for record in records] for name in ENCODED}
+
+
+def rows_of(columns: Mapping[str, Sequence[Any]]) -> list[Row]:
+    """The rows in columns of a table that `write_rows` made."""
+    own = [columns[name] for name in ROWS]
+    rows = [dict(zip(ROWS, values, strict=True)) for values in zip(*own, strict=True)]
+    return [Row(**row | {"history": tuple((role, text) for role, text in row["history"])}) for row in rows]
+
+
+def question(row: Row) -> tuple[str, ...]:
+    """What two rows may not share: the turns before the answer but system prompts, or all of a plain text."""
+    return tuple(text.strip() for role, text in row.turns if role != "system") or (row.response.strip(),)
+
+
+# ---- columns ----
+
+
+def column(table: Dataset, name: str) -> Any:
+    """A whole column as a pyarrow `ChunkedArray`; read from the memory map unless rows were taken out."""
+    return table.select_columns([name]).with_format("arrow")[:][name]
+
+
+def source_numbers(table: Dataset, names: Sequence[str]) -> np.ndarray:
+    """[N] the position of each row's source among the names, all of which are known."""
+    import pyarrow
+    import pyarrow.compute
+
+    found = column(table, "source")
+    return pyarrow.compute.index_in(found, value_set=pyarrow.array(names, found.type)).to_numpy().astype(np.int64)

@@ -44,6 +44,7 @@ class PolicySettings:
         attn_implementation: attention of transformers (`sdpa`, `eager`, `flash_attention_2`); by default its choice.
         quantization: `4bit` (NF4) or `8bit` for the frozen base under LoRA (QLoRA, arXiv 2305.14314), by bitsandbytes.
         activation_checkpointing: recompute activations in the backward pass to save memory.
+        compile: compile the decoder layers with torch.compile; the first steps are slow.
         trust_remote_code: run code that comes with the model. Off, because that code can do anything.
     """
 
@@ -53,6 +54,7 @@ class PolicySettings:
     attn_implementation: str | None = None
     quantization: Literal["4bit", "8bit"] | None = None
     activation_checkpointing: bool = False
+    compile: bool = False
     trust_remote_code: bool = False
 
 

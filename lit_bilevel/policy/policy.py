@@ -1,7 +1,7 @@
 """The policy: a causal LM that returns the NLL of response tokens, and nothing else.
 
-Only response positions go through the output layer. Where the model's logits are not simply its output layer applied
-to the decoder's last hidden states (soft-capping, scaled logits, an adapted head), the model's own logits are used.
+Only response positions go through the output layer. Where the model's logits are not what `head.py` knows to compute
+from the decoder's last hidden states (an adapted output layer, say), the model's own logits at all positions are used.
 
 Left out: attention masks. Sequences are padded on the right and attention is causal, so no response token sees padding.
 """
@@ -9,17 +9,17 @@ Left out: attention masks. Sequences are padded on the right and attention is ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lit_bilevel.losses import logits_nll, token_nll
+from lit_bilevel.losses import OutputLayer, logits_nll, token_nll
+from lit_bilevel.policy.head import Shape, head_shape
 from lit_bilevel.problem import Values
 from lit_bilevel.types import Batch
-
-LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
 class Policy(nn.Module):
@@ -32,8 +32,9 @@ class Policy(nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.model = model
-        self.plain_head = _has_plain_head(self.causal_lm)
+        self.head_shape: Shape | None = head_shape(self.causal_lm)
         self.has_dropout = _has_dropout(self)
+        self.compiled = False
 
     @property
     def causal_lm(self) -> Any:
@@ -44,15 +45,31 @@ class Policy(nn.Module):
         """The parameters that are tuned, in a fixed order."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    def layers(self) -> list[nn.Module]:
+        """The decoder layers, by the name that the model gives their class; none where it gives no name."""
+        names = set(getattr(self.causal_lm, "_no_split_modules", None) or ())
+        return [module for module in self.modules() if type(module).__name__ in names]
+
     def forward(self, batch: Batch, temperature: float = 1.0) -> Tensor:
         """NLL in nats of each predicted token, [K]; logits are divided by the temperature."""
         model = self.causal_lm
-        if not self.plain_head:
+        if self.head_shape is None:
             logits_KV = _selected(lambda ids_ST: model(input_ids=ids_ST, use_cache=False).logits, batch)
             return logits_nll(logits_KV, batch.target_K, temperature)
         decoder, head = model.get_decoder(), model.get_output_embeddings()
         hidden_KD = _selected(lambda ids_ST: decoder(input_ids=ids_ST, use_cache=False).last_hidden_state, batch)
-        return token_nll(hidden_KD, head.weight, batch.target_K, head.bias, temperature)
+        layer = OutputLayer(head.weight, head.bias, *self.head_shape)
+        return token_nll(hidden_KD, layer, batch.target_K, temperature)
+
+    def uncompiled(self) -> AbstractContextManager:
+        """Run layers as they are written, for passes that compiled ones cannot make."""
+        return torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """No compiled layers and no fused attention, which have neither tangents nor second derivatives."""
+        with self.uncompiled(), sdpa_kernel(SDPBackend.MATH):
+            yield
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -64,7 +81,7 @@ class Policy(nn.Module):
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.uncompiled():
                 yield
         finally:
             for module, training in modes:
@@ -112,24 +129,6 @@ def _selected(call: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
         outputs.append(output.flatten(0, 1)[position_K])
         first += part.predicted
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-
-
-def _has_plain_head(model: Any) -> bool:
-    """Whether logits are the output layer applied to the decoder's output."""
-    head = model.get_output_embeddings()
-    changed = any(getattr(model.config, name, None) not in (None, 1, 1.0) for name in LOGIT_CHANGES)
-    if type(head) is not nn.Linear or changed or not hasattr(model, "get_decoder") or head.weight.is_meta:
-        return False
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
-            expected = model(input_ids=ids, use_cache=False).logits
-            hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-            return torch.allclose(head(hidden), expected, rtol=1e-2, atol=1e-2)
-    finally:
-        model.train(training)
 
 
 def _has_dropout(policy: Policy) -> bool:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from lit_bilevel.errors import UserError
@@ -191,7 +190,7 @@ class PolicyProblem(BilevelProblem):
     def lower_jvp(self, direction: Values) -> Tensor:
         self._replay_dropout()
         tangents = []
-        with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), carrying(self.policy, direction):
+        with torch.no_grad(), forward_ad.dual_level(), self.policy.as_written(), carrying(self.policy, direction):
             for batch in self.lower:
                 dual_B = example_nll(self.policy(batch), batch)
                 tangents.append(forward_ad.unpack_dual(dual_B).tangent)
@@ -201,7 +200,7 @@ class PolicyProblem(BilevelProblem):
         weights_B = self.weights()
         totals, start = [torch.zeros_like(value) for value in vector], 0
         self._replay_dropout()  # the same operator at every call
-        with sdpa_kernel(SDPBackend.MATH):
+        with self.policy.as_written():
             for batch in self.upper:
                 loss = example_nll(self.policy(batch), batch).sum() * (self.upper_weight / batch.window_rows)
                 torch._foreach_add_(totals, self._second_order(loss, vector))

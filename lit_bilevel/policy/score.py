@@ -55,9 +55,10 @@ def weigh_responses(problem: PolicyProblem, rule: ResponseWeights) -> Tensor:
     """Multiply the scale of generated tokens by their weights, before anything is computed on the lower batches.
 
     Returns:
-        [9] the largest ratio, then sums that `measures` and `ResponseWeights.follow` read, to be added over processes.
+        [10] the largest ratio and its row, then sums that `measures` and `ResponseWeights.follow` read, to be added
+        over processes.
     """
-    found = torch.zeros(9, dtype=torch.float64, device=problem.parameters[0].device)
+    found = torch.zeros(10, dtype=torch.float64, device=problem.parameters[0].device)
     alignments = _alignments(problem) if rule.needs_alignment else [None] * len(problem.lower)
     for index, (batch, alignment_R) in enumerate(zip(problem.lower, alignments, strict=True)):
         generated = batch.generated
@@ -71,14 +72,18 @@ def weigh_responses(problem: PolicyProblem, rule: ResponseWeights) -> Tensor:
         ratio_J, weight_R = log_ratio_J.exp(), ratios.sums(weight_J.double()) / ratios.length_R
         sums = [ratio_J.sum(), ratios.length_R.sum(), clipped_J.sum(), weight_R.sum(), (weight_R**2).sum()]
         counts = torch.stack([*(value.double() for value in sums), torch.ones_like(weight_R).sum()])
-        found[1:] += torch.cat([counts, rule.singles(ratios).double()])
-        found[0] = torch.maximum(found[0], ratio_J.max())
+        found[2:] += torch.cat([counts, rule.singles(ratios).double()])
+        largest = ratio_J.argmax()
+        row = batch.row_B[generated.example_R[generated.response_J[largest]]]
+        found[:2] = torch.where(ratio_J[largest] > found[0], torch.stack([ratio_J[largest], row.double()]), found[:2])
     return found
 
 
-def measures(found: Tensor) -> dict[str, Tensor]:
+def measures(found: Tensor | None) -> dict[str, Tensor]:
     """What is logged of the generated responses of a policy step, from `weigh_responses` of all processes."""
-    largest, total, tokens, clipped, weight, squares, responses = found[:7]
+    if found is None:
+        return {}
+    largest, _, total, tokens, clipped, weight, squares, responses = found[:8]
     return {
         "refine/ratio_mean": total / tokens,
         "refine/ratio_max": largest,

@@ -30,8 +30,7 @@ Slot = tuple[nn.Module, str, Tensor]
 def shard(policy: Policy, device: torch.device) -> None:
     """Spread the parameters over all processes, in place."""
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    names = set(getattr(policy.causal_lm, "_no_split_modules", None) or ())
-    for layer in [module for module in policy.modules() if type(module).__name__ in names]:
+    for layer in policy.layers():
         fully_shard(layer, mesh=mesh)
     fully_shard(policy, mesh=mesh, reshard_after_forward=True)  # or a pass without gradients would leave old values
 

@@ -67,6 +67,7 @@ class ExampleWeights(nn.Module, ABC):
         for name in ("spread_average", "score_average", "updates"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
         self.register_buffer("visits", torch.zeros(0, dtype=torch.int32))
+        self.dtype = torch.float32
 
     @property
     def pool_rows(self) -> int:
@@ -76,6 +77,7 @@ class ExampleWeights(nn.Module, ABC):
     def build(self, source_N: Tensor, dtype: torch.dtype = torch.float32) -> None:
         """Take the shape of a pool; `source_N` and `dtype` as in `create`."""
         self.visits = torch.zeros(len(source_N), dtype=torch.int32, device=self.updates.device)
+        self.dtype = dtype
         self.create(source_N, dtype)
 
     @abstractmethod

@@ -1,0 +1,108 @@
+"""The command: run what is missing, then write the tables.
+
+Left out: running methods side by side; give each call a part of the seeds and an `--output` of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from lit_bilevel.comparison import methods
+from lit_bilevel.comparison.answers import write_pairs
+from lit_bilevel.comparison.output import say
+from lit_bilevel.comparison.results import Results, replace_text
+from lit_bilevel.comparison.run import Runner
+from lit_bilevel.comparison.table import draw, markdown
+from lit_bilevel.errors import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    options, shared = _parser().parse_known_args(given)
+    try:
+        _compare(options, shared, given)
+    except UserError as error:
+        sys.stderr.write(f"compare: {error}\n")
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compare",
+        description="Compare methods on the same data, model and policy steps. Flags that are not listed"
+        " (`--data.pool P`, `--model.policy.path M`, …) go to every run.",
+        epilog=f"methods:\n{(methods.__doc__ or '').partition(chr(10))[2].partition('Left out')[0]}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="configuration that all methods share")
+    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="listed below")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--output", required=True, help="folder of the results and of the runs")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results in the folder")
+    parser.add_argument("--subset", type=int, metavar="N", help="use N rows of the pool, stratified by source and kind")
+    parser.add_argument("--max_steps", type=int, metavar="M", help="policy steps of every run")
+    parser.add_argument("--keep", type=float, default=0.6, help="share of the pool that filters keep (0.6)")
+    parser.add_argument(
+        *("--answers", "--exact_match"),
+        action="store_true",
+        help="also answer the test prompts: exact match, BLEU, ROUGE, and refusals where the test file says `expected`",
+    )
+    parser.add_argument(
+        *("--pairs",), nargs=2, metavar="METHOD", help="write the answers of two methods as pairs, for an outside judge"
+    )
+    parser.add_argument("--keep_checkpoints", action="store_true", help="keep the checkpoints of finished runs")
+    return parser
+
+
+def _compare(options: argparse.Namespace, shared: list[str], given: list[str]) -> None:
+    for name in (*options.methods, *(options.pairs or ())):
+        methods.Method.parse(name)
+    if not Path(options.config).is_file():
+        raise UserError(f"{options.config} does not exist; check `--config`.")
+    output = Path(options.output)
+    if options.fresh and output.exists():
+        shutil.rmtree(output)
+    answers = options.answers or options.pairs is not None
+    config = hashlib.sha256(Path(options.config).read_bytes()).hexdigest()
+    settings = {name: getattr(options, name) for name in ("subset", "max_steps", "keep")}
+    results = Results(output, {**settings, "answers": answers, "config": config, "flags": shared})
+    runner = Runner(
+        options.config,
+        shared,
+        results,
+        options.keep,
+        options.subset,
+        options.max_steps,
+        answers,
+        options.keep_checkpoints,
+        say,
+    )
+    names = list(dict.fromkeys([*options.methods, *(options.pairs or ())]))
+    table = ""
+    for number, (seed, name) in enumerate(((seed, name) for seed in options.seeds for name in names), start=1):
+        known = results.find(name, seed) is not None
+        say(f"[{number}/{len(names) * len(options.seeds)}] {name}, seed {seed}{': known' if known else ''}")
+        runner.row(name, seed)
+        if not known or not table:
+            losses = results.write_losses()
+            table = markdown(results.rows, losses, shlex.join(["python", "scripts/compare.py", *given]))
+            replace_text(output / "results.md", table)
+    say("\n" + table)
+    drawn = draw(results.rows, output / "results.png")
+    say(f"written to {output}: results.csv, results.md, test_losses.parquet{', results.png' if drawn else ''}")
+    if not drawn:
+        say("no figure, since matplotlib is missing (install the extra `figures`)")
+    if options.pairs:
+        seed, (first, second) = options.seeds[0], options.pairs
+        folders = [results.run_folder(runner.row(name, seed).get("chosen", name), seed) for name in options.pairs]
+        path = output / "pairs.jsonl"
+        count = write_pairs(folders[0], folders[1], (first, second), path)
+        say(f"{count:,} pairs of answers of {first} and {second}, seed {seed}: {path}")

@@ -1,0 +1,207 @@
+"""`lit-bilevel diagnose`: is the validation set large and clean enough to learn weights from?
+
+    halves   rank correlation of the weights learned from the two halves of the validation file, same seed
+    seeds    rank correlation of the weights learned from the whole file with two seeds
+    whole    2r / (1 + r) with r that of the halves: what two files of the whole size would agree (Spearman and Brown)
+    rise     policy steps after which the monitor loss rises, in the run as configured and on validation rows alone
+
+Five fits with the configuration's own method; finished ones are kept. Left out: finding single bad validation rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lit_bilevel.comparison.fitting import built, data_flag, fit, prepare
+from lit_bilevel.comparison.methods import BASELINES, UNIFORM
+from lit_bilevel.comparison.output import quiet, say
+from lit_bilevel.comparison.results import replace_text
+from lit_bilevel.comparison.rows import copy_records
+from lit_bilevel.curves import Curve, read_curves
+from lit_bilevel.errors import UserError
+from lit_bilevel.statistics import correlation, ranks
+
+GOOD, SOME = 0.6, 0.3
+"""Rank correlations from which weights are called stable, and from which they say something."""
+RISE = 0.01
+"""How much above its lowest value, as a share of it, a monitor loss counts as risen."""
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command; `arguments[0]` is its name. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="lit-bilevel diagnose",
+        description="Tell whether the validation set is large and clean enough: five fits, then advice. Flags that are"
+        " not listed (`--data.pool P`, `--model.policy.path M`, …) go to every fit.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="configuration of the method that will be used")
+    parser.add_argument("--output", required=True, help="folder of the fits and of diagnosis.md")
+    parser.add_argument("--seeds", nargs=2, type=int, default=[0, 1], metavar="SEED")
+    options, shared = parser.parse_known_args(arguments[1:])
+    try:
+        found = Diagnosis(options.config, shared, Path(options.output), options.seeds).run()
+    except UserError as error:
+        sys.stderr.write(f"lit-bilevel diagnose: {error}\n")
+        return 2
+    text = "\n".join(advice(found)) + "\n"
+    replace_text(Path(options.output) / "diagnosis.md", text)
+    replace_text(Path(options.output) / "diagnosis.json", json.dumps(found, indent=2) + "\n")
+    say(f"\n{text}\nwritten to {options.output}: diagnosis.md, diagnosis.json")
+    return 0
+
+
+class Diagnosis:
+    """The fits, and the figures that come of them.
+
+    Args:
+        config: the configuration.
+        shared: more flags for every fit.
+        output: folder of the fits.
+        seeds: two seeds.
+    """
+
+    def __init__(self, config: str, shared: list[str], output: Path, seeds: list[int]):
+        if seeds[0] == seeds[1]:
+            raise UserError(f"`--seeds` are {seeds[0]} and {seeds[1]}; give two different ones, or their fits are one.")
+        self.config, self.output, self.seeds = config, output, seeds
+        self.shared = ["--checkpoint.every_minutes=5", *shared, "--export.policy=false", "--data.test=null"]
+        output.mkdir(parents=True, exist_ok=True)
+        with quiet(output / "settings.txt"):
+            cli = built(config, self.shared)
+        if not cli.model.learns_weights:
+            raise UserError(f"the method of {config} learns no weights; diagnose one with `OneStep`, for example.")
+        self.data: Any = cli.config.data
+        self.sets = cli.datamodule.sets
+
+    def run(self) -> dict[str, Any]:
+        """Fit what is missing; returns rank correlations and steps by the names of the module's docstring."""
+        first, second = self.seeds
+        a, b = self._halves()
+        alone = [*UNIFORM, *BASELINES["validation_only"]]
+        runs = {
+            "whole": [f"--seed_everything={first}"],
+            "other_seed": [f"--seed_everything={second}"],
+            "half_a": [f"--seed_everything={first}", data_flag("validation", a)],
+            "half_b": [f"--seed_everything={first}", data_flag("validation", b)],
+            "validation_only": [*alone, f"--seed_everything={first}"],
+        }
+        for number, (name, flags) in enumerate(runs.items(), start=1):
+            say(f"[{number}/{len(runs)}] {name}{': known' if self._fit(name, flags) else ''}")
+        weights = {name: self._weights(name) for name in ("whole", "other_seed", "half_a", "half_b")}
+        halves = agreement(weights["half_a"], weights["half_b"])
+        return {
+            "validation_rows": self.rows,
+            "halves": halves,
+            "seeds": agreement(weights["whole"], weights["other_seed"]),
+            "whole": 2 * halves / (1 + halves) if halves > 0 else halves,
+            "rise": {name: rise(self._monitor(name)) for name in ("whole", "validation_only")},
+        }
+
+    def _halves(self) -> tuple[Any, Any]:
+        """Files with every other row of the validation file, in the order of a hash of the ids."""
+        parts = [self.sets[name] for name in ("upper", "monitor")]
+        rows = [pair for part in parts for pair in zip(part["id"][:], part["row"][:], strict=True)]
+        rows.sort(key=lambda pair: hashlib.sha256(f"half {pair[0]}".encode()).digest())
+        self.rows = len(rows)
+        halves = []
+        for number in (0, 1):
+            chosen = {position: key for key, position in rows[number::2]}
+            folder = self.output / f"half_{'ab'[number]}_rows"
+            halves.append(copy_records(self.data.validation, self.data.columns or {}, chosen, folder))
+        return halves[0], halves[1]
+
+    def _fit(self, name: str, flags: list[str]) -> bool:
+        """Fit under a name, unless that is done; returns whether it was."""
+        folder = self.output / name
+        prepare(folder, [*self.shared, *flags])
+        done = folder / "done"
+        if done.exists():
+            return True
+        with quiet(folder / "log.txt"):
+            fit(folder, self.config, [*self.shared, *flags])
+        done.touch()
+        return False
+
+    def _weights(self, name: str) -> torch.Tensor:
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.read_table(self.output / name / "weights.parquet", columns=["weight"])
+        return torch.from_numpy(table["weight"].to_numpy().copy()).double()
+
+    def _monitor(self, name: str) -> Curve:
+        return read_curves(self.output / name, ["monitor/loss"]).get("monitor/loss", [])
+
+
+def agreement(a_N: torch.Tensor, b_N: torch.Tensor) -> float:
+    """Rank correlation of two tables of weights; 0 where one of them does not vary."""
+    return correlation(ranks(a_N), ranks(b_N)) or 0.0
+
+
+def rise(curve: Curve) -> dict[str, float] | None:
+    """Where a monitor loss is lowest, where it has risen for good after that, and where it was last looked at.
+
+    Args:
+        curve: steps and losses.
+
+    Returns:
+        `lowest` and `last`, and `risen` where it rose: steps; `None` for an empty curve.
+    """
+    if not curve:
+        return None
+    lowest = min(range(len(curve)), key=lambda i: curve[i][1])
+    above = [loss > curve[lowest][1] * (1 + RISE) for _, loss in curve]
+    risen = next((i for i in range(lowest + 1, len(curve)) if all(above[i:])), None)
+    found: dict[str, float] = {"lowest": curve[lowest][0] + 1, "last": curve[-1][0] + 1}
+    return found if risen is None else found | {"risen": curve[risen][0] + 1}
+
+
+def advice(found: dict[str, Any]) -> list[str]:
+    """The diagnosis in words, as lines of Markdown."""
+    halves, seeds, rows = found["halves"], found["seeds"], found["validation_rows"]
+    lines = [
+        f"Weights learned from the two halves of the {rows:,} validation rows agree with rank correlation"
+        f" **{halves:.2f}**; files of the whole size would agree about {found['whole']:.2f}. Two seeds on the whole"
+        f" file agree {seeds:.2f}.",
+        "",
+    ]
+    if halves >= GOOD:
+        lines.append("- The validation set is large and clean enough: either half of it gives about the same weights.")
+    elif seeds < halves + 0.1 and seeds < GOOD:
+        lines.append(
+            "- The run itself is noisy: seeds differ about as much as halves, so more validation rows alone will not"
+            " help. Visit rows more often (more epochs), average the direction longer (`direction_decay` nearer to 1),"
+            " or lower the learning rate of `weight_optimizer`."
+        )
+    elif halves >= SOME:
+        lines.append(
+            f"- The weights say something, and more trusted rows would make them better: with {2 * rows:,} rows expect"
+            " an agreement of the halves of about"
+            f" {found['whole']:.2f}. Use the weights for selection (`lit-bilevel select --keep`), not one by one."
+        )
+    else:
+        lines.append(
+            "- The halves contradict each other: the set is too small, or the rows in it are of different kinds or not"
+            " all trustworthy. Read a sample of it, remove doubtful rows, then add rows like those that you care for."
+        )
+    return [*lines, *(line for name, where in found["rise"].items() for line in _about_rise(name, where))]
+
+
+def _about_rise(name: str, where: dict[str, float] | None) -> list[str]:
+    what = "On validation rows alone" if name == "validation_only" else "In the run as configured"
+    if where is None:
+        return [f"- {what}, the monitor loss is not known: it was never looked at; lower `trainer.val_check_interval`."]
+    if "risen" not in where:
+        return [f"- {what}, the monitor loss does not rise in {where['last']:.0f} steps: nothing is memorised."]
+    text = f"- {what}, the monitor loss is lowest after {where['lowest']:.0f} steps and has risen by step"
+    text += f" {where['risen']:.0f} of {where['last']:.0f}"
+    if name == "validation_only":
+        return [f"{text}: that is how long these rows last before they are memorised."]
+    return [f"{text}: lower `model.upper_weight`, or let it start later (`model.upper_weight_start`)."]

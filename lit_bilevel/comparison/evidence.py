@@ -1,0 +1,111 @@
+"""What a filter may look at: texts, losses and gradients of pool and validation rows, the truth for the oracle alone.
+
+Left out: several processes. Scores are computed on the first device of the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lit_bilevel.data.collate import collate
+from lit_bilevel.losses import example_nll
+from lit_bilevel.policy.load import LoraSettings, load_policy
+from lit_bilevel.policy.policy import Policy
+from lit_bilevel.types import Batch
+
+
+class Evidence:
+    """The data of a comparison as a filter sees it.
+
+    Args:
+        cli: a `BilevelCLI` that was built without running, its data set up.
+        earlier: folder of the run that the filter needs.
+        seed: of the run.
+    """
+
+    def __init__(self, cli: Any, earlier: Path | None, seed: int):
+        self.data, self.trainer = cli.datamodule, cli.trainer
+        self.settings = cli.model.policy_settings
+        self.earlier, self.seed = earlier, seed
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the pool rows."""
+        return self.data.sets["pool"]["id"][:]
+
+    @property
+    def truth(self) -> str | None:
+        """The truth file."""
+        return self.data.truth
+
+    def texts(self, name: str) -> list[str]:
+        """Prompt and response of every row of a set, `pool` or `upper`."""
+        table = self.data.sets[name]
+        return [f"{p}\n{r}" for p, r in zip(table["prompt"][:], table["response"][:], strict=True)]
+
+    def losses(self, tuned: bool = False) -> np.ndarray:
+        """[N] loss of the pool rows in nats per token, under the policy before training or that of the earlier run."""
+        policy = self.policy(tuned)
+        with self.trainer.precision_plugin.forward_context():
+            return row_losses(policy, self.data, "pool")[0]
+
+    def policy(self, tuned: bool = False, adapter: LoraSettings | None = None) -> Policy:
+        """The policy, ready to score.
+
+        Args:
+            tuned: with the parameters that the earlier run ended with.
+            adapter: put on a policy that is tuned whole.
+        """
+        settings = self.settings
+        assert not tuned or self.earlier is not None
+        folder = str(self.earlier / "policy") if tuned and self.earlier else None
+        if settings.lora is not None:
+            policy = load_policy(settings, torch.get_default_dtype())
+            if folder:
+                from peft import load_peft_weights, set_peft_model_state_dict
+
+                set_peft_model_state_dict(policy.model, load_peft_weights(folder, device="cpu"))
+        else:
+            path = folder or settings.path
+            policy = load_policy(replace(settings, path=path, lora=adapter), torch.get_default_dtype())
+        return policy.to(self.trainer.strategy.root_device).eval()
+
+    def row_gradients(self, policy: Policy, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """The position and the loss gradient [P] of every row of a set, one after the other.
+
+        Args:
+            policy: whose trainable parameters count.
+            name: the set, `pool` or `upper`.
+        """
+        device = self.trainer.strategy.root_device
+        parameters = policy.trainable()
+        for example in (example for window in self.data.evaluation_loader(name) for example in window.examples):
+            batch = collate([example], 1).to(device)
+            with self.trainer.precision_plugin.forward_context():
+                loss = example_nll(policy(batch), batch).sum()
+            parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            yield example.row, torch.cat([part.flatten() for part in parts]).float()
+
+
+def row_losses(policy: Policy, data: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Loss of every row of a set in nats per token, and its number of response tokens; dropout off.
+
+    Returns:
+        [n] losses (float64) and [n] tokens, in the order of the set.
+    """
+    device = policy.trainable()[0].device
+    loss_N, tokens_N = np.zeros(len(data.sets[name])), np.zeros(len(data.sets[name]), dtype=np.int64)
+    with policy.evaluating():
+        for window in data.evaluation_loader(name):
+            batch: Batch = data.on_before_batch_transfer(window, 0).to(device)
+            loss_B = example_nll(policy(batch), batch).double().cpu().numpy()
+            rows = batch.row_B.cpu().numpy()
+            loss_N[rows[rows >= 0]] = loss_B[rows >= 0]
+            tokens_N[rows[rows >= 0]] = batch.length_B.cpu().numpy()[rows >= 0]
+    return loss_N, tokens_N

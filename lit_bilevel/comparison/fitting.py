@@ -1,0 +1,44 @@
+"""One fit in a folder of its own, continued where an earlier one with the same flags was interrupted.
+
+Left out: calling the program anew for every fit; importing it takes longer than a small run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_bilevel.cli import BilevelCLI
+from lit_bilevel.comparison.results import replace_text
+
+
+def built(config: str, flags: Sequence[str]) -> Any:
+    """A `BilevelCLI` with its module and its data, set up and not run."""
+    cli: Any = BilevelCLI([f"--config={config}", *flags], run=False)
+    if cli.datamodule.tokenizer is None:
+        cli.datamodule.tokenizer = cli.model.policy_settings.path
+    cli.datamodule.setup()
+    return cli
+
+
+def prepare(folder: Path, flags: Sequence[str]) -> None:
+    """Make the folder, without what a run under other flags left there."""
+    settings, known = json.dumps(list(flags), indent=2), folder / "flags.json"
+    if folder.exists() and not (known.is_file() and known.read_text() == settings):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_text(known, settings)
+
+
+def fit(folder: Path, config: str, flags: Sequence[str]) -> BilevelCLI:
+    """Fit, from the folder's last checkpoint where there is one; the module then holds the monitor-best policy."""
+    further = ["--ckpt_path=last"] if (folder / "checkpoints" / "last.ckpt").exists() else []
+    return BilevelCLI(["fit", f"--config={config}", f"--trainer.default_root_dir={folder}", *flags, *further])
+
+
+def data_flag(name: str, files: Any) -> str:
+    """The flag for a file, or a list of files, of a set."""
+    return f"--data.{name}={files if isinstance(files, str) else json.dumps(files)}"

@@ -1,0 +1,201 @@
+"""What a method's name means: flags that turn the shared configuration into it, and rows that are left out.
+
+    mixing             both sets, with the configuration's schedule of λ;  mixing@0.25: λ = 0.25 from the first step on
+    constant_mixing    both sets from the first step on, with the configuration's λ
+    best_mixing        of `mixing` and three constant shares, the one with the best monitor loss;  best:A,B,C: of any
+    pool_only, validation_only, oracle
+    random, lowest_loss, highest_loss, perplexity_difference, ngram_importance, gradient_similarity
+    bmo, SOLVER[@WEIGHTS]                   weights and policy learned together: one_step, penalty@softmax, …
+    two_stage:METHOD, seal                  rows selected by METHOD's weights, then a fresh policy trained on them
+    …+refine[:RULE]                         with `SelfRefine`: one_step@sigmoid+refine:token
+
+Left out: tuning. Every method runs with the settings it is given.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lit_bilevel.comparison.filters import (
+    CleanRows,
+    Filter,
+    HighestLoss,
+    LearnedWeights,
+    LowestLoss,
+    PerplexityDifference,
+    RandomRows,
+)
+from lit_bilevel.comparison.gradients import GradientSimilarity
+from lit_bilevel.comparison.importance import NgramImportance
+from lit_bilevel.errors import UserError
+
+CONSTANT = ("--model.upper_weight_start=0", "--model.upper_weight_decay=0")
+UNIFORM = ("--model.weights=UniformWeights", "--model.solver=Mixing")
+BASELINES = {
+    "mixing": (),
+    "constant_mixing": CONSTANT[:1],
+    "pool_only": ("--model.upper_weight=0",),
+    "validation_only": ("--model.upper_weight=1", *CONSTANT, "--trainer.val_check_interval=10"),
+}
+SHARES = ("mixing", "mixing@0.1", "mixing@0.25", "mixing@0.5")
+SEAL = "penalty@softmax"
+FILTERS: dict[str, type[Filter]] = {
+    "oracle": CleanRows,
+    "random": RandomRows,
+    "lowest_loss": LowestLoss,
+    "highest_loss": HighestLoss,
+    "perplexity_difference": PerplexityDifference,
+    "ngram_importance": NgramImportance,
+    "gradient_similarity": GradientSimilarity,
+}
+SOLVERS = {
+    "one_step": "OneStep",
+    "penalty": "Penalty",
+    "value_function": "ValueFunction",
+    "implicit": "Implicit",
+}
+NEEDS_VALIDATION = ("penalty", "value_function")  # their scores have no meaning where λ is 0
+WEIGHTS = {
+    "softmax": "SoftmaxWeights",
+    "sigmoid": "SigmoidWeights",
+    "source": "SourceWeights",
+    "network": "NetworkWeights",
+}
+RULES = {
+    "uniform": "Uniform",
+    "token": "Token",
+    "sequence": "Sequence",
+    "length_normalised": "LengthNormalised",
+    "self_normalised": "SelfNormalised",
+    "aligned": "Aligned",
+}
+REFINE: dict[str, Any] = {
+    "class_path": "SelfRefine",
+    "init_args": {
+        "choose": {"class_path": "LowestFraction", "init_args": {"fraction": 0.4}},
+        "responses": 4,
+        "sampling": {"max_new_tokens": 64},
+    },
+}
+EARLY_STOPPING: dict[str, Any] = {
+    "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+    "init_args": {"monitor": "monitor/loss", "patience": 15},
+}
+STOPWATCH: dict[str, Any] = {"class_path": "lit_bilevel.comparison.stopwatch.Stopwatch"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is done under one name.
+
+    Args:
+        flags: for the command line of `lit-bilevel fit`.
+        filter: leaves rows of the pool out before the policy is trained.
+        needs: the method whose finished run, of the same seed, the filter reads.
+        best_of: methods of which the one with the best monitor loss is this one; then nothing else is set.
+        refine: whether `SelfRefine` runs, as the configuration has it or with the settings of `REFINE`.
+        stopped_early: whether it ends when the monitor loss has not fallen for 15 looks. For methods that memorise the
+            validation rows and never recover.
+    """
+
+    flags: tuple[str, ...] = ()
+    filter: Filter | None = None
+    needs: str = ""
+    best_of: tuple[str, ...] = ()
+    refine: bool = False
+    stopped_early: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """The method of a name.
+
+        Raises:
+            UserError: naming the part that is not known and the parts that are.
+        """
+        kind, _, rest = name.partition(":")
+        if name == "best_mixing":
+            return cls(best_of=SHARES)
+        if kind == "best" and rest:
+            for part in rest.split(","):
+                cls.parse(part)
+            return cls(best_of=tuple(rest.split(",")))
+        if name == "seal" or (kind == "two_stage" and rest):
+            first = SEAL if name == "seal" else rest
+            if not cls.parse(first).learns:
+                raise UserError(f"{name!r}: {first!r} learns no weights to select by; name a solver, or bmo.")
+            return cls(UNIFORM, LearnedWeights(), needs=first)
+        return cls._trained(name)
+
+    @classmethod
+    def _trained(cls, name: str) -> Method:
+        base, refine, rule = re.fullmatch(r"([^+:]*)(\+refine)?(?::(.*))?", name).groups()  # type: ignore[union-attr]
+        filter, flags, stopped_early = None, list(UNIFORM), False
+        if base in BASELINES:
+            flags += BASELINES[base]
+            stopped_early = base in ("constant_mixing", "validation_only")
+        elif base.startswith("mixing@"):
+            flags += [f"--model.upper_weight={share(base)}", *CONSTANT]
+            stopped_early = True
+        elif base in FILTERS:
+            filter = FILTERS[base]()
+        elif base == "bmo":
+            flags = ["--model.weights=BMOWeights", "--model.solver=Mixing", *CONSTANT]
+        else:
+            solver, _, weights = base.partition("@")
+            known(solver, [*BASELINES, "mixing@SHARE", "best_mixing", *FILTERS, "bmo", *SOLVERS, "two_stage:METHOD"])
+            flags = [f"--model.solver={SOLVERS[solver]}", *(CONSTANT if solver in NEEDS_VALIDATION else ())]
+            flags += [f"--model.weights={WEIGHTS[known(weights, WEIGHTS, 'weights')]}"] if weights else []
+        if rule is not None:
+            if not refine:
+                raise UserError(f"{name!r}: `:{rule}` names the weights of generated responses, which need `+refine`.")
+            flags.append(f"--model.response_weights={RULES[known(rule, RULES, 'response weights')]}")
+        needs = filter.needs if filter is not None else ""
+        return cls(tuple(flags), filter, needs, refine=bool(refine), stopped_early=stopped_early)
+
+    @property
+    def learns(self) -> bool:
+        """Whether a run leaves learned weights."""
+        return not self.best_of and self.filter is None and self.flags[:2] != UNIFORM
+
+    def callbacks(self, configured: Sequence[Mapping[str, Any]]) -> str:
+        """The flag for the run's callbacks: `SelfRefine` put in or taken out, the configuration's others left.
+
+        Args:
+            configured: the configuration's own, as `class_path` and `init_args`.
+        """
+        mine = [callback for callback in configured if str(callback["class_path"]).endswith("SelfRefine")]
+        chosen: list[Any] = [callback for callback in configured if callback not in mine]
+        chosen += (mine or [REFINE]) if self.refine else []
+        chosen += [EARLY_STOPPING] if self.stopped_early else []
+        return f"--trainer.callbacks={json.dumps([*chosen, STOPWATCH])}"
+
+
+def share(name: str) -> float:
+    """λ of `mixing@λ`.
+
+    Raises:
+        UserError: if it is not a number between 0 and 1.
+    """
+    text = name.partition("@")[2]
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < 1:
+        raise UserError(f"the share {text!r} of {name!r} is not a number between 0 and 1, such as mixing@0.25.")
+    return value
+
+
+def known(name: str, names: Sequence[str] | Mapping[str, str], what: str = "method") -> str:
+    """The name itself.
+
+    Raises:
+        UserError: with the names there are.
+    """
+    if name not in names:
+        raise UserError(f"unknown {what} {name!r}; there are: {', '.join(names)}.")
+    return name

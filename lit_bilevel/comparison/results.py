@@ -1,0 +1,111 @@
+"""The files of a comparison: `results.csv`, one row a run, and `test_losses.parquet`, each test row under every method.
+
+A run is finished when its row is in `results.csv`. Files are written beside their place and moved there, so a kill
+leaves whole ones. Left out: merging two folders.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_bilevel.errors import UserError
+
+Result = dict[str, Any]
+
+
+class Results:
+    """What is known so far, on disk and in memory.
+
+    Args:
+        folder: of the comparison.
+        settings: what all runs share; a folder with results under other settings is refused.
+
+    Raises:
+        UserError: if the folder holds another comparison.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any]):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "comparison.json"
+        if path.is_file():
+            changed = [name for name, value in json.loads(path.read_text()).items() if settings.get(name) != value]
+            if changed:
+                raise UserError(
+                    f"{folder} holds results under other settings ({', '.join(changed)}); choose another `--output`,"
+                    " or forget them with `--fresh`."
+                )
+        replace_text(path, json.dumps(settings, indent=2) + "\n")
+        self.rows = self._read()
+
+    def _read(self) -> list[Result]:
+        path = self.folder / "results.csv"
+        if not path.is_file():
+            return []
+        with path.open(encoding="utf-8") as file:
+            return [{k: _number(k, v) for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+    def find(self, method: str, seed: int) -> Result | None:
+        """The row of a finished run."""
+        return next((row for row in self.rows if row["method"] == method and row["seed"] == seed), None)
+
+    def add(self, row: Result) -> None:
+        """Add a finished run."""
+        self.rows.append(row)
+        names = list(dict.fromkeys(name for known in self.rows for name in known))
+        partial = self.folder / "results.partial"
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(partial, self.folder / "results.csv")
+
+    def run_folder(self, method: str, seed: int) -> Path:
+        """Folder of a run."""
+        return self.folder / method.replace(":", "-").replace(",", "_") / f"seed{seed}"
+
+    def write_losses(self) -> dict[str, np.ndarray]:
+        """Write `test_losses.parquet`: `id`, `tokens`, and each method's loss of the row, averaged over its seeds.
+
+        Returns:
+            [n] losses by method, in the order of the file.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        table: Any = None
+        sums: dict[str, list[np.ndarray]] = {}
+        for row in self.rows:
+            path = self.run_folder(str(row.get("chosen") or row["method"]), row["seed"]) / "test_losses.parquet"
+            if not path.is_file():
+                raise UserError(f"{path} is missing, though its run is in results.csv; start again with `--fresh`.")
+            found = pyarrow.parquet.read_table(path)
+            if table is None:
+                table = found.select(["id", "tokens"])
+            sums.setdefault(row["method"], []).append(found["loss"].to_numpy())
+        losses = {method: np.mean(parts, axis=0) for method, parts in sums.items()}
+        for method, loss_n in losses.items():
+            table = table.append_column(method, pyarrow.array(loss_n))
+        partial = self.folder / "test_losses.partial"
+        pyarrow.parquet.write_table(table, partial)
+        os.replace(partial, self.folder / "test_losses.parquet")
+        return losses
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file beside its place and move it there."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _number(name: str, text: str) -> Any:
+    if name in ("method", "chosen"):
+        return text
+    return int(text) if name == "seed" else float(text)

@@ -1,0 +1,83 @@
+"""Parts of a data set as new files: every record as it is in the original, chosen by its position there.
+
+Records are never rebuilt from rows, so earlier turns, system prompts and every other field stay. A record without an id
+gets the one it has in the original. Left out: keeping bytes and schemas as `lit-bilevel select` does; only the next run
+reads these files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_bilevel.data.files import records
+from lit_bilevel.errors import UserError
+from lit_bilevel.pool import plain
+from lit_bilevel.select import apportioned
+
+
+def copy_records(path: str | Sequence[str], columns: Mapping[str, str], chosen: Mapping[int, str], folder: Path) -> Any:
+    """Write the chosen records of a set.
+
+    Args:
+        path: the set's file, hub id or list of these.
+        columns: renames of columns, theirs to ours.
+        chosen: id by position, counted over all files.
+        folder: of the new files; each has the name of its original.
+
+    Returns:
+        The new file, or a list of files where `path` was one.
+    """
+    paths = [path] if isinstance(path, str) else list(path)
+    written, position = [], 0
+    for number, original in enumerate(paths):
+        place = folder / str(number) if len(paths) > 1 else folder
+        place.mkdir(parents=True, exist_ok=True)
+        target = place / f"{Path(original).stem}.jsonl"
+        partial = target.with_suffix(".partial")
+        lines = 0
+        with partial.open("w", encoding="utf-8") as file:
+            for _, record in records(original):
+                if position in chosen:
+                    file.write(_line(record, columns, chosen[position]))
+                    lines += 1
+                position += 1
+        os.replace(partial, target)
+        if lines:
+            written.append(str(target))
+    return written[0] if isinstance(path, str) else written
+
+
+def _line(record: dict[str, Any], columns: Mapping[str, str], key: str) -> str:
+    if not any(columns.get(name, name) == "id" and record[name] is not None for name in record):
+        record = {**record, "id": key}
+    return json.dumps(record, ensure_ascii=False, default=plain) + "\n"
+
+
+def stratified(strata: Sequence[Any], count: int, seed: int) -> np.ndarray:
+    """[count] positions in order, from every stratum its share of the whole, drawn without replacement.
+
+    Args:
+        strata: what each row belongs to.
+        count: how many rows, at most all.
+        seed: of the draw.
+
+    Raises:
+        UserError: if there are fewer rows.
+    """
+    if not 0 < count <= len(strata):
+        raise UserError(f"`--subset` is {count:,} and the pool has {len(strata):,} usable rows; ask for fewer.")
+    numbers = {name: i for i, name in enumerate(sorted(set(strata)))}
+    group = np.array([numbers[name] for name in strata])
+    rows = np.bincount(group)
+    wanted = apportioned(count, rows, rows)
+    order = np.lexsort((np.random.default_rng(seed).random(len(group)), group))
+    first = np.concatenate([[0], rows.cumsum()[:-1]])
+    rank = np.empty(len(group), dtype=np.int64)
+    rank[order] = np.arange(len(group)) - first[group[order]]
+    return (rank < wanted[group]).nonzero()[0]

@@ -1,0 +1,197 @@
+"""One method, one seed: choose rows where the method filters, fit, and score the monitor-best policy on the test set.
+
+Every run has the same policy steps and batch sizes; a method that trains on fewer rows sees them more often. `seconds`
+counts choosing rows and fitting, and the runs that a method needs first. A killed run goes on from its checkpoint.
+Left out: several processes; filters score on one device.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import shutil
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_bilevel.comparison.answers import measures
+from lit_bilevel.comparison.evidence import Evidence, row_losses
+from lit_bilevel.comparison.filters import CleanRows
+from lit_bilevel.comparison.fitting import built, data_flag, fit, prepare
+from lit_bilevel.comparison.methods import Method
+from lit_bilevel.comparison.output import quiet
+from lit_bilevel.comparison.results import Result, Results
+from lit_bilevel.comparison.rows import copy_records, stratified
+from lit_bilevel.comparison.stopwatch import Stopwatch
+from lit_bilevel.data.files import records
+from lit_bilevel.errors import UserError
+from lit_bilevel.inspection import read_lines
+from lit_bilevel.scoring import aurocs, flat, read_truth
+
+
+class Runner:
+    """Runs what is missing from the results.
+
+    Args:
+        config: the configuration that all methods share.
+        shared: more flags for every run.
+        results: what is finished.
+        keep: share of the pool that filters keep.
+        subset: rows of the pool that are used at all, or `None` for all of them.
+        max_steps: policy steps of every run, or `None` for those of the configuration.
+        answers: whether to answer the test prompts.
+        keep_checkpoints: whether finished runs keep their checkpoints.
+        say: shows progress.
+    """
+
+    def __init__(
+        self,
+        config: str,
+        shared: list[str],
+        results: Results,
+        keep: float = 0.6,
+        subset: int | None = None,
+        max_steps: int | None = None,
+        answers: bool = False,
+        keep_checkpoints: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ):
+        if not 0 < keep < 1:
+            raise UserError(f"`--keep` is {keep:g}; it must lie between 0 and 1.")
+        self.config, self.results, self.keep, self.answers = config, results, keep, answers
+        self.keep_checkpoints, self.say = keep_checkpoints, say
+        looks = max(1, (max_steps or 1) // 8)
+        steps = [f"--trainer.val_check_interval={looks}", "--trainer.check_val_every_n_epoch=null"]
+        self.shared = ["--checkpoint.every_minutes=5", *(steps if max_steps else []), *shared]
+        if max_steps:
+            self.shared += [f"--trainer.max_steps={max_steps}", "--trainer.max_epochs=-1"]
+        with quiet(results.folder / "settings.txt"):
+            cli = built(config, self.shared)
+            if subset is not None:
+                self.shared.append(data_flag("pool", self._subset(cli, subset)))
+                cli = built(config, self.shared)
+        self.settings: Any = cli.config
+        pool = cli.datamodule.sets["pool"]
+        self.kinds = read_truth(self.settings.data.truth, pool["id"][:]) if self.settings.data.truth else None
+        if "test" not in cli.datamodule.sets:
+            raise UserError("there is nothing to compare on; give `--data.test`, a file of held-out rows.")
+        self.steps = self.settings.trainer.max_steps
+        if self.steps < 0:
+            window = self.settings.data.batch_size * self.settings.model.accumulate_grad_batches
+            self.steps = math.ceil(len(pool) / window) * self.settings.trainer.max_epochs
+
+    # ---- a row of the table ----
+
+    def row(self, name: str, seed: int) -> Result:
+        """The result of a method, from the files or by running it and what it needs."""
+        found = self.results.find(name, seed)
+        if found is None:
+            method = Method.parse(name)
+            found = self._best(name, method, seed) if method.best_of else self._run(name, method, seed)
+            self.results.add(found)
+        return found
+
+    def _best(self, name: str, method: Method, seed: int) -> Result:
+        rows = [self.row(other, seed) for other in method.best_of]
+        best = min(rows, key=lambda row: row["monitor_loss"])
+        seconds = sum(row["seconds"] for row in rows)
+        chosen = best.get("chosen", best["method"])
+        return {**best, "method": name, "chosen": chosen, "seconds": seconds}
+
+    def _run(self, name: str, method: Method, seed: int) -> Result:
+        before = self.row(method.needs, seed)["seconds"] if method.needs else 0.0
+        self.say(f"{name}, seed {seed} …")
+        folder = self.results.run_folder(name, seed)
+        flags = [*method.flags, f"--seed_everything={seed}"]
+        flags.append(method.callbacks(self._callbacks()))
+        prepare(folder, [*self.shared, *flags])
+        row: Result = {"method": name, "seed": seed}
+        if method.filter is not None:
+            with quiet(folder / "filter.txt"):
+                chosen, scores, seconds = self._chosen(method, folder, seed)
+            flags += [data_flag("pool", chosen), "--data.truth=null"]
+            flags += [f"--trainer.max_steps={self.steps}", "--trainer.max_epochs=-1"]
+            before += seconds
+            row |= scores
+        with quiet(folder / "log.txt"):
+            cli = fit(folder, self.config, [*self.shared, *flags])
+            row |= self._scored(cli, folder)
+        row["seconds"] += before
+        if not self.keep_checkpoints:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        self.say(f"    test loss {row['test_loss']:.4f}, {row['seconds']:.0f} s")
+        del cli
+        gc.collect()
+        return row
+
+    # ---- parts of a run ----
+
+    def _subset(self, cli: Any, count: int) -> Any:
+        """Files with a part of the pool, stratified by source and, where there is a truth, by kind of corruption."""
+        data: Any = cli.config.data
+        pool = cli.datamodule.sets["pool"]
+        ids = pool["id"][:]
+        kinds = read_truth(data.truth, ids) if data.truth else [""] * len(ids)
+        rows = stratified(list(zip(pool["source"][:], kinds, strict=True)), count, seed=0).tolist()
+        positions = pool["row"][:]
+        chosen = {positions[row]: ids[row] for row in rows}
+        return copy_records(data.pool, data.columns or {}, chosen, self.results.folder / "subset")
+
+    def _callbacks(self) -> list[dict[str, Any]]:
+        own = self.settings.trainer.callbacks
+        found = own if isinstance(own, list) else [own] if own else []
+        return [callback.as_dict() if isinstance(callback, Namespace) else dict(callback) for callback in found]
+
+    def _chosen(self, method: Method, folder: Path, seed: int) -> tuple[Any, Result, float]:
+        """Files with the rows that a filter keeps, AUROC of its scores, and the time it took."""
+        assert method.filter is not None
+        started = time.perf_counter()
+        cli = built(self.config, [*self.shared, f"--seed_everything={seed}"])
+        earlier = self.results.run_folder(method.needs, seed) if method.needs else None
+        scores = method.filter.scores(Evidence(cli, earlier, seed))
+        mask = method.filter.chosen(scores, self.keep, seed)
+        pool, data = cli.datamodule.sets["pool"], self.settings.data
+        kept = {pool[int(i)]["row"]: pool[int(i)]["id"] for i in mask.nonzero()[0]}
+        files = copy_records(data.pool, data.columns or {}, kept, folder / "pool")
+        found: Result = {"kept": float(mask.mean())}
+        if self.kinds is not None and not isinstance(method.filter, CleanRows):
+            import torch
+
+            found["kept_clean"] = float(np.array([not kind for kind in self.kinds])[mask].mean())
+            found |= flat(aurocs(torch.tensor(scores), self.kinds)) if method.filter.scored else {}
+        return files, found, time.perf_counter() - started
+
+    def _scored(self, cli: Any, folder: Path) -> Result:
+        """What is measured of a finished fit, whose module holds the monitor-best policy."""
+        import pyarrow
+        import pyarrow.parquet
+
+        metrics = json.loads((folder / "metrics.json").read_text())
+        row: Result = {key.replace("test/", "test_"): v for key, v in metrics.items() if key.startswith("test/")}
+        row["perplexity"] = math.exp(row["test_loss_per_token"])
+        if cli.trainer.checkpoint_callback.best_model_score is not None:
+            row["monitor_loss"] = float(cli.trainer.checkpoint_callback.best_model_score)
+        stopwatch = next(callback for callback in cli.trainer.callbacks if isinstance(callback, Stopwatch))
+        row["steps"], row["seconds"] = cli.trainer.global_step, stopwatch.seconds
+        if cli.model.learns_weights:
+            row |= {key: value for key, value in metrics.items() if key.startswith("auroc/")}
+        loss_n, tokens_n = row_losses(cli.model.policy, cli.datamodule, "test")
+        table = {"id": cli.datamodule.sets["test"]["id"][:], "tokens": tokens_n, "loss": loss_n}
+        pyarrow.parquet.write_table(pyarrow.table(table), folder / "test_losses.parquet")
+        return row | (self._answered(cli, folder) if self.answers else {})
+
+    def _answered(self, cli: Any, folder: Path) -> Result:
+        """Measures on greedy answers to the test prompts, which stay in `predictions.jsonl`."""
+        test, data = cli.datamodule.sets["test"], self.settings.data
+        cli.trainer.callbacks = [c for c in cli.trainer.callbacks if "Progress" not in type(c).__name__]
+        cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+        answers = [record["response"] for record in read_lines(folder / "predictions.jsonl")]
+        paths = [data.test] if isinstance(data.test, str) else data.test
+        raw = [record for path in paths for _, record in records(path)]
+        expected = [raw[row].get("expected") for row in test["row"][:]]
+        return measures(answers, test["response"][:], expected)

@@ -1,0 +1,32 @@
+"""How long a fit took, also where it was killed and continued.
+
+Lightning's `Timer` does the same and cannot be put into a `config.yaml`. Left out: the time after the last checkpoint
+of a killed run; that work was lost.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Stopwatch(Callback):
+    """Counts the seconds of training, monitor looks included."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._started = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.perf_counter() - self.seconds
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds = time.perf_counter() - self._started
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": time.perf_counter() - self._started}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = state_dict["seconds"]

@@ -1,0 +1,131 @@
+"""`results.md` and `results.png`: every method beside mixing and the oracle.
+
+    gap closed     (mixing − method) / (mixing − oracle), of mean test losses
+    Δ mixing       mean over test rows of the paired difference to mixing, losses averaged over seeds, and its p
+
+Left out: ranking by anything but the test loss.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_bilevel.comparison.results import Result
+from lit_bilevel.comparison.significance import interval, permutation_test
+
+HIDDEN = ("method", "seed", "chosen", "steps", "seconds")
+
+
+def markdown(rows: Sequence[Result], losses: Mapping[str, np.ndarray], command: str) -> str:
+    """The table, best test loss first, and how it came about.
+
+    Args:
+        rows: all results.
+        losses: [n] losses of the test rows by method, averaged over seeds.
+        command: what made it.
+    """
+    methods = by_method(rows)
+    mean = {name: interval(values(part, "test_loss"))[0] for name, part in methods.items()}
+    gap = mean["mixing"] - mean["oracle"] if {"mixing", "oracle"} <= mean.keys() else 0.0
+    names = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in HIDDEN]
+    names.sort(key=lambda name: (name != "test_loss", name.startswith("auroc/")))
+    shown: list[tuple[str, Any]] = [(name, lambda method, name=name: cell(methods[method], name)) for name in names]
+    if "mixing" in methods:
+        extra = [("Δ mixing (p)", lambda method: difference(method, losses))]
+        if gap > 0:
+            extra.append(("gap closed", lambda method: f"{(mean['mixing'] - mean[method]) / gap:.2f}"))
+        shown[1:1] = extra
+        base = interval(values(methods["mixing"], "seconds"))[0]
+        shown.append(("time / mixing", lambda method: f"{interval(values(methods[method], 'seconds'))[0] / base:.2f}"))
+    shown.append(("seconds", lambda method: cell(methods[method], "seconds")))
+    shown.append(("seeds", lambda method: str(len(methods[method]))))
+    lines = ["| method | " + " | ".join(title for title, _ in shown) + " |", "|---" * (len(shown) + 1) + "|"]
+    for method in sorted(methods, key=lambda name: mean[name]):
+        lines.append(f"| {method} | " + " | ".join(str(make(method)) for _, make in shown) + " |")
+    return "\n".join([*lines, "", *notes(rows, losses, command)]) + "\n"
+
+
+def notes(rows: Sequence[Result], losses: Mapping[str, np.ndarray], command: str) -> list[str]:
+    """What the table has to say about itself."""
+    import torch
+
+    count = len(next(iter(losses.values())))
+    chosen = sorted({f"{row['method']}: {row['chosen']} (seed {row['seed']})" for row in rows if "chosen" in row})
+    seeds = sorted({row["seed"] for row in rows})
+    steps = int(max(row["steps"] for row in rows))
+    lines = [
+        f"Mean ± half of the 95 % interval over seeds {', '.join(map(str, seeds))} (none for a single seed); {count:,}"
+        f" test rows; {steps:,} policy steps a run (fewer where it was stopped early), each at its monitor-best"
+        " checkpoint. Δ mixing: mean paired difference over the test rows, losses averaged over seeds, and p of a"
+        " permutation test over rows, which says nothing of other seeds. Seconds include the runs a method needs.",
+        f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}.",
+        f"`{command}`",
+    ]
+    return [*([f"Chosen by monitor loss: {'; '.join(chosen)}."] if chosen else []), *lines]
+
+
+def difference(method: str, losses: Mapping[str, np.ndarray]) -> str:
+    """Paired difference to mixing, with its p."""
+    if method == "mixing":
+        return "0"
+    difference_n = losses[method] - losses["mixing"]
+    p = permutation_test(difference_n)
+    return f"{difference_n.mean():+.4f} ({'<0.001' if p < 0.001 else f'{p:.3f}'})"
+
+
+def by_method(rows: Sequence[Result]) -> dict[str, list[Result]]:
+    """The rows of each method."""
+    return {name: [row for row in rows if row["method"] == name] for name in dict.fromkeys(r["method"] for r in rows)}
+
+
+def values(rows: Sequence[Result], measure: str) -> list[float]:
+    """A measure of the rows that have it."""
+    return [float(row[measure]) for row in rows if measure in row]
+
+
+def cell(rows: Sequence[Result], measure: str) -> str:
+    """A table cell."""
+    mean, half = interval(values(rows, measure))
+    digits = 0 if measure == "seconds" else 4 if "loss" in measure else 3
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:.{digits}f}" if math.isnan(half) else f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def processor() -> str:
+    """The processor, by its trade name."""
+    path = Path("/proc/cpuinfo")
+    found = [line for line in path.read_text().splitlines() if line.startswith("model name")] if path.is_file() else []
+    return f"{found[0].partition(': ')[2] if found else platform.machine()} ({os.cpu_count()} cores)"
+
+
+def draw(rows: Sequence[Result], path: Path) -> bool:
+    """Draw the test losses with their intervals; returns whether matplotlib is there to do it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.figure import Figure
+
+    methods = by_method(rows)
+    found = {name: interval(values(part, "test_loss")) for name, part in methods.items()}
+    order = sorted(found, key=lambda name: -found[name][0])
+    figure = Figure(figsize=(7, 1 + 0.3 * len(order)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    for place, name in enumerate(order):
+        mean, half = found[name]
+        axes.errorbar(mean, place, xerr=None if math.isnan(half) else half, fmt="o", color="tab:blue", capsize=3)
+        seen = values(methods[name], "test_loss")
+        axes.plot(seen, [place] * len(seen), ".", color="0.6", zorder=0)
+    for name in {"mixing", "oracle"} & found.keys():
+        axes.axvline(found[name][0], color="0.8", linewidth=0.8, zorder=0)
+    axes.set_yticks(range(len(order)), order)
+    axes.set(xlabel="test loss (nats a token, mean over rows)")
+    figure.savefig(path)
+    return True

@@ -1,0 +1,94 @@
+"""Tables to examples: rows are read from the memory map when they are asked for, so a step costs the same at any size.
+
+Left out: the order of training, which is the stream's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from lit_bilevel.types import PADDING_ROW, Example, Question
+
+
+class Window:
+    """One process's examples of one level in a policy step.
+
+    No dataclass, for Lightning would walk into it token by token.
+
+    Args:
+        examples: the process's share.
+        rows: rows of the level in the whole step, over all processes.
+    """
+
+    def __init__(self, examples: list[Example], rows: int):
+        self.examples = examples
+        self.rows = rows
+
+
+class Examples:
+    """The rows of a table as examples, read from its memory map when they are asked for.
+
+    Args:
+        table: rows with their token ids.
+        sources: the number of each source's name; others have −1.
+    """
+
+    def __init__(self, table: Any, sources: Mapping[str, int]):
+        self.table = table.select_columns(["source", "input_ids", "response_start", "earlier"])
+        self.sources = sources
+
+    def __call__(self, rows: Sequence[int]) -> list[Example]:
+        """The examples at these positions."""
+        columns = self.table[list(rows)]
+        values = zip(rows, *(columns[name] for name in columns), strict=True)
+        return [
+            Example(row, self.sources.get(source, -1), ids, start, earlier=earlier)
+            for row, source, ids, start, earlier in values
+        ]
+
+
+class EvaluationWindows(Dataset):
+    """Every row of a set once, dealt out to the processes: the shortest first, the same number on each.
+
+    Args:
+        examples: the set.
+        length_N: [N] tokens of each row.
+        size: rows of a window.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(self, examples: Examples, length_N: np.ndarray, size: int, rank: int, world_size: int):
+        order = np.argsort(length_N, kind="stable")
+        each = -(-len(order) // world_size)
+        self.rows = order[rank::world_size]
+        self.fillers = each - len(self.rows)
+        self.shortest = int(order[0])
+        self.examples, self.size, self.total = examples, size, len(order)
+
+    def __len__(self) -> int:
+        return -(-(len(self.rows) + self.fillers) // self.size)
+
+    def __getitem__(self, index: int) -> Window:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start, stop = index * self.size, (index + 1) * self.size
+        own = self.examples(self.rows[start:stop].tolist())
+        missing = min(stop, len(self.rows) + self.fillers) - start - len(own)
+        filler = [replace(self.examples([self.shortest])[0], row=PADDING_ROW)] * missing if missing else []
+        return Window(own + filler, self.total)
+
+
+def questions_of(table: Any, max_length: int, rank: int, world_size: int) -> list[Question]:
+    """This process's share of the prompts of a set, the shortest first, with their ids as they are in training."""
+    columns = [table[name][:] for name in ("id", "prompt", "input_ids", "response_start")]
+    questions = [
+        Question(position, id, prompt, ids[:start], max_length - start)
+        for position, (id, prompt, ids, start) in enumerate(zip(*columns, strict=True))
+    ]
+    return sorted(questions, key=lambda question: (len(question.prompt_ids), question.row))[rank::world_size]

@@ -1,0 +1,342 @@
+"""Comparing methods: what names mean, what filters prefer, what a difference is worth, tables that survive a kill."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from conftest import TOY, read_jsonl, write_jsonl
+
+from lit_bilevel.cli import BilevelCLI
+from lit_bilevel.comparison import answers, filters
+from lit_bilevel.comparison.command import main
+from lit_bilevel.comparison.evidence import Evidence, row_losses
+from lit_bilevel.comparison.gradients import GradientSimilarity
+from lit_bilevel.comparison.importance import NgramImportance, log_importance
+from lit_bilevel.comparison.methods import FILTERS, SHARES, Method
+from lit_bilevel.comparison.results import Results
+from lit_bilevel.comparison.rows import copy_records, stratified
+from lit_bilevel.comparison.run import Runner
+from lit_bilevel.comparison.significance import interval, permutation_test
+from lit_bilevel.errors import UserError
+from lit_bilevel.losses import example_nll
+from lit_bilevel.policy.load import LoraSettings, PolicySettings
+
+# ---- names ----
+
+
+def test_names_of_methods():
+    assert Method.parse("mixing").flags[:2] == ("--model.weights=UniformWeights", "--model.solver=Mixing")
+    assert "--model.upper_weight=0.25" in Method.parse("mixing@0.25").flags
+    assert Method.parse("one_step@sigmoid").flags == ("--model.solver=OneStep", "--model.weights=SigmoidWeights")
+    assert "--model.upper_weight_start=0" in Method.parse("penalty").flags  # λ must be above 0 in every step
+    refined = Method.parse("one_step+refine:token")
+    assert refined.refine
+    assert "--model.response_weights=Token" in refined.flags
+    assert Method.parse("two_stage:bmo").needs == "bmo"
+    assert Method.parse("seal").needs == "penalty@softmax"
+    assert Method.parse("best_mixing").best_of == SHARES
+    assert Method.parse("best:one_step,mixing").best_of == ("one_step", "mixing")
+    for name, kind in FILTERS.items():
+        assert isinstance(Method.parse(name).filter, kind)
+    assert [name for name in ("one_step", "bmo", "mixing", "random", "seal") if Method.parse(name).learns] == [
+        "one_step",
+        "bmo",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("onestep", "unknown method 'onestep'"),
+        ("one_step@soft", "unknown weights 'soft'"),
+        ("one_step+refine:x", "unknown response weights 'x'"),
+        ("one_step:token", "need `.refine`"),
+        ("mixing@2", "not a number between 0 and 1"),
+        ("two_stage:mixing", "learns no weights"),
+        ("best:mixing,x", "unknown method 'x'"),
+    ],
+)
+def test_names_that_mean_nothing_are_refused(name, message):
+    with pytest.raises(UserError, match=message):
+        Method.parse(name)
+
+
+def test_refinement_is_put_in_and_taken_out():
+    mine = {"class_path": "lit_bilevel.callbacks.SelfRefine", "init_args": {"responses": 2}}
+    other = {"class_path": "Other"}
+    plain = json.loads(Method.parse("one_step").callbacks([mine, other]).partition("=")[2])
+    assert [callback["class_path"].rpartition(".")[2] for callback in plain] == ["Other", "Stopwatch"]
+    refined = json.loads(Method.parse("one_step+refine").callbacks([mine, other]).partition("=")[2])
+    assert mine in refined
+    assert other in refined
+
+
+# ---- filters ----
+
+
+def evidence(**known):
+    """What a filter asks for, as plain values."""
+    return SimpleNamespace(seed=0, truth=None, **known)
+
+
+def test_loss_filters_order_rows_by_what_they_are_named_after():
+    before, after = np.array([3.0, 1.0, 2.0]), np.array([1.0, 1.5, 2.0])
+    seen = evidence(ids=["a", "b", "c"], losses=lambda tuned=False: after if tuned else before)
+    assert filters.LowestLoss().scores(seen).argmax() == 1
+    assert filters.HighestLoss().scores(seen).argmax() == 0
+    assert filters.PerplexityDifference().scores(seen).tolist() == [2.0, -0.5, 0.0]
+
+
+def test_learned_weights_are_joined_by_id(tmp_path):
+    table = pyarrow.table({"id": ["c", "a", "b"], "weight": [0.5, 2.0, 1.0]})
+    pyarrow.parquet.write_table(table, tmp_path / "weights.parquet")
+    assert filters.LearnedWeights().scores(evidence(ids=["a", "b", "c"], earlier=tmp_path)).tolist() == [2.0, 1.0, 0.5]
+
+
+def test_the_oracle_keeps_the_clean_rows_whatever_their_share(tmp_path):
+    truth = write_jsonl(tmp_path / "t.jsonl", [{"id": str(i), "corrupted": i % 3 == 0} for i in range(9)])
+    seen = evidence(ids=[str(i) for i in range(9)])
+    with pytest.raises(UserError, match=r"give `--data\.truth`"):
+        filters.CleanRows().scores(seen)
+    seen.truth = truth
+    mask = filters.CleanRows().chosen(filters.CleanRows().scores(seen), keep=0.1, seed=0)
+    assert mask.tolist() == [i % 3 != 0 for i in range(9)]
+
+
+def test_a_share_is_kept_and_equal_scores_are_drawn_by_lot():
+    score = np.repeat([3.0, 2.0, 1.0], 100)
+    masks = [filters.LowestLoss().chosen(score, 0.5, seed) for seed in (0, 1)]
+    for mask in masks:
+        assert (mask[:100].sum(), mask[100:200].sum(), mask[200:].sum()) == (100, 50, 0)
+    assert (masks[0] != masks[1]).any()
+    assert not (np.diff(masks[0][100:200].nonzero()[0]) == 1).all()  # not simply the first ones
+    with pytest.raises(UserError, match="not finite"):
+        filters.LowestLoss().chosen(np.array([1.0, np.nan]), 0.5, 0)
+
+
+def test_random_rows_differ_by_seed():
+    one, two = (filters.RandomRows().scores(SimpleNamespace(seed=seed, ids=["x"] * 50)) for seed in (0, 1))
+    assert (one != two).any()
+
+
+def test_importance_prefers_texts_that_look_like_the_target():
+    random = np.random.default_rng(0)
+    near, far = ["apple", "pear", "plum", "fig"], ["bolt", "nut", "screw", "cog"]
+    pool = [" ".join(random.choice(near if i % 2 == 0 else far, 8)) for i in range(60)]
+    target = [" ".join(random.choice(near, 8)) for _ in range(30)]
+    score = log_importance(pool, target)
+    assert score[::2].min() > score[1::2].max()
+    drawn = NgramImportance().scores(evidence(texts=lambda name: pool if name == "pool" else target))
+    assert drawn[::2].mean() > drawn[1::2].mean()
+    assert log_importance(pool, pool) == pytest.approx(np.zeros(60), abs=1e-9)  # nothing to prefer
+    assert log_importance(["", "apple"], target).shape == (2,)
+
+
+def test_gradient_similarity_is_the_cosine_with_the_mean_direction():
+    pool = torch.tensor([[2.0, 0.0], [0.0, 5.0], [-1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    upper = torch.tensor([[3.0, 0.0], [0.5, 0.0]])
+    seen = evidence(
+        ids=list("abcde"),
+        policy=lambda tuned, adapter: SimpleNamespace(trainable=lambda: [torch.zeros(2)]),
+        row_gradients=lambda policy, name: enumerate(upper if name == "upper" else pool),
+    )
+    assert GradientSimilarity().scores(seen) == pytest.approx([1, 0, -1, 0.5**0.5, 0], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def built(small):
+    """The toy configuration, its data set up, nothing run."""
+    paths = [f"--data.{name}={path}" for name, path in small.items()]
+    cli = BilevelCLI(["--config=configs/quickstart.yaml", *paths, f"--data.tokenizer={TOY / 'model'}"], run=False)
+    cli.datamodule.setup()
+    return cli
+
+
+def test_losses_and_gradients_of_rows_are_those_of_training(built):
+    found = Evidence(built, None, 0)
+    policy = found.policy()
+    loss, tokens = row_losses(policy, built.datamodule, "upper")
+    gradients = torch.stack([gradient for _, gradient in found.row_gradients(policy, "upper")])
+    (window,) = built.datamodule.evaluation_loader("upper")
+    batch = built.datamodule.on_before_batch_transfer(window, 0)
+    mean = example_nll(policy(batch), batch).mean()
+    whole = torch.cat([part.flatten() for part in torch.autograd.grad(mean, policy.trainable())])
+    assert loss.mean() == pytest.approx(mean.item(), rel=1e-5)
+    assert tokens.sum() == batch.length_B.sum()
+    torch.testing.assert_close(gradients.mean(0), whole, rtol=1e-3, atol=1e-5)
+
+
+def test_an_adapter_of_an_earlier_run_is_loaded(built, tmp_path):
+    found = Evidence(built, tmp_path, 0)
+    found.settings = PolicySettings(str(TOY / "model"), lora=LoraSettings(r=2))
+    policy = found.policy()
+    with torch.no_grad():
+        for parameter in policy.trainable():
+            parameter.fill_(0.1)
+    policy.model.save_pretrained(tmp_path / "policy")
+    assert all((parameter == 0.1).all() for parameter in found.policy(tuned=True).trainable())
+    assert not all((parameter == 0.1).all() for parameter in found.policy().trainable())
+
+
+# ---- rows ----
+
+
+def test_records_are_copied_with_their_history_and_their_ids(tmp_path):
+    turns = [{"role": role, "content": f"{role} {i}"} for i in range(2) for role in ("user", "assistant")]
+    first = write_jsonl(tmp_path / "one.jsonl", [{"messages": turns}, {"messages": turns[2:] + turns[:2]}])
+    second = write_jsonl(tmp_path / "two.jsonl", [{"prompt": "p", "response": "r", "key": "k", "more": [1]}])
+    files = copy_records([first, second], {"key": "id"}, {1: "1", 2: "k"}, tmp_path / "new")
+    assert [Path(file).name for file in files] == ["one.jsonl", "two.jsonl"]  # their names are their rows' sources
+    assert [record for file in files for record in read_jsonl(Path(file))] == [
+        {"messages": turns[2:] + turns[:2], "id": "1"},
+        {"prompt": "p", "response": "r", "key": "k", "more": [1]},
+    ]
+    assert isinstance(copy_records(second, {}, {0: "0"}, tmp_path / "single"), str)
+
+
+def test_a_subset_has_the_proportions_of_the_whole():
+    strata = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
+    rows = stratified(strata, 20, seed=0)
+    assert [sum(strata[i] == name for i in rows) for name in "abc"] == [12, 6, 2]
+    assert rows.tolist() == stratified(strata, 20, seed=0).tolist() != stratified(strata, 20, seed=1).tolist()
+    with pytest.raises(UserError, match="`--subset` is 200"):
+        stratified(strata, 200, seed=0)
+
+
+# ---- what a difference is worth ----
+
+
+def test_the_permutation_test_agrees_with_all_sign_flips():
+    difference = np.array([0.9, -0.2, 0.5, 0.4, -0.1, 0.6, 0.3, 0.2])
+    flips = [abs(np.dot(signs, difference)) for signs in itertools.product((-1, 1), repeat=8)]
+    exact = np.mean(np.array(flips) >= abs(difference.sum()) - 1e-9)
+    assert permutation_test(difference) == pytest.approx(exact, abs=0.01)
+
+
+def test_the_permutation_test_finds_what_is_there_and_no_more():
+    random = np.random.default_rng(0)
+    assert permutation_test(random.normal(0.2, 1, 1000), rounds=999) == 0.001
+    none = [permutation_test(random.normal(0, 1, 100), rounds=199, seed=i) for i in range(100)]
+    assert 0.3 < np.mean(none) < 0.7  # uniform where there is no difference
+    assert permutation_test(np.zeros(5)) == 1
+
+
+def test_the_interval_is_students():
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert mean == 2
+    assert half == pytest.approx(4.303 / 3**0.5, rel=1e-6)
+    assert np.isnan(interval([1.0])[1])
+    assert np.isnan(interval([])[0])
+
+
+# ---- answers ----
+
+
+def test_refusals_are_told_by_set_phrases():
+    for text in ("I'm sorry, but no.", "I can’t help with that.", "I have to decline this request.", "Sorry, no."):
+        assert answers.refuses(text), text
+    for text in ("Sure! It is easy.", "We cannot see the chair. The answer is no.", "x" * 300 + "I cannot help."):
+        assert not answers.refuses(text), text
+
+
+def test_measures_of_answers():
+    same = ["the cat sat on the mat", "a b c d e f"]
+    found = answers.measures(same, same, ["comply", None])
+    assert found == {"exact_match": 1, "bleu": pytest.approx(1), "rougeL": pytest.approx(1), "over_refusal": 0}
+    found = answers.measures(["7", "I cannot help."], ["8", "9"], ["comply", "refuse"])
+    assert (found["exact_match"], found["refusal"], found["over_refusal"]) == (0, 1, 0)
+    assert "bleu" not in found  # references of one word
+
+
+def test_pairs_show_both_answers_in_either_order(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        records = [{"id": str(i), "prompt": "p", "response": f"{name}{i}"} for i in range(40)]
+        write_jsonl(tmp_path / name / "predictions.jsonl", records)
+    assert answers.write_pairs(tmp_path / "a", tmp_path / "b", ("A", "B"), tmp_path / "pairs.jsonl") == 40
+    pairs = read_jsonl(tmp_path / "pairs.jsonl")
+    assert all(pair[f"answer_{k}"][0] == pair[f"method_{k}"].lower() for pair in pairs for k in (1, 2))
+    assert 5 < sum(pair["method_1"] == "A" for pair in pairs) < 35
+    with pytest.raises(UserError, match="--answers"):
+        answers.write_pairs(tmp_path / "a", tmp_path / "c", ("A", "C"), tmp_path / "pairs.jsonl")
+
+
+# ---- whole tables ----
+
+
+def compare(small, output, *more):
+    paths = [f"--data.{name}={path}" for name, path in small.items()]
+    settings = [
+        "--data.batch_size=8",
+        "--trainer.log_every_n_steps=1",
+        "--figures.enabled=false",
+        "--model.max_new_tokens=2",
+        "--max_steps=2",
+    ]
+    return main(["--config=configs/quickstart.yaml", "--output", str(output), *paths, *settings, *more])
+
+
+def table_of(output):
+    with (output / "results.csv").open() as file:
+        return {row["method"]: row for row in csv.DictReader(file)}
+
+
+def test_a_table_survives_a_kill_and_is_not_run_twice(small, tmp_path, monkeypatch, capsys):
+    asked = ["--methods", "mixing", "two_stage:one_step", "oracle", "--subset", "60"]
+    with monkeypatch.context() as patched:
+        scored = Runner._scored
+
+        def killed(self, cli, folder):
+            if "two_stage" in str(folder):
+                raise KeyboardInterrupt
+            return scored(self, cli, folder)
+
+        patched.setattr(Runner, "_scored", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compare(small, tmp_path / "a", *asked)
+    assert list(table_of(tmp_path / "a")) == ["mixing", "one_step"]
+    assert compare(small, tmp_path / "a", *asked) == 0
+    assert compare(small, tmp_path / "b", *asked) == 0
+    tables = [table_of(tmp_path / name) for name in "ab"]
+    assert list(tables[0]) == ["mixing", "one_step", "two_stage:one_step", "oracle"]
+    for name in tables[0]:
+        assert tables[0][name]["test_loss"] == tables[1][name]["test_loss"]
+    losses = pyarrow.parquet.read_table(tmp_path / "a" / "test_losses.parquet")
+    assert np.mean(losses["mixing"].to_numpy()) == pytest.approx(float(tables[0]["mixing"]["test_loss"]), rel=1e-5)
+    kept = read_jsonl(tmp_path / "a" / "oracle" / "seed0" / "pool" / "pool.jsonl")
+    clean = {row["id"] for row in read_jsonl(TOY / "truth.jsonl") if not row["corrupted"]}
+    assert {row["id"] for row in kept} <= clean
+    assert "gap closed" in (tmp_path / "a" / "results.md").read_text()
+    monkeypatch.setattr(Runner, "_run", None)  # nothing is left to run
+    assert compare(small, tmp_path / "a", *asked) == 0
+    capsys.readouterr()
+    assert compare(small, tmp_path / "a", *asked[:-1], "50") == 2
+    assert "other settings (subset)" in capsys.readouterr().err
+
+
+def test_the_best_share_is_chosen_on_monitor(small, tmp_path):
+    assert compare(small, tmp_path, "--methods", "best:mixing,mixing@0.5", "--pairs", "mixing", "mixing@0.5") == 0
+    table = table_of(tmp_path)
+    best = min(("mixing", "mixing@0.5"), key=lambda name: float(table[name]["monitor_loss"]))
+    assert table["best:mixing,mixing@0.5"]["chosen"] == best
+    assert table["best:mixing,mixing@0.5"]["test_loss"] == table[best]["test_loss"]
+    assert "exact_match" in table["mixing"]
+    assert len(read_jsonl(tmp_path / "pairs.jsonl")) == 16
+    assert "Chosen by monitor loss" in (tmp_path / "results.md").read_text()
+
+
+def test_mistakes_are_told_before_anything_runs(small, tmp_path, capsys):
+    assert compare(small, tmp_path, "--methods", "mixin") == 2
+    assert "unknown method 'mixin'" in capsys.readouterr().err
+    assert compare(small, tmp_path, "--methods", "mixing", "--keep", "2") == 2
+    assert "`--keep` is 2" in capsys.readouterr().err
+    with pytest.raises(UserError, match="another `--output`"):
+        Results(tmp_path, {"keep": 0.5})

@@ -1,0 +1,93 @@
+"""Groups of responses weighted in closed form, and ratios recomputed by a script that knows nothing of this project."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT
+from lightning.pytorch import Callback
+from test_refine import Logged, features, refine_all, run
+
+from lit_bilevel import BMOWeights, Mixing, SoftmaxWeights
+from lit_bilevel.callbacks import RandomFraction
+from lit_bilevel.policy.generate import Sampling
+from lit_bilevel.ratios import Token, Uniform
+from lit_bilevel.refinement import Refinement
+
+
+class SavedBeforeTheLastStep(Callback):
+    """Saves the policy whose ratios the last step logs."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == trainer.max_steps - 1:
+            pl_module.policy.model.save_pretrained(self.folder)
+            pl_module.tokenizer.save_pretrained(self.folder)
+
+
+def test_logged_ratios_follow_from_the_saved_policy_and_the_file(small, tmp_path):
+    """Every row is refined and in every batch, so the last step's ratios are those of the whole file."""
+    logged, saved = Logged(), SavedBeforeTheLastStep(tmp_path / "saved")
+    refine = refine_all(sampling=Sampling(8, 0.8))
+    run(small, tmp_path, refine, watch=[logged, saved], size=90, steps=6, lr=3e-3, response_weights=Token())
+    script = [sys.executable, str(ROOT / "tests" / "recompute_ratios.py")]
+    files = [str(tmp_path / "saved"), str(tmp_path / "responses.jsonl"), small["pool"]]
+    result = subprocess.run(script + files, capture_output=True, text=True, check=True, cwd=tmp_path)
+    ratios = json.loads(result.stdout)
+    assert len(ratios) > 100
+    assert sum(ratios) / len(ratios) == pytest.approx(logged.steps[-1]["refine/ratio_mean"], rel=1e-5)
+    assert max(ratios) == pytest.approx(logged.steps[-1]["refine/ratio_max"], rel=1e-4)
+    assert sum(abs(ratio - 1) for ratio in ratios) / len(ratios) > 1e-2
+
+
+def test_groups_in_closed_form():
+    """e^(−ℓ/τ) over its running mean, next to learned offline weights; the first window weighs 1."""
+    offline = SoftmaxWeights()
+    refinement = Refinement(BMOWeights(0.5), Uniform(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    offline.build(torch.zeros(6, dtype=torch.int64), torch.float64)
+    refinement.refresh(torch.tensor([1, 4]), offline, torch.zeros(6, dtype=torch.int64), 0.0)
+    seen = replace(features(0, 6, 2, 7), loss_B=torch.tensor([9.0, 0.5, 9.0, 1.0], dtype=torch.float64))
+    assert refinement.needs_loss
+    assert refinement.weigh(offline, seen).tolist() == [1, 1, 1, 1]
+    refinement.observe(offline, seen)
+    stepped = torch.optim.SGD(offline.parameters(), lr=0.1)
+    refinement.step(offline, stepped, seen, torch.tensor([1.0, 50.0, -1.0, -50.0], dtype=torch.float64))
+    expected = torch.exp(torch.tensor([-1.0, -2.0], dtype=torch.float64))
+    expected /= expected.mean()
+    found = refinement.weigh(offline, seen)
+    torch.testing.assert_close(found[[1, 3]], expected)
+    torch.testing.assert_close(refinement.table()[1], expected)
+    assert found[0] < 1 < found[2]
+
+
+def test_closed_form_groups_in_a_run(small, tmp_path):
+    """Micro-batches change nothing; answers that the policy finds unlikely weigh less."""
+    tables = []
+    for size in (8, 2):
+        model = run(
+            small,
+            tmp_path / str(size),
+            refine_all(choose=RandomFraction(0.6)),
+            size=size,
+            refined_weights=BMOWeights(0.2),
+            solver=Mixing(),
+            weights=SoftmaxWeights(),
+            optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.005),
+            accumulate_grad_batches=8 // size,
+            trainer_settings={"precision": "64-true"},
+        )
+        tables.append([parameter.detach().clone() for parameter in model.policy.trainable()])
+        weight = model.refinement.table()[1]
+        loss = model.refinement.weights.loss_N
+        seen = ~loss.isnan()
+        assert seen.sum() > 20
+        assert torch.equal(weight[seen].argsort(), (-loss[seen]).argsort())
+    for one, other in zip(*tables, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-8, rtol=0)
