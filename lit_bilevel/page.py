@@ -254,5 +254,5 @@ def _framed(drawn: str, across: tuple[float, float], up: tuple[float, float], be
     )
     return (
         f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{escaped(below)}'>{marks}{drawn}"
-        f"<text x={(WIDTH + LEFT) / 2} y={HEIGHT - 2} text-anchor=middle class=m>{escaped(below)}</text></svg>"
+        f"<text x={(WIDTH + LEFT) / 2} y={HEIGHT - 5} text-anchor=middle class=m>{escaped(below)}</text></svg>"
     )

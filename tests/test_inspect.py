@@ -312,3 +312,36 @@ def test_nearest():
     assert nearest("fitt", ["fit", "test"]) == "; did you mean `fit`?"
     assert nearest("xyz", ["fit", "test"]) == ""
     assert nearest("xyz", ["fit", "test"], all_of_them=True) == "; the known names are: fit, test"
+
+
+def test_the_help_of_a_command_begins_with_its_own_settings(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: lit-bilevel fit --config FILE [options]\n\nLearn data weights")
+    assert shown.index("--model.solver SOLVER") < shown.index("--data.pool POOL") < shown.index("--trainer.max_epochs")
+    assert "ENV:" not in shown
+    assert "LIT_BILEVEL_FIT__DATA__BATCH_SIZE" in shown
+
+
+def test_configs_compose_and_later_ones_win(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("data:\n  batch_size: 7\nmodel:\n  solver: Penalty\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=configs/quickstart.yaml", f"--config={tmp_path / 'mine.yaml'}", "--print_config"])
+    shown = capsys.readouterr().out
+    assert "batch_size: 7" in shown
+    assert "lit_bilevel.Penalty" in shown
+    assert "lr: 0.7" in shown  # of the first file
+
+
+@pytest.mark.skipif(importlib.util.find_spec("shtab") is None, reason="shtab (the extra `completion`) is not installed")
+def test_bash_completes_commands_and_options(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--print_completion=shtab-bash"])
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+    ask = 'COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _shtab_lit_bilevel; echo "${COMPREPLY[@]}"'
+    for words, answer in (("lit-bilevel va", "validate"), ("lit-bilevel fit --data.batch", "--data.batch_size")):
+        command = f"source {script}; COMP_WORDS=({words}); {ask}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert answer in done.stdout.split(), done.stderr

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
@@ -121,7 +121,7 @@ class Lines(ProgressBar):
 
 
 class GenerationBar:
-    """The bar of one refinement round, below that of the fit; none where the fit shows none.
+    """The bar of one refinement round, with that of the fit; none where the fit shows none.
 
     Args:
         trainer: whose bar it goes with.
@@ -133,10 +133,13 @@ class GenerationBar:
     def __init__(self, trainer: Trainer, total: int):
         own = trainer.progress_bar_callback
         shown = trainer.is_global_zero and own is not None and not getattr(own, "is_disabled", False)
+        self._rich = own.progress if shown and isinstance(own, RichProgressBar) else None
+        if self._rich is not None:  # two libraries cannot share a terminal
+            self._task = self._rich.add_task("generate", total=total)
         self._bar = tqdm(
             desc="generate",
             total=total,
-            disable=not shown,
+            disable=not shown or self._rich is not None,
             leave=False,
             file=sys.stdout,
             dynamic_ncols=True,
@@ -151,17 +154,23 @@ class GenerationBar:
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
+        if self._rich is not None:
+            self._rich.update(self._task, visible=False)  # removed, it would shift the numbers of Lightning's tasks
 
     def tokens(self, count: int) -> None:
         """Count new tokens."""
         self._tokens += count
-        rate = self._tokens / max(time.monotonic() - self._started, 1e-9)
-        self._bar.set_postfix({"tokens": compact(self._tokens), "tokens/s": compact(rate)}, refresh=False)
+        rate = compact(self._tokens / max(time.monotonic() - self._started, 1e-9))
+        self._bar.set_postfix({"tokens": compact(self._tokens), "tokens/s": rate}, refresh=False)
         self._bar.update(0)
+        if self._rich is not None:
+            self._rich.update(self._task, description=f"generate, {rate} tokens/s")
 
     def responses(self, count: int) -> None:
         """Count responses that are done."""
         self._bar.update(count)
+        if self._rich is not None:
+            self._rich.update(self._task, advance=count, refresh=True)
 
 
 def say(text: str) -> None:
