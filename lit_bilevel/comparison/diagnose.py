@@ -1,7 +1,7 @@
 """`lit-bilevel diagnose`: is the validation set large and clean enough to learn weights from?
 
-    halves   rank correlation of the weights learned from the two halves of the validation file, same seed (they share the
-             order of the pool, and with it some noise)
+    halves   rank correlation of the weights learned from the two halves of the validation file, same seed (and so the
+             same order of the pool, and some noise that is common to both)
     seeds    rank correlation of the weights learned from the whole file with two seeds
     whole    2r / (1 + r) with r that of the halves: what two files of the whole size would agree (Spearman and Brown)
     rise     policy steps after which the monitor loss rises, in the run as configured and on validation rows alone
@@ -194,8 +194,8 @@ def advice(found: dict[str, Any]) -> list[str]:
     if seeds < GOOD:
         lines.append(
             "- Another order of the pool gives other weights. Visit rows more often (more epochs), average the"
-            " direction longer (`direction_decay` nearer to 1), lower the learning rate of `weight_optimizer`, or use the mean of"
-            " the weights of several seeds; then diagnose again."
+            " direction longer (`direction_decay` nearer to 1), lower the learning rate of `weight_optimizer`, or use"
+            " the mean of the weights of several seeds; then diagnose again."
         )
     return [*lines, *(line for name, where in found["rise"].items() for line in _about_rise(name, where))]
 
