@@ -1,7 +1,7 @@
 """`lit-bilevel diagnose`: is the validation set large and clean enough to learn weights from?
 
-    halves   rank correlation of the weights learned from the two halves of the validation file, same seed (and so the
-             same order of the pool, and some noise that is common to both)
+    halves   rank correlation of the weights learned from the two halves of the validation file, same seed (they share
+             the order of the pool, and with it some noise)
     seeds    rank correlation of the weights learned from the whole file with two seeds
     whole    2r / (1 + r) with r that of the halves: what two files of the whole size would agree (Spearman and Brown)
     rise     policy steps after which the monitor loss rises, in the run as configured and on validation rows alone
