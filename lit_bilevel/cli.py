@@ -22,7 +22,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lit_bilevel.optim
 import lit_bilevel.policy.backends
@@ -42,9 +42,11 @@ from lit_bilevel.callbacks import (
 )
 from lit_bilevel.callbacks.export import is_rehearsal
 from lit_bilevel.callbacks.progress import Bar, Lines
+from lit_bilevel.checks import check_precision
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.place import with_own_configs
 
 # lines of libraries that say nothing to a user of this program; each is matched as a beginning
 UNTOLD = (
@@ -104,6 +106,9 @@ class BilevelCLI(LightningCLI):
         """Parse; unlike Lightning's, without a warning where a program with arguments of its own calls this CLI."""
         self.config = parser.parse_args(args)
 
+    def _parse_ckpt_path(self) -> None:
+        """Leave settings as they are; Lightning's would take them from a checkpoint that has any, unasked."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(BilevelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Export, "export")
@@ -114,6 +119,15 @@ class BilevelCLI(LightningCLI):
         parser.add_lightning_class_args(Figures, "figures")
         parser.add_lightning_class_args(ModelCard, "card")
         parser.set_defaults({"trainer.default_root_dir": "runs/default", "trainer.enable_model_summary": False})
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, module and data; nothing but settings can be wrong there."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the settings cannot be used: {error} (`--print_config` shows all of them)") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
@@ -127,7 +141,10 @@ class BilevelCLI(LightningCLI):
         given = [*(own if isinstance(own, list) else [own]), *callbacks]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             callbacks = [*callbacks, Bar() if sys.stdout.isatty() else Lines()]
-        return super()._instantiate_trainer(config, callbacks)
+        asked = config.get("precision")
+        trainer = super()._instantiate_trainer(config, callbacks)
+        check_precision(asked, trainer)
+        return trainer
 
     def after_fit(self) -> None:
         """Test the monitor-best checkpoint, so that a run ends with the number that counts."""
@@ -181,8 +198,8 @@ def main(args: list[str] | None = None) -> int:
     if importlib.util.find_spec("shtab") is not None:
         jsonargparse.set_parsing_settings(add_print_completion_argument=True)
     try:
-        BilevelCLI(args)
-    except UserError as error:
+        BilevelCLI(with_own_configs(sys.argv[1:] if args is None else args))
+    except (UserError, MisconfigurationException) as error:  # the latter is Lightning's
         sys.stderr.write(f"lit-bilevel: {error}\n")
         return 2
     except SIGTERMException:  # while no state was at stake, as in a prediction

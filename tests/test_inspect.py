@@ -44,6 +44,8 @@ def refined(small, tmp_path_factory) -> Path:
     arguments = [
         "fit",
         "--config=configs/refine.yaml",
+        "--trainer.callbacks.every_n_steps=null",  # by epochs instead
+        "--trainer.callbacks.choose.init_args.fraction=0.1",  # the others go on moving
         "--trainer.callbacks.start=2",
         *(f"--data.{name}={path}" for name, path in small.items()),
         "--data.batch_size=16",

@@ -13,6 +13,7 @@ earlier one, its checkpoints are renamed to `earlier-*`. Left out: keeping more 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -27,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_bilevel.atomic import install
 from lit_bilevel.callbacks.export import is_rehearsal
+from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 
 
@@ -46,6 +48,9 @@ class BilevelCheckpoint(ModelCheckpoint):
     def __init__(
         self, every_n_steps: int | None = None, every_minutes: float | None = None, dirpath: str | None = None
     ):
+        for name, value, least in (("every_n_steps", every_n_steps, 1), ("every_minutes", every_minutes, 0)):
+            if value is not None and value < least:
+                raise UserError(f"`checkpoint.{name}` is {value}; it must be at least {least}.")
         super().__init__(
             dirpath=dirpath,
             filename="best",
@@ -71,11 +76,6 @@ class BilevelCheckpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal = 0
-        if trainer.ckpt_path is None and trainer.is_global_zero and not is_rehearsal(trainer):
-            for name in ("last.ckpt", "best.ckpt"):
-                path = Path(str(self.dirpath)) / name
-                if path.is_file():
-                    os.replace(path, path.with_name(f"earlier-{name}"))
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _listen(self._note)
@@ -84,6 +84,18 @@ class BilevelCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._saved_at, self._due = time.monotonic(), False
         _listen(self._note)
+        # not before, for a strategy that shards the policy loads the checkpoint only after `on_fit_start`
+        if trainer.ckpt_path is None and trainer.is_global_zero and not is_rehearsal(trainer):
+            self._set_aside()
+
+    def _set_aside(self) -> None:
+        for name in ("last.ckpt", "best.ckpt"):
+            path = Path(str(self.dirpath)) / name
+            if path.exists():
+                aside = path.with_name(f"earlier-{name}")
+                if aside.is_dir():  # with a part from every process
+                    shutil.rmtree(aside)
+                os.replace(path, aside)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_test_start(trainer, pl_module)

@@ -45,7 +45,7 @@ class Export(Callback):
         self._resumed = True
 
     @rank_zero_only
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # by now a checkpoint is loaded
         if not is_rehearsal(trainer) and not self._resumed:
             folder = run_folder(trainer)
             for name in self.FILES:
