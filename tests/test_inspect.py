@@ -19,7 +19,6 @@ from datasets import Dataset
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from rich.progress import Progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -402,8 +401,12 @@ def test_generation_has_a_bar_of_its_own_where_the_fit_has_one(capsys):
             generation.responses(8)
         printed = capsys.readouterr().out
         assert ("generate |" in printed and "8/8 responses" in printed and "tokens=1.5k" in printed) is shown
+
+
+def test_generation_has_a_bar_in_richs_display():
+    progress = pytest.importorskip("rich.progress")
     rich = RichProgressBar()
-    rich.progress = Progress()
+    rich.progress = progress.Progress()
     with GenerationBar(progress_of(rich), 8) as generation:
         generation.tokens(1500)
         generation.responses(3)
