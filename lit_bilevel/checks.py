@@ -65,9 +65,7 @@ def _out_of_range(module: Any) -> list[str]:
             f"`model.gradient_clip_val` is {module.gradient_clip_val}; it must be above 0, or null for none"
         )
     if module.lr_scheduler_name == "reduce_lr_on_plateau":
-        problems.append(
-            "`model.lr_scheduler` is reduce_lr_on_plateau, which follows a metric; use one that follows steps"
-        )
+        problems.append("`model.lr_scheduler` is reduce_lr_on_plateau, which follows a metric; use one of steps")
     return problems
 
 

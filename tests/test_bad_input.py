@@ -154,7 +154,7 @@ def sets(tmp_path, monkeypatch, tokenizer):
             name: write_jsonl(tmp_path / f"{name}.jsonl", [r | {"prompt": f"{name} {i}"} for i, r in enumerate(GOOD)])
             for name in ("pool", "validation", "test")
         }
-        return BilevelDataModule(**paths | {level: bad}, max_length=ROOM, cache=False, **settings)
+        return BilevelDataModule(**paths | {level: bad}, max_length=ROOM, cache=str(tmp_path / "cache"), **settings)
 
     return make
 
