@@ -228,7 +228,7 @@ WHOLE = {  # content of a file that cannot be read at all, and what is said of o
     "wrong encoding": (b'[{"prompt": "\xff"}]', ""),
 }
 ONLY_JSON = {"malformed": "is not valid JSON", "wrong encoding": "is not UTF-8"}  # elsewhere, a matter of one record
-NO_FOLDER = "is a folder, but not one that `datasets` saved"
+NO_FOLDER = "could not be loaded as a folder of data files"
 WHOLE_CASES = [
     *((suffix, name, WHOLE[name][1]) for suffix in (".jsonl", ".json", ".csv") for name in WHOLE if WHOLE[name][1]),
     *((".json", name, message) for name, message in ONLY_JSON.items()),
