@@ -1,4 +1,4 @@
-"""A pool as it lies on disk, for copying rows unchanged: lines of a jsonl file, or a table.
+"""A pool as it lies on disk, for copying rows unchanged: lines of a jsonl file, records of others, or a table.
 
 Ids are read as training reads them (`data/rows.py`): the `id` of a record, else its number, blank lines not counted;
 a record that cannot be read has a number and no id. Left out: everything that training does to a row.
@@ -7,16 +7,20 @@ a record that cannot be read has a number and no id. Left out: everything that t
 from __future__ import annotations
 
 import base64
+import csv
 import datetime
 import decimal
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lit_bilevel.data.files import dataset, is_file, records
 from lit_bilevel.errors import UserError
+from lit_bilevel.place import located
 
 Added = tuple[str, np.ndarray] | None
 
@@ -46,8 +50,12 @@ class Pool(ABC):
             path: the file.
             mask: which records.
             added: name of a column that is added, and its values for the chosen records.
-            suffix: ".jsonl" or ".parquet".
+            suffix: ".jsonl", ".csv" or ".parquet".
         """
+
+    @abstractmethod
+    def as_lines(self) -> list[bytes]:
+        """Every record as a line of JSON; of one that cannot be read, what stood there."""
 
 
 class Lines(Pool):
@@ -68,6 +76,9 @@ class Lines(Pool):
         if suffix == ".parquet":
             _write_parquet(path, _table([json.loads(line) for line in lines]), added)
             return
+        if suffix == ".csv":
+            _write_csv(path, [json.loads(line) for line in lines], added)
+            return
         if added is not None:
             name = json.dumps(added[0]).encode()
             lines = [
@@ -75,6 +86,9 @@ class Lines(Pool):
                 for line, value in zip(lines, added[1], strict=True)
             ]
         path.write_bytes(b"".join(line + b"\n" for line in lines))
+
+    def as_lines(self) -> list[bytes]:
+        return self.lines
 
 
 class Table(Pool):
@@ -96,32 +110,54 @@ class Table(Pool):
         if suffix == ".parquet":
             _write_parquet(path, table, added)
             return
+        if suffix == ".csv":
+            _write_csv(path, table.to_pylist(), added)
+            return
         if added is not None:
             table = table.append_column(added[0], pyarrow.array(added[1]))
         with path.open("wb") as file:
             for batch in table.to_batches(max_chunksize=4096):
                 file.writelines(_line(record) + b"\n" for record in batch.to_pylist())
 
+    def as_lines(self) -> list[bytes]:
+        return [_line(record) for record in self.table.to_pylist()]
 
-def read_pool(path: str, id_column: str = "id") -> Pool:
-    """The records of a json, jsonl or parquet file, or of a hub id.
+
+def read_pool(paths: Sequence[str], id_column: str = "id") -> Pool:
+    """The records of files, folders or hub ids, one after the other, as `data/files.py` knows them.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if one cannot be read, or tables do not fit together.
     """
+    import pyarrow
+
+    pools = [_read(located(path), id_column) for path in paths]
+    if len(pools) == 1:
+        return pools[0]
+    tables = [pool.table for pool in pools if isinstance(pool, Table)]
+    if len(tables) < len(pools):
+        return Lines([line for pool in pools for line in pool.as_lines()], id_column)
+    try:
+        return Table(pyarrow.concat_tables(tables, promote_options="default"), id_column)
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"the columns of {', '.join(paths)} do not fit together ({error}); select from each."
+        ) from error
+
+
+def _read(path: str, id_column: str) -> Pool:
     file = Path(path)
-    if file.suffix not in (".json", ".jsonl", ".parquet"):
-        if file.exists():
-            raise UserError(f"{path} is not a known kind of file; use .json, .jsonl, .parquet or a hub id.")
-        pool: Pool = Table(_hub_table(path), id_column)
-    elif not file.is_file():
-        raise UserError(f"{path} does not exist; check the path (it is read from {Path.cwd()}).")
-    elif file.suffix == ".parquet":
+    if not is_file(path):
+        pool: Pool = Table(dataset(path).with_format("arrow")[:], id_column)
+    elif file.suffix.lower() == ".parquet":
         pool = Table(_parquet_table(file), id_column)
-    elif file.suffix == ".json":
+    elif file.suffix.lower() == ".json":
         pool = Lines(_json_lines(file), id_column)
+    elif file.suffix.lower() == ".csv":
+        pool = Lines([_line(item) if isinstance(item, dict) else b"" for _, item in records(path)], id_column)
     else:
-        pool = Lines([line.strip() for line in file.read_bytes().split(b"\n") if line.strip()], id_column)
+        lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        pool = Lines([line.strip() for line in lines if line.strip()], id_column)
     if not pool.ids:
         raise UserError(f"{path} is empty; give the pool that the weights were learned on.")
     return pool
@@ -137,7 +173,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 def _json_lines(path: Path) -> list[bytes]:
     try:
-        records = json.loads(path.read_bytes().decode("utf-8") or "[]")
+        records = json.loads(path.read_bytes().decode("utf-8-sig").strip() or "[]")
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); for one record a line name it .jsonl.") from error
     if not isinstance(records, list):
@@ -153,18 +189,6 @@ def _parquet_table(path: Path) -> Any:
         return pyarrow.parquet.read_table(path)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a readable parquet file ({error}).") from error
-
-
-def _hub_table(path: str) -> Any:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(path, split="train").with_format("arrow")[:]
-    except Exception as error:
-        raise UserError(
-            f"{path!r} is neither a local file nor a dataset that could be loaded from the hub"
-            f" ({type(error).__name__}: {str(error).splitlines()[0]}); check the path or the id."
-        ) from error
 
 
 def _table(records: list[dict[str, Any]]) -> Any:
@@ -194,6 +218,19 @@ def _write_parquet(path: Path, table: Any, added: Added) -> None:
             about.get("info", {}).get("features", {})[added[0]] = {"dtype": "float64", "_type": "Value"}
             table = table.replace_schema_metadata({**metadata, b"huggingface": json.dumps(about).encode()})
     pyarrow.parquet.write_table(table, path)
+
+
+def _write_csv(path: Path, records: list[dict[str, Any]], added: Added) -> None:
+    if added is not None:
+        records = [record | {added[0]: float(value)} for record, value in zip(records, added[1], strict=True)]
+    for record in records:
+        for name, value in record.items():
+            if isinstance(value, list | dict):
+                raise UserError(f"the field {name!r} holds a {type(value).__name__}, which csv lacks; write .jsonl.")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for record in records for name in record)))
+        writer.writeheader()
+        writer.writerows(records)
 
 
 def _line(record: Any) -> bytes:

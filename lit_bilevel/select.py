@@ -6,8 +6,8 @@
                               (Efraimidis and Spirakis, 2006)
 
 Rows are joined by `id` (the row number where the pool has none), keep the order of the source and every field: lines
-of a jsonl file are copied byte for byte, a parquet table keeps its schema. Only numpy and pyarrow are imported, so the
-command starts at once.
+of a jsonl file are copied byte for byte, a parquet table keeps its schema. Only numpy and pyarrow are imported (for
+folders and hub ids also datasets), so the command starts at once.
 
 Left out: refined responses; they are in `responses.jsonl` and are no rows of the pool.
 """
@@ -65,9 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lit-bilevel select", description="Keep the best-weighted rows of a pool, as a new file.")
     parser.add_argument("--weights", required=True, metavar="RUN/weights.parquet", help="weights of a finished run")
     parser.add_argument(
-        "--pool", required=True, help="the pool they were learned on: .json, .jsonl, .parquet or hub id"
+        "--pool", required=True, nargs="+", help="the pool they were learned on: one or several files, folders, hub ids"
     )
-    parser.add_argument("--output", required=True, help="the new file, .jsonl or .parquet")
+    parser.add_argument("--output", required=True, help="the new file, .jsonl, .csv or .parquet")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--keep", type=float, metavar="SHARE", help="the top share of the rows, such as 0.8")
     mode.add_argument("--top_k", type=int, metavar="K", help="the K rows that weigh most")
@@ -125,10 +125,9 @@ def _check(options: argparse.Namespace) -> None:
     if options.balance == "equal" and options.threshold is not None:
         raise UserError("`--balance equal` fixes how many rows are kept and `--threshold` does not; use `--top_k`.")
     output = Path(options.output)
-    if output.suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"`--output` is {options.output!r}; its name must end in .jsonl or .parquet.")
-    for name in ("pool", "weights"):
-        other = Path(getattr(options, name))
+    if output.suffix not in (".jsonl", ".csv", ".parquet"):
+        raise UserError(f"`--output` is {options.output!r}; its name must end in .jsonl, .csv or .parquet.")
+    for name, other in (("weights", Path(options.weights)), *(("pool", Path(path)) for path in options.pool)):
         if output.exists() and other.exists() and output.samefile(other):
             raise UserError(f"`--output` is the file of `--{name}`; give another name.")
     if output.is_dir():
@@ -177,9 +176,10 @@ def join(pool: Pool, weights: Weights, options: argparse.Namespace) -> Joined:
     Raises:
         UserError: if the weights are not those of this pool.
     """
+    named = ", ".join(options.pool)
     if not pool.has_ids and len(weights.row) and weights.row.max() >= len(pool.ids):
         raise UserError(
-            f"{options.pool} has {len(pool.ids)} rows, no column {options.id_column!r}, and the weights go up to row"
+            f"{named} has {len(pool.ids)} rows, no column {options.id_column!r}, and the weights go up to row"
             f" {weights.row.max()}; give the pool that they were learned on, or its `--id_column`."
         )
     place = {key: number for number, key in enumerate(weights.id)}
@@ -191,7 +191,7 @@ def join(pool: Pool, weights: Weights, options: argparse.Namespace) -> Joined:
             found.append(place[key])
     if not positions:
         raise UserError(
-            f"no row of {options.pool} has an id that is in {options.weights} (the first: {pool.ids[0]!r} and"
+            f"no row of {named} has an id that is in {options.weights} (the first: {pool.ids[0]!r} and"
             f" {weights.id[0]!r}); give the pool that they were learned on, or its `--id_column`."
         )
     without, lost = len(pool.ids) - len(positions), len(weights.id) - len(positions)

@@ -26,7 +26,7 @@ from lit_bilevel.generation import score
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.generate import HFGenerate, Request, Sampling
 from lit_bilevel.policy.policy import Policy
-from lit_bilevel.types import Example, Group
+from lit_bilevel.types import Example, Group, Row
 
 TOY = Path(__file__).resolve().parents[1] / "lit_bilevel" / "toy"
 
@@ -45,7 +45,7 @@ def timed(work: Callable[[], object], repeats: int, device: str) -> float:
 
 def requests_for(tokenizer, count: int, new: int) -> list[Request]:
     rows = Source(str(TOY / "test.jsonl")).read()
-    prompts = Encoder(tokenizer, 512).prompts([row.prompt for row in rows])
+    prompts = Encoder(tokenizer, 512).prompts([row.prompt for row in rows if isinstance(row, Row)])
     return [Request(prompts[i % len(prompts)], (0, 0, i, 0), new) for i in range(count)]
 
 

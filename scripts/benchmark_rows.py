@@ -4,9 +4,9 @@
 
 Rows are synthetic: a question and an answer of random words. Start-up is `setup` of the data module, in a process of
 its own, whose memory is watched ten times a second: `private` is what it holds itself, with its children; pages of the
-memory map, which the system takes back when it needs them, come on top in `resident`. Steps of both pools alternate in one
-process and are paired: the ratio is of medians in a round, and the median over rounds counts. A step draws its rows,
-reads and collates them, and trains a small Llama and the weights (`OneStep`). Left out: the end of an epoch.
+memory map, which the system takes back when it needs them, come on top in `resident`. Steps of both pools alternate in
+one process and are paired: the ratio is of medians in a round, and the median over rounds counts. A step draws its
+rows, reads and collates them, and trains a small Llama and the weights (`OneStep`). Left out: the end of an epoch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "lit_bilevel" / "toy"
-WORDS = 40
+WORDS = (2, 8)
+"""Fewest and most words of a text."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"| {rows:,} | {cache} | {measured_start_up(options, rows)} |", flush=True)
         seconds, ratios = step_times(options)
         for rows, own in zip(options.rows, seconds, strict=True):
-            print(f"{rows:,} rows: {1000 * statistics.median(own):.2f} ms a step (median of {len(own)})")
+            print(f"{rows:,} rows: {1000 * statistics.median(own):.2f} ms a step (median of {len(own)})", flush=True)
         ratio = statistics.median(ratios)
         print(f"step time, large / small: {ratio:.3f} ({min(ratios):.3f}–{max(ratios):.3f} over {len(ratios)} rounds)")
     return int(abs(ratio - 1) > 0.05)
@@ -72,7 +73,7 @@ def write_rows(path: Path, rows: int, seed: int) -> None:
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(1, 6))) for _ in range(1000)]
     with path.open("w") as file:
         for i in range(rows):
-            prompt, response = (" ".join(draw.choices(words, k=draw.randint(4, WORDS // 2))) for _ in range(2))
+            prompt, response = (" ".join(draw.choices(words, k=draw.randint(*WORDS))) for _ in range(2))
             record = {"id": f"{path.stem}-{i}", "prompt": f"{path.stem} {i} {prompt}", "response": response}
             file.write(json.dumps(record | {"source": f"s{i % 5}"}) + "\n")
 
@@ -147,7 +148,7 @@ class MemoryWatch:
                 continue
             sizes = {line.split(":")[0]: line.split()[1] for line in lines[1:]}
             private += int(sizes["Private_Dirty"]) / 1024
-            resident += int(sizes["Rss"]) / 1024
+            resident += int(sizes["Pss"]) / 1024
         return private, resident
 
 

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
-
-from lit_bilevel.data import rows as data_rows
-from lit_bilevel.data.table import rows_of, write_rows
-from lit_bilevel.errors import gathered
-from lit_bilevel.types import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ROOT / "lit_bilevel" / "toy"
@@ -28,22 +22,6 @@ torch.set_num_threads(1)
 def _own_cache(tmp_path_factory):
     """Prepared sets of tests lie in a folder of their own."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-
-
-class Source(data_rows.Source):
-    """A source that is read at once, through the table."""
-
-    def __init__(self, path: str | list[str], on_bad_row: str = "error", **settings):
-        super().__init__(path, **settings)
-        self.on_bad_row, self.skipped = on_bad_row, []
-
-    def rows(self) -> list[Row]:
-        """The good rows; `skipped` has what is wrong with the others."""
-        with tempfile.TemporaryDirectory() as folder:
-            table, self.skipped = write_rows(self, Path(folder) / "rows.arrow")
-            if self.skipped and self.on_bad_row == "error":
-                raise gathered("bad data", self.skipped)
-            return rows_of(table[:])
 
 
 @pytest.fixture(autouse=True)

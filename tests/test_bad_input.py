@@ -10,7 +10,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import TOY, Source, read_jsonl, write_jsonl
+from conftest import TOY, read_jsonl, write_jsonl
+from sources import Source
 from transformers import AutoTokenizer
 
 from lit_bilevel.data import files, formats

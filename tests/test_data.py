@@ -9,7 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import SHARED, TOY, Source, read_jsonl, write_jsonl
+from conftest import SHARED, TOY, read_jsonl, write_jsonl
+from sources import Source
 from transformers import AutoTokenizer
 
 from lit_bilevel.data.collate import collate, share_of_rank

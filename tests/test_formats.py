@@ -9,8 +9,9 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import TOY, Source, write_jsonl
+from conftest import TOY, write_jsonl
 from jsonargparse import ArgumentParser
+from sources import Source
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -198,6 +199,9 @@ def test_ids_and_masks_are_those_of_transformers(tmp_path, tokenizers, kind, cha
         assert not isinstance(encoded, ValueError), (name, encoded)
         ids, learned = expected_ids(tokenizer, turns, train_on)
         assert encoded.input_ids == ids, name
+        if chat and len(turns) > 1:
+            text = tokenizer.apply_chat_template(as_messages(turns), tokenize=False)
+            assert text.rstrip("\n") == tokenizer.decode(encoded.input_ids), name
         assert [*encoded.earlier, *range(encoded.response_start, len(ids))] == learned, name
         assert ids[-1] == tokenizer.eos_token_id
         bos = tokenizer.bos_token_id
@@ -319,6 +323,9 @@ def test_a_table_keeps_what_was_encoded(tmp_path, tokenizers, num_proc):
     )
     assert "\x1b[2m" in shown(tokenizer, table)
     assert shown(tokenizer, table).endswith("answer 0<|eot_id|>")
+    question = "<|begin|><|start_header_id|>user<|end_header_id|>\n\nquestion 0<|eot_id|>"
+    head = f"[{question}<|start_header_id|>assistant<|end_header_id|>\n\n]"
+    assert shown(tokenizer, table, "[]") == head + "answer 0<|eot_id|>"
 
 
 # ---- files ----

@@ -225,7 +225,7 @@ def test_mistakes_are_answered_in_one_line(large, tmp_path, capsys):
     assert "`--keep` is 80" in refused(capsys, [*base, "--keep", "80"])
     assert "4 rows are wanted and there are 3 rows with a weight" in refused(capsys, [*base, "--top_k", "4"])
     assert "no row is left" in refused(capsys, [*base, "--threshold", "1e9"])
-    assert "must end in .jsonl or .parquet" in refused(capsys, [*base, "--keep", "1", "--output", "out.csv"])
+    assert "must end in .jsonl, .csv or .parquet" in refused(capsys, [*base, "--keep", "1", "--output", "out.txt"])
     assert "file of `--pool`" in refused(capsys, [*base, "--keep", "1", "--output", pool])
     assert "does not exist" in refused(capsys, [*base, "--keep", "1", "--pool", "nowhere.jsonl"])
     assert "does not exist" in refused(capsys, [*base, "--keep", "1", "--weights", "nowhere.parquet"])

@@ -1,8 +1,9 @@
 """Checkpoints: `best.ckpt` by the monitor loss, `last.ckpt` to continue from.
 
 Lightning's own class skips time-based saving under manual optimization and warns at every save; this one decides when
-to save by itself and leaves the saving to Lightning. `last.ckpt` is saved only where a resumed run repeats every bit:
-after a step; where validation or the end of an epoch follows, after those, or a resumed run would leave them out.
+to save by itself and leaves the saving to Lightning. `last.ckpt` is saved after every validation and epoch, and after
+steps where that is asked for, but only where a resumed run repeats every bit: where validation or the end of an epoch
+follows a step, after those, or a resumed run would leave them out.
 
 SIGTERM and Ctrl-C are answered at the next such place, so a validation or a refresh is brought to its end first; a
 second one ends the process at once, and the last checkpoint stays as it is; so does one while testing, where nothing is
@@ -130,6 +131,7 @@ class BilevelCheckpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
         training = trainer.state.fn == "fit" and not trainer.sanity_checking and not is_rehearsal(trainer)
         if training and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._due |= self._last_global_step_saved != trainer.global_step  # a new best brought its `last.ckpt`
             self._agree(trainer)
             self._save_and_end(trainer, pl_module)
 

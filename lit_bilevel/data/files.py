@@ -180,7 +180,7 @@ def dataset(source: str) -> Any:
     if (path / "dataset_dict.json").is_file():
         splits = sorted(part.name for part in path.iterdir() if part.is_dir())
         raise UserError(f"{path} holds several splits; name one of them: {', '.join(str(path / s) for s in splits)}.")
-    name, config, split = (*source.split(":"), "", "")[:3]
+    name, config, split = (*source.split(":", 2), "", "")[:3]
     try:
         if (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))

@@ -35,6 +35,7 @@ from lit_bilevel.data.split import apart
 from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, unchanged
 from lit_bilevel.data.table import column, source_numbers
 from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.place import located
 from lit_bilevel.types import Batch
 
 
@@ -93,7 +94,7 @@ class BilevelDataModule(LightningDataModule):
     ):
         super().__init__()
         self.paths = {"pool": pool, "validation": validation, "test": test}
-        self.truth = truth
+        self.truth = None if truth is None else located(truth)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.upper_batch_size = upper_batch_size or batch_size
@@ -166,7 +167,7 @@ class BilevelDataModule(LightningDataModule):
             return self.trainer.lightning_module.tokenizer
         if self.tokenizer is None:
             raise UserError("`data.tokenizer` is not set and there is no policy to take it from; give a folder or id.")
-        return load_tokenizer(self.tokenizer)
+        return load_tokenizer(located(self.tokenizer))
 
     def _examples(self, name: str) -> Examples:
         return Examples(self.sets[name], {source: number for number, source in enumerate(self.source_names)})

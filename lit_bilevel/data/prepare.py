@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,7 +71,8 @@ class Preparation:
 
     def __post_init__(self) -> None:
         if self.folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="lit_bilevel-")
+            self._temporary = Path(tempfile.mkdtemp(prefix="lit_bilevel-"))
+            weakref.finalize(self, shutil.rmtree, self._temporary, ignore_errors=True)
 
     def __call__(self, name: str, source: Source) -> Prepared:
         """The table of a set, made now or earlier.
@@ -82,7 +84,7 @@ class Preparation:
         Raises:
             UserError: for files and rows that cannot be used, or a folder that cannot be written.
         """
-        folder = self.folder or Path(self._temporary.name)
+        folder = self.folder or self._temporary
         place = folder / self.key(source)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +127,7 @@ class Preparation:
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error}).") from error
         with tempfile.TemporaryDirectory() as folder:
-            encoder.tokenizer.save_pretrained(folder)
+            _save_tokenizer(encoder.tokenizer, Path(folder))
             for file in (*sorted(Path(folder).rglob("*")), *sorted(Path(__file__).parent.glob("*.py"))):
                 if file.is_file():
                     digest.update(file.name.encode())
@@ -154,6 +156,8 @@ class Preparation:
                 rank_zero_info(f"{name}: {len(rows):,} rows are tokenized now, to be kept in {place.parent}")
             with _bars(self.progress and large):
                 table = encode_rows(rows, self.encoder, partial / "tokens.arrow", self.num_proc)
+            if self.key(source) != place.name:
+                raise UserError(f"{source.name} changed while it was read; start again.")
             wrong = column(table, "problem")
             files = [Path(file["filename"]) for file in table.cache_files]
             about = {
@@ -205,6 +209,15 @@ def _about(place: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return about if whole else None
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Its files, without what they say of how it was loaded."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    kept = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
+    path.write_text(json.dumps(kept, sort_keys=True))
 
 
 def _add_file(digest: Any, path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ def announce(
 ) -> None:
     """Log the summary, and the first row of the pool as the policy sees it."""
     rank_zero_info(summary(sets, skipped, formats))
-    rank_zero_info(f"the first row, dimmed where it is not learned:\n{shown(tokenizer, sets['pool'])}")
+    if sys.stderr.isatty():
+        rank_zero_info(f"the first row, dimmed where it is not learned:\n{shown(tokenizer, sets['pool'])}")
+    else:
+        rank_zero_info(f"the first row, in brackets where it is not learned:\n{shown(tokenizer, sets['pool'], '[]')}")
 
 
 @rank_zero_only
@@ -53,8 +57,8 @@ def summary(sets: Mapping[str, Any], skipped: Mapping[str, Sequence[str]], forma
     return "\n".join(lines)
 
 
-def shown(tokenizer: Any, table: Any, row: int = 0) -> str:
-    """A row as the policy sees it, the tokens that are not learned dimmed."""
+def shown(tokenizer: Any, table: Any, marks: Sequence[str] = (DIM, NORMAL), row: int = 0) -> str:
+    """A row as the policy sees it, the tokens that are not learned between two marks."""
     record = table[row]
     ids, start = record["input_ids"], record["response_start"]
     learned = {*record["earlier"], *range(start, len(ids))}
@@ -64,7 +68,7 @@ def shown(tokenizer: Any, table: Any, row: int = 0) -> str:
             pieces.append((position in learned, []))
         pieces[-1][1].append(token)
     texts = [(known, _printable(tokenizer.decode(part))) for known, part in pieces]
-    return "".join(text if known else f"{DIM}{text}{NORMAL}" for known, text in texts)
+    return "".join(text if known else f"{marks[0]}{text}{marks[1]}" for known, text in texts)
 
 
 def _printable(text: str) -> str:

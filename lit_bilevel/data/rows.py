@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from lit_bilevel.data.files import records
 from lit_bilevel.data.formats import FORMATS, Format, detect
 from lit_bilevel.errors import UserError
+from lit_bilevel.place import located
 from lit_bilevel.types import Row
 
 PATIENCE = 100
@@ -49,7 +50,7 @@ class Source:
     @property
     def paths(self) -> list[str]:
         """The files."""
-        return [self.path] if isinstance(self.path, str) else list(self.path)
+        return [located(path) for path in ([self.path] if isinstance(self.path, str) else self.path)]
 
     @property
     def name(self) -> str:

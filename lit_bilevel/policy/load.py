@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.place import located
 from lit_bilevel.policy.policy import Policy
 
 
@@ -75,7 +76,7 @@ def load_tokenizer(settings: PolicySettings) -> Any:
             " your rights and can read, change and send whatever you can. Turn it off unless you have read that code."
         )
     try:
-        return AutoTokenizer.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
+        return AutoTokenizer.from_pretrained(located(settings.path), trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
         raise _unloadable("tokenizer", settings.path, error) from error
 
@@ -96,7 +97,7 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
     dtype = default_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            settings.path,
+            located(settings.path),
             dtype=dtype,
             attn_implementation=settings.attn_implementation,
             trust_remote_code=settings.trust_remote_code,
@@ -106,11 +107,16 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
     except (OSError, ValueError) as error:
         raise _unloadable("causal language model", settings.path, error) from error
     if settings.activation_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     if settings.lora is not None:
         model = _with_lora(model, settings)
     return Policy(model).train()  # `from_pretrained` returns eval mode, and Lightning keeps what it finds
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a transformers model compute its layers again in the backward pass instead of keeping what they gave."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _quantization(settings: PolicySettings) -> Any:

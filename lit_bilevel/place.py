@@ -1,0 +1,33 @@
+"""Files that come with the package, by the names they have in its repository: `configs/…` and `lit_bilevel/toy/…`.
+
+So the commands of the README run in any folder. Left out: any other name; a file that is really there goes first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def located(name: str) -> str:
+    """The name as it is, or the path of the package's own file where nothing of that name is here."""
+    if not Path(name).exists():
+        for start, folder in (("configs/", PACKAGE / "configs"), ("lit_bilevel/toy/", PACKAGE / "toy")):
+            own = folder / name.removeprefix(start)
+            if name.startswith(start) and own.exists():
+                return str(own)
+    return name
+
+
+def with_own_configs(arguments: list[str]) -> list[str]:
+    """Command-line arguments whose `--config` names are located."""
+    found = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        flag, equals, name = argument.partition("=")
+        if flag in ("--config", "-c") and equals:
+            argument = f"{flag}={located(name)}"
+        elif before in ("--config", "-c"):
+            argument = located(argument)
+        found.append(argument)
+    return found
