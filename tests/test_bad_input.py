@@ -14,6 +14,7 @@ from conftest import TOY, read_jsonl, write_jsonl
 from sources import Source
 from transformers import AutoTokenizer
 
+from lit_bilevel.cli import main
 from lit_bilevel.data import files, formats
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.module import BilevelDataModule
@@ -316,6 +317,15 @@ def test_tokenizers_without_eos_are_refused_and_without_pad_are_not():
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
         Encoder(tokenizer, 64)
+
+
+def test_rows_longer_than_the_policy_are_refused_before_it_is_loaded(flags, tmp_path, capsys):
+    pool = write_jsonl(tmp_path / "pool.jsonl", [*GOOD, {"id": "b", "prompt": "x" * 140, "response": "y" * 9}])
+    assert main(["fit", *flags, f"--data.pool={pool}", "--data.truth=null", "--data.max_length=512"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "the longest row has 151 tokens and the policy was made for 128; set `data.max_length` to at most 128" in said
+    )
 
 
 def test_skipped_rows_are_listed_in_the_run_folder(tmp_path):
