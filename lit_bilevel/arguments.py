@@ -1,4 +1,4 @@
-"""The argument parser, whose errors are one line and name the nearest thing that exists.
+"""The argument parser, whose errors are one line and name the nearest thing that exists, and whose help can be read.
 
 Left out: correcting by itself. A run with a guessed setting is worse than none.
 """
@@ -12,20 +12,59 @@ import re
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 import lit_bilevel
 from lit_bilevel.errors import UserError
 
+TRAINER = "Customize every aspect of training via flags"
 UNKNOWN_FLAG = re.compile(r"unrecognized arguments: -*([\w.]+)")
 UNKNOWN_KEY = re.compile(r"does not accept option '([\w.]+)'|No action for key \"([\w.]+)\"")
 UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
 UNKNOWN_CLASS = re.compile(r"dot import path string: (\w+)\s*$")
-UNKNOWN_COMMAND = re.compile(r"invalid choice: '(\w+)' \(choose from (.*?)\)")
+UNKNOWN_COMMAND = re.compile(r"invalid choice: '([\w-]+)' \(choose from (.*?)\)")
+
+
+NOTE = """\
+Settings come from `--config FILE` (may be repeated; later files win), then from the environment (`--data.batch_size` is
+`{prefix}_{command}__DATA__BATCH_SIZE`), then from the options. `--print_config` shows what they come to. A class is
+named by its name (`--model.solver OneStep`) and its settings follow (`--model.solver.epsilon 0.01`);
+`--model.solver.help OneStep` lists them, and `.help` does so for every other option that takes a class.
+"""
+
+
+class Help(DefaultHelpFormatter):
+    """The help of a command without its list of all options in front, and without what `NOTE` says for all of them."""
+
+    def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: str | None) -> str:
+        if prefix is not None:  # asked for the name of a command, not for its help
+            return super()._format_usage(usage, actions, groups, prefix)
+        return f"usage: {self._prog.replace(' [options]', '')} --config FILE [options]\n\n"
+
+    def _format_action(self, action: Any) -> str:
+        hidden = any(name.endswith(".help") for name in action.option_strings)
+        return "" if hidden else super()._format_action(action)
+
+    def _format_action_invocation(self, action: Any) -> str:
+        lines = super()._format_action_invocation(action).splitlines()
+        return "\n".join(line.removeprefix("ARG:   ") for line in lines if not line.lstrip().startswith("ENV:"))
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's parser with short errors."""
+    """Lightning's parser with short errors and a help that begins with this project's own settings."""
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, **settings, formatter_class=Help)
+
+    def format_help(self, formatter: Any = None) -> str:
+        """The help; the many options of the `Trainer` come last."""
+        groups = self._action_groups
+        self._action_groups = sorted(groups, key=lambda group: group.title == TRAINER)
+        try:
+            return super().format_help(formatter)
+        finally:
+            self._action_groups = groups
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:  # the parser of a class, whose message is put into a longer one
@@ -61,7 +100,10 @@ def suggestion(message: str, names: Iterable[str]) -> str:
     if found:
         return nearest(found[1], lit_bilevel.__all__)
     found = UNKNOWN_COMMAND.search(message)
-    return nearest(found[1], [*re.findall(r"\w+", found[2]), "select", "inspect", "diagnose"]) if found else ""
+    if not found:
+        return ""
+    choices = re.findall(r"[\w-]+", found[2])
+    return nearest(found[1], [*choices, "select", "inspect", "diagnose"] if "fit" in choices else choices)
 
 
 def nearest(name: str, names: Iterable[str], all_of_them: bool = False) -> str:

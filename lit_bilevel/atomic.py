@@ -2,18 +2,22 @@
 
 Lightning writes to a temporary file too, but in the system's temporary folder, and then moves it: across file systems
 that is a copy, which a kill leaves half done. Here the new file is written in the same folder, waited for until it is
-on disk, and renamed. Left out: remote storage, which Lightning's own class handles.
+on disk, and renamed. What is loaded may hold tensors, numbers and strings only: a checkpoint cannot run code.
+Left out: remote storage, which Lightning's own class handles.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+
+from lit_bilevel.errors import UserError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -32,6 +36,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.fsync(file.fileno())
         os.replace(partial, target)
         _sync_folder(target.parent)
+
+    def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> dict[str, Any]:
+        """Read a checkpoint, with `weights_only=True` whatever is asked for.
+
+        Raises:
+            UserError: if there is none, or it is damaged, or it holds anything else.
+        """
+        try:
+            return super().load_checkpoint(path, *arguments, **settings | {"weights_only": True})
+        except FileNotFoundError as error:
+            raise UserError(f"the checkpoint {path} does not exist; check `--ckpt_path`.") from error
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise UserError(
+                f"{path} is no checkpoint that can be read: it is damaged, or it holds more than tensors, numbers and"
+                f" strings, which is refused because it could run code ({type(error).__name__}); give one from a run's"
+                " `checkpoints/` folder."
+            ) from error
 
 
 def install(strategy: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lit_bilevel.errors import gathered
+from lit_bilevel.errors import UserError, gathered
 
 SHARDING = "configs/strategies/fsdp2.yaml"
 
@@ -42,11 +42,33 @@ def check_settings(module: Any) -> None:
                     f"`model.{name}` is {value}, so λ is 0 in some step, where `{type(part).__name__}` has no meaning;"
                     " change it, or use `OneStep` with `SoftmaxWeights`"
                 )
-    if module.accumulate_grad_batches < 1:
-        problems.append(f"`model.accumulate_grad_batches` is {module.accumulate_grad_batches}; it must be at least 1")
-    problems += module.guard.settings.problems()
+    problems += _out_of_range(module) + module.guard.settings.problems()
     if problems:
         raise gathered("bad settings", problems)
+
+
+def _out_of_range(module: Any) -> list[str]:
+    problems = []
+    for name, least, most in (
+        ("accumulate_grad_batches", 1, None),
+        ("max_new_tokens", 1, None),
+        ("warmup_steps", 0, None),
+        ("upper_weight_start", 0, 1),
+        ("weight_start", 0, 1),
+    ):
+        value = getattr(module, name)
+        if value < least or (most is not None and value > most):
+            wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
+            problems.append(f"`model.{name}` is {value}; it must be {wanted}")
+    if module.gradient_clip_val is not None and module.gradient_clip_val <= 0:
+        problems.append(
+            f"`model.gradient_clip_val` is {module.gradient_clip_val}; it must be above 0, or null for none"
+        )
+    if module.lr_scheduler_name == "reduce_lr_on_plateau":
+        problems.append(
+            "`model.lr_scheduler` is reduce_lr_on_plateau, which follows a metric; use one that follows steps"
+        )
+    return problems
 
 
 def takes_one_optimizer(strategy: Any) -> bool:
@@ -80,7 +102,12 @@ def check_run(module: Any, stage: str) -> None:
         UserError: naming each of them.
     """
     strategy = module.trainer.strategy
-    problems = []
+    problems = _of_kernels(module)
+    if module.trainer.precision == "16-true":
+        problems.append(
+            "`trainer.precision` is 16-true, in which small gradients become 0 and large ones overflow; use bf16-true,"
+            " or 16-mixed, which scales the loss"
+        )
     if isinstance(strategy, FSDPStrategy):
         problems.append(
             "`trainer.strategy` is FSDP1 (`fsdp`), which does not allow a step with several backward passes; use FSDP2"
@@ -92,6 +119,38 @@ def check_run(module: Any, stage: str) -> None:
         problems += _of_deepspeed(module)
     if problems:
         raise gathered("this combination cannot run", problems)
+
+
+def _of_kernels(module: Any) -> list[str]:
+    """Derivatives along a direction need forward mode below float32, and fused kernels do not have it."""
+    settings = module.policy_settings
+    problems: list[str] = []
+    if not (module.solver.directional and module.learns_weights):
+        return problems
+    name = f"`{type(module.solver).__name__}`"
+    if settings.quantization is not None:
+        problems.append(
+            f"{name} needs derivatives along a direction, and `model.policy.quantization` has kernels without forward"
+            " mode and too few digits for differences; use `ValueFunction`, or `BMOWeights` with `Mixing`"
+        )
+    if "flash" in (settings.attn_implementation or ""):
+        problems.append(
+            f"{name} needs derivatives along a direction, and `model.policy.attn_implementation:"
+            f" {settings.attn_implementation}` has no forward mode; use `sdpa`"
+        )
+    return problems
+
+
+def check_precision(asked: Any, trainer: Any) -> None:
+    """Refuse a precision that Lightning has put another one in place of.
+
+    Raises:
+        UserError: for loss scaling on a CPU.
+    """
+    if str(asked) in ("16", "16-mixed") and trainer.precision == "bf16-mixed":
+        raise UserError(
+            f"`trainer.precision` is {asked}, which CPUs do not have; use bf16-mixed, or `trainer.accelerator: gpu`."
+        )
 
 
 def _of_sharding(module: Any, stage: str) -> list[str]:

@@ -22,14 +22,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lit_bilevel.optim
 import lit_bilevel.policy.backends
 import lit_bilevel.ratios
 import lit_bilevel.solvers
 import lit_bilevel.weights  # noqa: F401  (known classes can be named in YAML without their module)
-from lit_bilevel.arguments import Parser
+from lit_bilevel.arguments import NOTE, Parser
 from lit_bilevel.callbacks import (
     BilevelCheckpoint,
     Export,
@@ -42,6 +42,7 @@ from lit_bilevel.callbacks import (
 )
 from lit_bilevel.callbacks.export import is_rehearsal
 from lit_bilevel.callbacks.progress import Bar, Lines
+from lit_bilevel.checks import check_precision
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
@@ -56,7 +57,20 @@ UNTOLD = (
     "Restoring states from the checkpoint path",  # followed by "Loaded model weights" or "Restored all states"
 )
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "remote process exited")
+PREFIX = "LIT_BILEVEL"
 OUTDATED = (r".*isinstance\(treespec, LeafSpec\).*", r".*(instantiate_classes|skip_none).*")
+
+
+COMMANDS = {
+    "fit": "Learn data weights and the policy, test the monitor-best checkpoint, and write the run folder.",
+    "validate": "The loss on the monitor part of the validation file, of a checkpoint.",
+    "test": "The loss on the test file, of a checkpoint.",
+    "predict": "Greedy answers to the test prompts, in `predictions.jsonl` of the run folder.",
+}
+
+
+def _described(command: str, text: str) -> dict[str, str]:
+    return {"description": text, "epilog": NOTE.format(prefix=PREFIX, command=command.upper())}
 
 
 class FitConfig(SaveConfigCallback):
@@ -79,19 +93,21 @@ class BilevelCLI(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             parser_class=Parser,
+            parser_kwargs={name: _described(name, text) for name, text in COMMANDS.items()},
             args=args,
             **settings,
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser that also reads the environment: `LIT_BILEVEL_FIT__DATA__BATCH_SIZE=9`."""
-        return super().init_parser(
-            **{"prog": "lit-bilevel", "default_env": True, "env_prefix": "LIT_BILEVEL", **kwargs}
-        )
+        return super().init_parser(**{"prog": "lit-bilevel", "default_env": True, "env_prefix": PREFIX, **kwargs})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse; unlike Lightning's, without a warning where a program with arguments of its own calls this CLI."""
         self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave settings as they are; Lightning's would take them from a checkpoint that has any, unasked."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(BilevelCheckpoint, "checkpoint")
@@ -103,6 +119,15 @@ class BilevelCLI(LightningCLI):
         parser.add_lightning_class_args(Figures, "figures")
         parser.add_lightning_class_args(ModelCard, "card")
         parser.set_defaults({"trainer.default_root_dir": "runs/default", "trainer.enable_model_summary": False})
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, module and data; nothing but settings can be wrong there."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"the settings cannot be used: {error} (`--print_config` shows all of them)") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
@@ -116,7 +141,10 @@ class BilevelCLI(LightningCLI):
         given = [*(own if isinstance(own, list) else [own]), *callbacks]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             callbacks = [*callbacks, Bar() if sys.stdout.isatty() else Lines()]
-        return super()._instantiate_trainer(config, callbacks)
+        asked = config.get("precision")
+        trainer = super()._instantiate_trainer(config, callbacks)
+        check_precision(asked, trainer)
+        return trainer
 
     def after_fit(self) -> None:
         """Test the monitor-best checkpoint, so that a run ends with the number that counts."""
@@ -133,13 +161,14 @@ class BilevelCLI(LightningCLI):
         folder = Path(self.trainer.default_root_dir)
         lines = []
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        monitor = next((c.monitor_losses for c in callbacks if isinstance(c, Summary)), [])
-        if monitor:
-            lines.append(f"monitor loss {monitor[0]:.4f} at its first check, {min(monitor):.4f} at its best")
+        summary = next(c for c in callbacks if isinstance(c, Summary))
+        if monitor := summary.monitor_losses:
+            lines.append(f"{'monitor/loss':<20} {monitor[0]:.4f} at its first check, {min(monitor):.4f} at its best")
         metrics = folder / "metrics.json"
         if metrics.is_file():
-            found = json.loads(metrics.read_text())
-            lines.append(", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            for name, value in json.loads(metrics.read_text()).items():
+                before = f"  (before the run {summary.first[name]:.4f})" if name in summary.first else ""
+                lines.append(f"{name:<20} {value:.4f}{before}")
         names = ("weights.parquet", "policy", "metrics.json", "responses.jsonl", "checkpoints", "figures")
         lines.append(f"written to {folder}: {', '.join(name for name in names if (folder / name).exists())}")
         lines.append(f"look at it with: lit-bilevel inspect {folder}; tensorboard --logdir {folder}")
@@ -170,7 +199,7 @@ def main(args: list[str] | None = None) -> int:
         jsonargparse.set_parsing_settings(add_print_completion_argument=True)
     try:
         BilevelCLI(with_own_configs(sys.argv[1:] if args is None else args))
-    except UserError as error:
+    except (UserError, MisconfigurationException) as error:  # the latter is Lightning's
         sys.stderr.write(f"lit-bilevel: {error}\n")
         return 2
     except SIGTERMException:  # while no state was at stake, as in a prediction

@@ -12,7 +12,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor
 
@@ -22,8 +21,8 @@ from lit_bilevel.ratios import ResponseWeights
 from lit_bilevel.types import PADDING_ROW, Features
 
 
-def lightning_engine(module: LightningModule) -> Engine:
-    """The machinery around a step, from the module's strategy and precision."""
+def lightning_engine(module: Any) -> Engine:
+    """The machinery around a step, from a `LitBilevel`'s strategy and precision."""
     trainer, strategy = module.trainer, module.trainer.strategy
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     sharded = isinstance(strategy, ModelParallelStrategy)
@@ -33,7 +32,7 @@ def lightning_engine(module: LightningModule) -> Engine:
         average=(lambda values: values) if sharded else functools.partial(averaged, strategy=strategy),
         world_size=trainer.world_size,
         loss_scale=1.0 if scaler is None else scaler.get_scale(),
-        differences=trainer.precision in ("32-true", "64-true"),
+        differences=trainer.precision in ("32-true", "64-true") and module.policy.precise,
         sharded=sharded,
         one_backward=isinstance(strategy, DeepSpeedStrategy),
     )

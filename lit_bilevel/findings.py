@@ -27,6 +27,7 @@ class Report:
         run: the run folder.
         weights: columns of `weights.parquet`; empty where there is none.
         metrics: of `metrics.json`.
+        settings: of `inspection/settings.json`.
         epochs: of `inspection/epochs.jsonl`.
         rows: rows at both ends of the weights, with their texts.
         refinements: questions with their offline answer and the generated ones, by round.
@@ -36,6 +37,7 @@ class Report:
     run: Path
     weights: dict[str, np.ndarray] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     epochs: Records = field(default_factory=list)
     rows: Records = field(default_factory=list)
     refinements: Records = field(default_factory=list)
@@ -52,6 +54,11 @@ class Report:
             for name, count, weight in zip(names, rows, mass, strict=True)
         ]
         return sorted(found, key=lambda line: -line[2])
+
+    def first(self) -> dict[str, float]:
+        """The metrics as they were before the first step, where they were measured then."""
+        points = {name: self.curves[name][0] for name in self.metrics if self.curves.get(name)}
+        return {name: value for name, (step, value) in points.items() if step == 0}
 
     def effective_share(self) -> float:
         """(Σw)² / (N·Σw²)."""
@@ -73,6 +80,8 @@ def read(run: Path) -> Report:
         report.weights = _columns(table)
     if (run / "metrics.json").is_file():
         report.metrics = json.loads((run / "metrics.json").read_text())
+    if (run / "inspection" / "settings.json").is_file():
+        report.settings = json.loads((run / "inspection" / "settings.json").read_text(encoding="utf-8"))
     report.epochs = read_lines(run / "inspection" / "epochs.jsonl")
     report.rows = read_lines(run / "inspection" / "rows.jsonl")
     report.refinements = _refinements(run)

@@ -1,8 +1,10 @@
 """The folder `inspection/` of a run: what `WeightInspector` saw, for any logger and for `lit-bilevel inspect`.
 
-    epochs.jsonl      one line an epoch: step, quantiles, mass of the sources, histogram, weights of sampled rows
+    settings.json     settings of the run that differ between runs, as in the tab HParams
+    epochs.jsonl      one line an epoch: step, quantiles, mass of the sources, histogram, weights of sampled rows, and
+                      with a truth file AUROC, precision and recall, kinds of the sampled rows
     rows.jsonl        the rows at both ends of the weights now, with their texts
-    refined.jsonl     questions and offline answers of some refined rows
+    refined.jsonl     questions and offline answers of some refined rows; `responses.jsonl` has the new ones
     *.md              the tables as they are in TensorBoard
 
 Left out: all N weights of every epoch; `weights.parquet` has those of the end.
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,16 @@ class Inspection:
         partial = self.folder / f"{name}.partial"
         partial.write_text(text, encoding="utf-8", errors="replace")
         os.replace(partial, self.folder / name)
+
+
+def tallied(texts: Iterable[str]) -> list[str]:
+    """Each different text once, with how often it came where that was more than once."""
+    return [text if count == 1 else f"{text}  (×{count})" for text, count in Counter(texts).items()]
+
+
+def arrow(places: int) -> str:
+    """How far a row moved among all rows, as text."""
+    return "0" if places == 0 else f"{'▲' if places > 0 else '▼'} {abs(places):,}"
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -157,6 +157,17 @@ class LitBilevel(LightningModule):
         ]
 
     def configure_optimizers(self) -> Any:
+        try:
+            return self._make_optimizers()
+        except (ValueError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"an optimizer or the schedule cannot be made: {error}; look at `model.optimizer`,"
+                " `model.weight_optimizer`, `model.lr_scheduler` and `model.lr_scheduler_kwargs`."
+            ) from error
+
+    def _make_optimizers(self) -> Any:
         from transformers import get_scheduler
 
         assert self.policy is not None

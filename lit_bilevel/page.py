@@ -7,6 +7,7 @@ TensorBoard has that.
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,16 +15,17 @@ import numpy as np
 
 from lit_bilevel.curves import Curve, thinned
 from lit_bilevel.findings import Report
+from lit_bilevel.inspection import arrow, tallied
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d")
-WIDTH, HEIGHT, LEFT, BOTTOM = 640, 240, 56, 28
+WIDTH, HEIGHT, LEFT, BOTTOM = 640, 250, 56, 36
 CHARTS = (
-    ("Losses", "nats per token", ("lower/loss", "upper/loss", "monitor/loss")),
-    ("Effective size", "rows", ("weights/effective_size",)),
-    ("Quantiles of the weights", "weight", tuple(f"weights/quantile/{q}" for q in ("95", "75", "50", "25", "05"))),
-    ("How well low weight finds corrupted rows", "AUROC", "auroc/"),
-    ("Share of each source", "share of all weight", "weights/mass/"),
-    ("Rank correlation with the epoch before", "Spearman", ("weights/rank_correlation",)),
+    ("Losses (nats per token)", ("lower/loss", "upper/loss", "monitor/loss")),
+    ("Effective size (rows)", ("weights/effective_size",)),
+    ("Quantiles of the weights (%)", tuple(f"weights_quantile/{q}" for q in ("95", "75", "50", "25", "05"))),
+    ("How well low weight finds corrupted rows (AUROC)", "auroc/"),
+    ("Share of all weight, by source", "weights_share/"),
+    ("Rank correlation of the weights with the epoch before", ("weights/rank_correlation",)),
 )
 STYLE = """
 :root{color-scheme:light dark}
@@ -33,8 +35,9 @@ table{border-collapse:collapse;font-size:.9rem}
 td,th{border-bottom:1px solid #8884;padding:.3rem .6rem;text-align:left;vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td.t{white-space:pre-wrap;overflow-wrap:anywhere;max-width:28rem}
-.g{display:grid;grid-template-columns:repeat(auto-fit,minmax(26rem,1fr));gap:1.5rem}
-svg{width:100%;max-width:44rem;height:auto}svg text{fill:currentColor;font-size:11px}.m{opacity:.65}
+.g{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:1.5rem}.w{overflow-x:auto}
+svg{width:100%;max-width:44rem;height:auto}svg text{fill:currentColor;font-size:12px}.m{opacity:.65}
+.l span{white-space:nowrap;margin-right:.9rem}.l b{display:inline-block;width:1rem;height:.25rem;margin:0 .3rem .2rem 0}
 """
 
 
@@ -47,6 +50,7 @@ def page(report: Report) -> str:
         f"<title>{escaped(report.run.name)} · lit-bilevel</title><style>{STYLE}</style></head><body>",
         f"<h1>Run {escaped(report.run.name)}</h1>",
         *_results(report),
+        *_settings(report),
         *_weights(report),
         *_curves(report),
         *_ends(report),
@@ -71,7 +75,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: Sequen
         "<tr>" + "".join(f"<td class={k}>{escaped(cell)}</td>" for cell, k in zip(row, kinds, strict=True)) + "</tr>"
         for row in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class=w><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 # ---- sections ----
@@ -80,8 +84,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: Sequen
 def _results(report: Report) -> list[str]:
     if not report.metrics:
         return ["<p>The run has no test metrics (yet).</p>"]
-    rows = [(name, f"{value:.4f}") for name, value in report.metrics.items()]
-    return ["<h2>Results</h2>", table(("metric", "value"), rows, ("metric",))]
+    first = {name: f"{value:.4f}" for name, value in report.first().items()}
+    rows = [(name, f"{value:.4f}", first.get(name, "")) for name, value in report.metrics.items()]
+    return ["<h2>Results</h2>", table(("metric", "value", "before the run"), rows, ("metric",))]
+
+
+def _settings(report: Report) -> list[str]:
+    if not report.settings:
+        return []
+    listed = table(("setting", "value"), report.settings.items(), ("setting", "value"))
+    return [f"<details><summary>Settings</summary>{listed}</details>"]
 
 
 def _weights(report: Report) -> list[str]:
@@ -106,22 +118,43 @@ def _weights(report: Report) -> list[str]:
 
 def _curves(report: Report) -> list[str]:
     figures = []
-    for title, unit, wanted in CHARTS:
+    for title, wanted in CHARTS:
         names = [n for n in report.curves if n.startswith(wanted)] if isinstance(wanted, str) else wanted
-        chosen = {n: report.curves[n] for n in names if report.curves.get(n)}
+        chosen = {_label(n): report.curves[n] for n in names if report.curves.get(n)}
         if chosen:
-            figures.append(f"<figure><figcaption>{escaped(title)}</figcaption>{lines(chosen, unit)}</figure>")
+            figures.append(f"<figure><figcaption>{escaped(title)}</figcaption>{lines(chosen)}</figure>")
+    for curve in [epoch["precision_recall"] for epoch in report.epochs if epoch.get("precision_recall")][-1:]:
+        title = "Precision of calling the lowest weights corrupted"
+        drawn = lines({"precision": curve}, "recall", (0, 1))
+        figures.append(f"<figure><figcaption>{title}</figcaption>{drawn}</figure>")
     return ["<h2>Curves</h2>", "<div class=g>", *figures, "</div>"] if figures else []
+
+
+def _label(name: str) -> str:
+    """What a legend calls a curve: `upper` for `upper/loss`, else what comes after the group."""
+    group, _, rest = name.partition("/")
+    return group if rest == "loss" else rest.replace("_", " ")
 
 
 def _ends(report: Report) -> list[str]:
     parts = []
     truth = any("kind" in record for record in report.rows)
-    header = ["weight", "epoch before", "visits", "source", *(["truth"] if truth else []), "id", "prompt", "response"]
+    header = [
+        "weight",
+        "epoch before",
+        "places moved",
+        "visits",
+        "source",
+        *(["truth"] if truth else []),
+        "id",
+        "prompt",
+        "response",
+    ]
     for end, title in (("lowest", "Lowest weights"), ("highest", "Highest weights")):
         rows = []
         for record in (record for record in report.rows if record["end"] == end):
-            cells = [f"{record['weight']:.3g}", f"{record['before']:.3g}", record["visits"], record["source"]]
+            cells = [f"{record['weight']:.3g}", f"{record['before']:.3g}", arrow(record["moved"])]
+            cells += [str(record["visits"]), record["source"]]
             cells += [record.get("kind", "")] if truth else []
             rows.append([*cells, record["id"], record["prompt"], record["response"]])
         if rows:
@@ -134,7 +167,7 @@ def _refinements(report: Report) -> list[str]:
     rows = []
     for record in report.refinements:
         rounds = record["rounds"]
-        answers: list[Any] = ["\n".join(rounds[number]) for number in (min(rounds), max(rounds))]
+        answers: list[Any] = ["\n".join(tallied(rounds[number])) for number in (min(rounds), max(rounds))]
         rows.append([record["id"], record["prompt"], record["response"], *answers])
     header = ("id", "prompt", "offline answer", "first round", "last round")
     return ["<h2>Refinement</h2>", table(header, rows, header)] if rows else []
@@ -148,23 +181,30 @@ def bars(weight: np.ndarray) -> str:
     top = float(np.quantile(weight, 0.99)) or 1.0
     counts, _ = np.histogram(np.minimum(weight, top), 60, (0, top))
     wide, high = (WIDTH - LEFT) / 60, HEIGHT - BOTTOM - 10
+    across, up = (0.0, top), (0.0, float(counts.max()))
     drawn = "".join(
         f"<rect x={LEFT + i * wide:.1f} y={10 + high * (1 - n / counts.max()):.1f} width={wide - 1:.1f}"
         f" height={high * n / counts.max():.1f} fill='{COLOURS[0]}'/>"
         for i, n in enumerate(counts)
     )
-    return _framed(drawn, (0, top), (0, float(counts.max())), "weight (the highest 1 % in the last bar)", "rows")
+    return _framed(drawn, across, up, "weight (the highest 1 % in the last bar); up: rows")
 
 
-def lines(curves: dict[str, Curve], unit: str) -> str:
-    """Curves over the steps, with a legend."""
+def lines(curves: dict[str, Curve], below: str = "step", up: tuple[float, float] | None = None) -> str:
+    """Curves with a legend, from 0 to their last point.
+
+    Args:
+        curves: points by name.
+        below: what the points go over.
+        up: the range upwards; by default that of the values.
+    """
     points = {name: thinned([p for p in curve if np.isfinite(p[1])]) for name, curve in curves.items()}
     points = {name: curve for name, curve in points.items() if curve}
     if not points:
         return "<p class=m>no finite values</p>"
     values = [value for curve in points.values() for _, value in curve]
     last = max(curve[-1][0] for curve in points.values()) or 1
-    low, high = min(values), max(values)
+    low, high = up or (min(values), max(values))
     low, high = (low - 0.5, high + 0.5) if low == high else (low, high)
     drawn = ""
     for i, curve in enumerate(points.values()):
@@ -176,9 +216,17 @@ def lines(curves: dict[str, Curve], unit: str) -> str:
             f"<circle cx={x:.1f} cy={y:.1f} r=2.5 fill='{colour}'/>" for x, y in places[: 1 if len(places) == 1 else 0]
         )
     legend = " ".join(
-        f"<span style='color:{COLOURS[i % len(COLOURS)]}'>━</span> {escaped(name)}" for i, name in enumerate(points)
+        f"<span><b style='background:{COLOURS[i % len(COLOURS)]}'></b>{escaped(name)}</span>"
+        for i, name in enumerate(points)
     )
-    return _framed(drawn, (0, last), (low, high), "step", unit) + f"<div class=m>{legend}</div>"
+    return _framed(drawn, (0, last), (low, high), below) + (f"<div class=l>{legend}</div>" if len(points) > 1 else "")
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Round numbers from `low` to `high`, as many as fit."""
+    unit = 10 ** math.floor(math.log10((high - low) / most))
+    step = next(unit * m for m in (1, 2, 5, 10) if (high - low) / (unit * m) <= most)
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def figure(value: float) -> str:
@@ -194,17 +242,17 @@ def _y(value: float, low: float, high: float) -> float:
     return 10 + (high - value) / (high - low) * (HEIGHT - BOTTOM - 10)
 
 
-def _framed(drawn: str, across: tuple[float, float], up: tuple[float, float], below: str, unit: str) -> str:
+def _framed(drawn: str, across: tuple[float, float], up: tuple[float, float], below: str) -> str:
     base = HEIGHT - BOTTOM
     marks = "".join(
         f"<line x1={LEFT} x2={WIDTH} y1={_y(v, *up):.1f} y2={_y(v, *up):.1f} stroke='currentColor' opacity=.15 />"
         f"<text x={LEFT - 6} y={_y(v, *up) + 4:.1f} text-anchor=end>{figure(v)}</text>"
-        for v in np.linspace(*up, 4)
+        for v in ticks(*up)
+    )
+    marks += "".join(
+        f"<text x={_x(v, across[1]):.1f} y={base + 14} text-anchor=middle>{figure(v)}</text>" for v in ticks(*across)
     )
     return (
-        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{escaped(below)} against {escaped(unit)}'>"
-        f"{marks}{drawn}<text x={LEFT} y={base + 16}>{figure(across[0])}</text>"
-        f"<text x={WIDTH} y={base + 16} text-anchor=end>{figure(across[1])}</text>"
-        f"<text x={(WIDTH + LEFT) / 2} y={base + 16} text-anchor=middle>{escaped(below)}</text>"
-        f"<text x={LEFT + 4} y=22>{escaped(unit)}</text></svg>"
+        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{escaped(below)}'>{marks}{drawn}"
+        f"<text x={(WIDTH + LEFT) / 2} y={HEIGHT - 5} text-anchor=middle class=m>{escaped(below)}</text></svg>"
     )

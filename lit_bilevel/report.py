@@ -16,6 +16,7 @@ import numpy as np
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.findings import Report, read
+from lit_bilevel.inspection import tallied
 from lit_bilevel.page import page
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -57,7 +58,8 @@ def text(report: Report, rows: int = 5) -> str:
     """The report as plain text."""
     parts = [f"run {report.run}"]
     if report.metrics:
-        parts.append("\n".join(f"{name:<24}{value:.4f}" for name, value in report.metrics.items()))
+        first = {name: f"  (before the run {value:.4f})" for name, value in report.first().items()}
+        parts.append("\n".join(f"{name:<24}{v:.4f}{first.get(name, '')}" for name, v in report.metrics.items()))
     if report.weights:
         parts.append(_distribution(report))
     if len(report.sources()) > 1:
@@ -70,7 +72,7 @@ def text(report: Report, rows: int = 5) -> str:
             parts.append(f"{end} weights\n" + "\n".join(_row(record) for record in found))
     for record in report.refinements[:rows]:
         last = max(record["rounds"])
-        new = " | ".join(short(answer, 60) for answer in record["rounds"][last])
+        new = " | ".join(short(answer, 60) for answer in tallied(record["rounds"][last]))
         parts.append(f"refined: {short(record['prompt'])}\n  was: {short(record['response'])}\n  now: {new}")
     return "\n\n".join(parts)
 

@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def runs(cases: list[dict[str, Any]], folder: Path, world_size: int, timeout: float = 240) -> dict[str, Any]:
+def runs(cases: list[dict[str, Any]], folder: Path, world_size: int, timeout: float = 1200) -> dict[str, Any]:
     """What each case ended with, by name; `world_size` processes on this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
@@ -81,27 +81,25 @@ def save_model(folder: Path) -> None:
     GPTNeoXForCausalLM(config).save_pretrained(folder)
 
 
-def fitted(case: dict[str, Any]) -> Any:
+def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     """The module after the steps of a case, and its trainer."""
     from lightning.pytorch import Trainer, seed_everything
     from lightning.pytorch.plugins import DoublePrecision
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     import lit_bilevel as lb
+    from lit_bilevel import losses
     from lit_bilevel.optim import ExponentiatedGradient
 
     seed_everything(0, verbose=False)
+    losses.CHUNK_ELEMENTS = case.get("chunk", 1 << 25)
     world_size, sharded = int(os.environ.get("WORLD_SIZE", 1)), case["strategy"] == "fsdp2"
     strategies = {"auto": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(save_distributed_checkpoint=False)}
-    optimizers = {
-        "sgd": partial(torch.optim.SGD, lr=case.get("lr", 0.3)),
-        "adamw": partial(torch.optim.AdamW, lr=case.get("lr", 3e-3), eps=case.get("eps", 1e-8)),
-    }
     module = lb.LitBilevel(
         lb.PolicySettings(case["model"], **case.get("policy", {})),
         getattr(lb, case.get("weights", "SoftmaxWeights"))(),
         getattr(lb, case["solver"])(**case.get("solver_settings", {})),
-        optimizer=optimizers[case.get("optimizer", "adamw")],
+        optimizer=partial(torch.optim.AdamW, lr=case.get("lr", 3e-3), eps=case.get("eps", 1e-8)),
         weight_optimizer=partial(ExponentiatedGradient, lr=0.3),
         accumulate_grad_batches=case.get("accumulate", 1),
         gradient_clip_val=case.get("clip", 1.0),
@@ -118,7 +116,8 @@ def fitted(case: dict[str, Any]) -> Any:
         max_epochs=-1,
         limit_val_batches=0,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=bool(callbacks),
+        callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=case["folder"],

@@ -27,6 +27,7 @@ from lit_bilevel.comparison.run import Runner
 from lit_bilevel.comparison.significance import interval, permutation_test
 from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
+from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.load import LoraSettings, PolicySettings
 
 # ---- names ----
@@ -284,25 +285,30 @@ def compare(small, output, *more):
     return main(["--config=configs/quickstart.yaml", "--output", str(output), *paths, *settings, *more])
 
 
+class Killed(Exception):
+    """Stands for whatever ends a process."""
+
+
 def table_of(output):
     with (output / "results.csv").open() as file:
         return {row["method"]: row for row in csv.DictReader(file)}
 
 
 def test_a_table_survives_a_kill_and_is_not_run_twice(small, tmp_path, monkeypatch, capsys):
-    asked = ["--methods", "mixing", "two_stage:one_step", "oracle", "--subset", "60"]
+    asked = ["--methods", "mixing", "two_stage:one_step", "oracle", "--checkpoint.every_n_steps=1", "--subset", "60"]
     with monkeypatch.context() as patched:
-        scored = Runner._scored
+        step = LitBilevel.training_step
 
-        def killed(self, cli, folder):
-            if "two_stage" in str(folder):
-                raise KeyboardInterrupt
-            return scored(self, cli, folder)
+        def killed(self, batch, batch_idx):
+            if "two_stage" in self.trainer.default_root_dir and self.global_step == 1:
+                raise Killed
+            return step(self, batch, batch_idx)
 
-        patched.setattr(Runner, "_scored", killed)
-        with pytest.raises(KeyboardInterrupt):
+        patched.setattr(LitBilevel, "training_step", killed)
+        with pytest.raises(Killed):
             compare(small, tmp_path / "a", *asked)
     assert list(table_of(tmp_path / "a")) == ["mixing", "one_step"]
+    assert (tmp_path / "a" / "two_stage-one_step" / "seed0" / "checkpoints" / "last.ckpt").exists()
     assert compare(small, tmp_path / "a", *asked) == 0
     assert compare(small, tmp_path / "b", *asked) == 0
     tables = [table_of(tmp_path / name) for name in "ab"]

@@ -29,7 +29,8 @@ def test_where_a_curve_rises():
     [
         (0.8, 0.9, "large and clean enough"),
         (0.45, 0.85, "more trusted rows"),
-        (0.2, 0.25, "The run itself is noisy"),
+        (0.2, 0.25, "cannot be told yet"),
+        (0.7, 0.4, "Another order of the pool gives other weights"),
         (0.1, 0.8, "contradict each other"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import html.parser
 import importlib.util
 import json
+import shutil
+import subprocess
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +29,8 @@ from lit_bilevel.page import escaped
 from lit_bilevel.report import main as inspect
 from lit_bilevel.statistics import correlation, quantiles, ranks, source_mass
 
-QUANTILES = [f"weights/quantile/{q}" for q in ("05", "25", "50", "75", "95")]
+FIGURES = ("weights", "kinds", "trajectories", "losses", "refinement", "overview")
+QUANTILES = [f"weights_quantile/{q}" for q in ("05", "25", "50", "75", "95")]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,8 @@ def refined(small, tmp_path_factory) -> Path:
     arguments = [
         "fit",
         "--config=configs/refine.yaml",
+        "--trainer.callbacks.every_n_steps=null",  # by epochs instead
+        "--trainer.callbacks.choose.init_args.fraction=0.1",  # the others go on moving
         "--trainer.callbacks.start=2",
         *(f"--data.{name}={path}" for name, path in small.items()),
         "--data.batch_size=16",
@@ -61,7 +66,7 @@ def test_every_promised_tag_is_in_the_event_files(refined):
     shown = {"weights/lowest/text_summary", "weights/highest/text_summary", "refine/responses/text_summary"}
     assert shown | {"custom_scalars__config__", "weights/finds_corrupted", "_hparams_/session_start_info"} <= plugins
     if importlib.util.find_spec("matplotlib"):
-        assert {f"figures/{name}" for name in ("weights", "trajectories", "losses", "refinement")} <= tags["images"]
+        assert {f"figures/{name}" for name in FIGURES} <= tags["images"]
 
 
 def test_the_scalars_have_sane_values(refined):
@@ -70,12 +75,14 @@ def test_the_scalars_have_sane_values(refined):
     for epoch in range(3):
         values = [curves[name][epoch][1] for name in QUANTILES]
         assert values == sorted(values)
-        masses = [curve[epoch][1] for name, curve in curves.items() if name.startswith("weights/mass/")]
+        masses = [curve[epoch][1] for name, curve in curves.items() if name.startswith("weights_share/")]
         assert sum(masses) == pytest.approx(1, abs=1e-5)
         assert 0 <= curves["auroc/all"][epoch][1] <= 1
     assert len(curves["weights/rank_correlation"]) == 2
     assert all(-1 <= value <= 1 for _, value in curves["weights/rank_correlation"])
-    assert curves["weights/quantile/50"][-1][0] == len(curves["lower/loss"])
+    assert curves["weights_quantile/50"][-1][0] == len(curves["lower/loss"])
+    assert curves["test/loss"][0][0] == 0
+    assert curves["test/loss"][0][1] > 0
     assert curves["test/loss"][-1][1] == pytest.approx(json.loads((refined / "metrics.json").read_text())["test/loss"])
 
 
@@ -96,11 +103,13 @@ def test_tables_say_how_rows_moved(refined):
 def test_figures_and_the_model_card_are_written(refined):
     if importlib.util.find_spec("matplotlib"):
         names = {path.name for path in (refined / "figures").iterdir()}
-        assert names == {f"{name}.png" for name in ("weights", "trajectories", "losses", "refinement")}
+        assert names == {f"{name}.png" for name in FIGURES}
     card = (refined / "policy" / "README.md").read_text()
     loss = json.loads((refined / "metrics.json").read_text())["test/loss"]
+    before = read_curves(refined)["test/loss"][0][1]
     for part in (
         f"| test/loss | {loss:.4f} |",
+        f"| test/loss before the run | {before:.4f} |",
         "`OneStep`",
         "`pool.jsonl` | 90 |",
         "self-refining",
@@ -150,12 +159,52 @@ def test_the_report_is_one_file_without_a_network(refined, tmp_path, capsys):
         assert f"<h2>{part}</h2>" in text
 
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def opened(page: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """What headless Chromium says on the console about a page, and which addresses the page asks a network for."""
+    command = [
+        str(CHROMIUM),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--window-size=1280,2000",
+    ]
+    command += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={folder / 'profile'}"]  # it reaches nobody
+    command += [
+        f"--log-net-log={folder / 'net.json'}",
+        "--enable-logging=stderr",
+        f"--screenshot={folder / 'page.png'}",
+    ]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    log = json.loads((folder / "net.json").read_text())
+    start = log["constants"]["logEventTypes"]["URL_REQUEST_START_JOB"]
+    asked = [event["params"] for event in log["events"] if event["type"] == start and "url" in event.get("params", {})]
+    # what the browser asks for itself has no origin
+    network = [one["url"] for one in asked if one["initiator"] != "not an origin" and one["url"].startswith("http")]
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line], network
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_report_opens_in_a_browser_without_an_error_or_a_request(refined, tmp_path):
+    inspect(["inspect", str(refined), "--output", str(tmp_path / "page.html")])
+    assert opened(tmp_path / "page.html", tmp_path) == ([], [])
+    assert (tmp_path / "page.png").stat().st_size > 20_000  # not an empty sheet
+    bad = "<img src='http://127.0.0.1:9/x.png'><script>console.error('seen')</script>"
+    (tmp_path / "bad.html").write_text(bad)  # what is looked for would be found
+    said, asked = opened(tmp_path / "bad.html", tmp_path)
+    assert any("seen" in line for line in said)
+    assert asked == ["http://127.0.0.1:9/x.png"]
+
+
 def test_text_from_the_data_cannot_be_markup(refined, tmp_path):
     run = tmp_path / "run"
     (run / "inspection").mkdir(parents=True)
     (run / "weights.parquet").write_bytes((refined / "weights.parquet").read_bytes())
     row = {"id": "<b>", "end": "lowest", "weight": 0.1, "before": 1.0, "visits": 1, "source": "</td>"}
-    row |= {"prompt": "<script>alert(1)</script>", "response": "\x1b[31m\ud800 & \"'"}
+    row |= {"moved": -2, "prompt": "<script>alert(1)</script>", "response": "\x1b[31m\ud800 & \"'"}
     (run / "inspection" / "rows.jsonl").write_text(json.dumps(row) + "\n")
     assert inspect(["inspect", str(run)]) == 0
     text = (run / "inspect.html").read_text()
@@ -265,3 +314,36 @@ def test_nearest():
     assert nearest("fitt", ["fit", "test"]) == "; did you mean `fit`?"
     assert nearest("xyz", ["fit", "test"]) == ""
     assert nearest("xyz", ["fit", "test"], all_of_them=True) == "; the known names are: fit, test"
+
+
+def test_the_help_of_a_command_begins_with_its_own_settings(capsys):
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: lit-bilevel fit --config FILE [options]\n\nLearn data weights")
+    assert shown.index("--model.solver SOLVER") < shown.index("--data.pool POOL") < shown.index("--trainer.max_epochs")
+    assert "ENV:" not in shown
+    assert "LIT_BILEVEL_FIT__DATA__BATCH_SIZE" in shown
+
+
+def test_configs_compose_and_later_ones_win(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("data:\n  batch_size: 7\nmodel:\n  solver: Penalty\n")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=configs/quickstart.yaml", f"--config={tmp_path / 'mine.yaml'}", "--print_config"])
+    shown = capsys.readouterr().out
+    assert "batch_size: 7" in shown
+    assert "lit_bilevel.Penalty" in shown
+    assert "lr: 0.7" in shown  # of the first file
+
+
+@pytest.mark.skipif(importlib.util.find_spec("shtab") is None, reason="shtab (the extra `completion`) is not installed")
+def test_bash_completes_commands_and_options(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--print_completion=shtab-bash"])
+    script = tmp_path / "completion.bash"
+    script.write_text(capsys.readouterr().out)
+    ask = 'COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _shtab_lit_bilevel; echo "${COMPREPLY[@]}"'
+    for words, answer in (("lit-bilevel va", "validate"), ("lit-bilevel fit --data.batch", "--data.batch_size")):
+        command = f"source {script}; COMP_WORDS=({words}); {ask}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+        assert answer in done.stdout.split(), done.stderr

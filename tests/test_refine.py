@@ -305,6 +305,7 @@ def test_sharded_policies_are_refused():
 
 REFINE = (
     "--config=configs/refine.yaml",
+    "--trainer.callbacks.every_n_steps=null",  # by epochs instead
     "--trainer.callbacks.start=1",
     "--trainer.callbacks.responses=2",
     "--trainer.callbacks.sampling.max_new_tokens=8",

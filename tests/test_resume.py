@@ -82,6 +82,25 @@ def test_a_signal_ends_in_an_exact_checkpoint(small, tmp_path, uninterrupted, ho
 # ---- checkpoints ----
 
 
+class LastSaved(Callback):
+    """Step of `last.ckpt` when the first step after a validation begins."""
+
+    def __init__(self, folder: Path):
+        self.path, self.steps = folder / "checkpoints" / "last.ckpt", []
+
+    def on_train_batch_start(self, trainer, *rest):
+        if trainer.global_step in (4, 8):
+            self.steps.append(torch.load(self.path, weights_only=True)["global_step"])
+
+
+def test_every_validation_saves_the_last_state(small, tmp_path):
+    """Also where the monitor loss never falls: the policy does not learn here."""
+    watch = LastSaved(tmp_path)
+    fit(short(small, tmp_path), "--model.optimizer.init_args.lr=0", callbacks=(watch,))
+    assert watch.steps == [4, 8]
+    assert torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == 4
+
+
 def test_a_failure_while_writing_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     path, save = tmp_path / "checkpoints" / "last.ckpt", torch.save
     AtomicCheckpointIO().save_checkpoint({"step": 1}, path)

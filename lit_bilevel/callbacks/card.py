@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.summary import Summary
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.settings import Plain, run_settings
 from lit_bilevel.version import __version__
@@ -54,6 +55,7 @@ class ModelCard(Callback):
 def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metrics: dict[str, float]) -> str:
     """The text of the card."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     base, adapter = file_name(module.policy_settings.path), module.policy_settings.lora is not None
     loader = "PeftModel.from_pretrained(base, …)" if adapter else "AutoModelForCausalLM.from_pretrained(…)"
     sets = {"pool": ("pool",), "validation": ("upper", "monitor"), "test": ("test",)}
@@ -69,7 +71,8 @@ def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metri
         method += " Answers of badly weighted rows were replaced by the policy's own (self-refining generation)."
     best = getattr(trainer.checkpoint_callback, "best_model_score", None)
     results = {"monitor/loss (chose the checkpoint)": float(best)} if best is not None else {}
-    results |= metrics
+    first = next((callback.first for callback in callbacks if isinstance(callback, Summary)), {})
+    results |= {f"{name} before the run": value for name, value in first.items()} | metrics
     settings = settings | {"policy": base}
     parts = [
         "---",

@@ -1,8 +1,9 @@
 """Checkpoints: `best.ckpt` by the monitor loss, `last.ckpt` to continue from.
 
 Lightning's own class skips time-based saving under manual optimization and warns at every save; this one decides when
-to save by itself and leaves the saving to Lightning. `last.ckpt` is saved only where a resumed run repeats every bit:
-after a step; where validation or the end of an epoch follows, after those, or a resumed run would leave them out.
+to save by itself and leaves the saving to Lightning. `last.ckpt` is saved after every validation and epoch, and after
+steps where that is asked for, but only where a resumed run repeats every bit: where validation or the end of an epoch
+follows a step, after those, or a resumed run would leave them out.
 
 SIGTERM and Ctrl-C are answered at the next such place, so a validation or a refresh is brought to its end first; a
 second one ends the process at once, and the last checkpoint stays as it is; so does one while testing, where nothing is
@@ -13,6 +14,7 @@ earlier one, its checkpoints are renamed to `earlier-*`. Left out: keeping more 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -27,6 +29,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_bilevel.atomic import install
 from lit_bilevel.callbacks.export import is_rehearsal
+from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 
 
@@ -46,6 +49,9 @@ class BilevelCheckpoint(ModelCheckpoint):
     def __init__(
         self, every_n_steps: int | None = None, every_minutes: float | None = None, dirpath: str | None = None
     ):
+        for name, value, least in (("every_n_steps", every_n_steps, 1), ("every_minutes", every_minutes, 0)):
+            if value is not None and value < least:
+                raise UserError(f"`checkpoint.{name}` is {value}; it must be at least {least}.")
         super().__init__(
             dirpath=dirpath,
             filename="best",
@@ -71,11 +77,6 @@ class BilevelCheckpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal = 0
-        if trainer.ckpt_path is None and trainer.is_global_zero and not is_rehearsal(trainer):
-            for name in ("last.ckpt", "best.ckpt"):
-                path = Path(str(self.dirpath)) / name
-                if path.is_file():
-                    os.replace(path, path.with_name(f"earlier-{name}"))
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _listen(self._note)
@@ -84,6 +85,18 @@ class BilevelCheckpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         self._saved_at, self._due = time.monotonic(), False
         _listen(self._note)
+        # not before, for a strategy that shards the policy loads the checkpoint only after `on_fit_start`
+        if trainer.ckpt_path is None and trainer.is_global_zero and not is_rehearsal(trainer):
+            self._set_aside()
+
+    def _set_aside(self) -> None:
+        for name in ("last.ckpt", "best.ckpt"):
+            path = Path(str(self.dirpath)) / name
+            if path.exists():
+                aside = path.with_name(f"earlier-{name}")
+                if aside.is_dir():  # with a part from every process
+                    shutil.rmtree(aside)
+                os.replace(path, aside)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_test_start(trainer, pl_module)
@@ -118,6 +131,7 @@ class BilevelCheckpoint(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
         training = trainer.state.fn == "fit" and not trainer.sanity_checking and not is_rehearsal(trainer)
         if training and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._due |= self._last_global_step_saved != trainer.global_step  # a new best brought its `last.ckpt`
             self._agree(trainer)
             self._save_and_end(trainer, pl_module)
 

@@ -7,9 +7,11 @@ end of fit. Left out: merging adapters into the base model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from lit_bilevel.losses import example_nll
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.shard import whole_state
 from lit_bilevel.scoring import aurocs, flat, read_truth
-from lit_bilevel.types import Features
+from lit_bilevel.types import Batch, Features
 
 
 class Export(Callback):
@@ -43,7 +45,7 @@ class Export(Callback):
         self._resumed = True
 
     @rank_zero_only
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:  # by now a checkpoint is loaded
         if not is_rehearsal(trainer) and not self._resumed:
             folder = run_folder(trainer)
             for name in self.FILES:
@@ -129,23 +131,34 @@ class Export(Callback):
         os.replace(partial, path)
 
 
-@torch.no_grad()
-def score_pool(trainer: Trainer, module: LitBilevel) -> None:
-    """Show the weights every pool row's loss under the final policy, with dropout off, on all processes alike."""
+@contextlib.contextmanager
+def evaluating(trainer: Trainer, module: LitBilevel) -> Iterator[Callable[[Any], Batch]]:
+    """A pass outside Lightning's loops: without gradients, with dropout off, and with the random state left as it was.
+
+    Yields what turns an item of an evaluation loader into a batch on the device.
+    """
     assert module.policy is not None
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    training = module.policy.training
+    data, training = trainer.datamodule, module.policy.training  # type: ignore[attr-defined]
     module.policy.eval()
-    for window in data.evaluation_loader("pool"):
-        batch = data.on_before_batch_transfer(window, 0).to(module.device)
-        with trainer.precision_plugin.forward_context():
+    try:  # a loader draws a number even where it shuffles nothing
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), trainer.precision_plugin.forward_context():
+            yield lambda window: data.on_before_batch_transfer(window, 0).to(module.device)
+    finally:
+        module.policy.train(training)
+
+
+def score_pool(trainer: Trainer, module: LitBilevel) -> None:
+    """Show the weights every pool row's loss under the final policy, on all processes alike."""
+    assert module.policy is not None
+    loader = trainer.datamodule.evaluation_loader("pool")  # type: ignore[attr-defined]
+    with evaluating(trainer, module) as made:
+        for batch in map(made, loader):
             loss_B = example_nll(module.policy(batch), batch)
-        table = torch.stack([batch.row_B, batch.source_B, batch.length_B, loss_B], dim=1).double()
-        if trainer.world_size > 1:
-            table = module.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]
-        row, source, length, loss = table[table[:, 0] >= 0].unbind(1)
-        module.weights.score(Features(row.long(), source.long(), length.long(), loss))
-    module.policy.train(training)
+            table = torch.stack([batch.row_B, batch.source_B, batch.length_B, loss_B], dim=1).double()
+            if trainer.world_size > 1:
+                table = module.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]
+            row, source, length, loss = table[table[:, 0] >= 0].unbind(1)
+            module.weights.score(Features(row.long(), source.long(), length.long(), loss))
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Figures of a finished fit, as PNG in `figures/` and in TensorBoard; they need matplotlib (`pip install .[figures]`).
 
     weights        distribution of the weights of each source
+    kinds          the same for clean rows and each kind of corruption, where `data.truth` is given
     trajectories   weights of sampled rows over the epochs
     losses         upper, lower and monitor loss over the steps
     refinement     log-probability of the generated answers, round by round, and the weights of refined rows
+    overview       weights (by kind or by source) beside the losses
 
 Drawn from the files of the run, so they show what is on disk. Left out: figures while a run goes; TensorBoard has
 curves for that.
@@ -11,7 +13,9 @@ curves for that.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +26,12 @@ from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.callbacks.inspect import boards
 from lit_bilevel.curves import read_curves, thinned
 from lit_bilevel.inspection import read_lines
+from lit_bilevel.scoring import read_truth
 
 LOSSES = ("upper/loss", "lower/loss", "monitor/loss")
+CLEAN, CORRUPTED = "clean", "tab:orange"
+LEAST = 1e-3
+"""Smaller weights are drawn here, where the scale is logarithmic."""
 
 
 class Figures(Callback):
@@ -46,25 +54,34 @@ class Figures(Callback):
         for logger in trainer.loggers:
             logger.save()
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        for name, figure in draw(run_folder(trainer)).items():
+        truth: str | None = trainer.datamodule.truth  # type: ignore[attr-defined]
+        for name, figure in draw(run_folder(trainer), truth).items():
             for board in boards(trainer):
                 board.experiment.add_figure(f"figures/{name}", figure, step)
 
 
-def draw(run: Path) -> dict[str, Any]:
-    """Draw all figures that a run folder has data for, and write them to `figures/`."""
+def draw(run: Path, truth: str | None = None) -> dict[str, Any]:
+    """Draw all figures that a run folder has data for, and write them to `figures/`.
+
+    Args:
+        run: the run folder.
+        truth: the truth file of its pool.
+    """
     from matplotlib.figure import Figure  # no pyplot: no global state, no display
 
     folder = run / "figures"
     folder.mkdir(parents=True, exist_ok=True)
+    paints: dict[str, Callable[[Any, Path], bool]] = {
+        "weights": _weights,
+        "kinds": functools.partial(_kinds, truth=truth),
+        "trajectories": _trajectories,
+        "losses": _losses,
+        "refinement": _refinement,
+        "overview": functools.partial(_overview, truth=truth),
+    }
     found = {}
-    for name, paint in (
-        ("weights", _weights),
-        ("trajectories", _trajectories),
-        ("losses", _losses),
-        ("refinement", _refinement),
-    ):
-        figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    for name, paint in paints.items():
+        figure = Figure(figsize=(10, 4) if name == "overview" else (6.4, 4), dpi=120, layout="constrained")
         if paint(figure, run):
             figure.savefig(folder / f"{name}.png")
             found[name] = figure
@@ -79,22 +96,44 @@ def _table(run: Path) -> Any:
 
 
 def _weights(figure: Any, run: Path) -> bool:
-    import numpy as np
-
     table = _table(run)
     if table is None:
         return False
-    axes = figure.subplots()
-    weights, sources = table["weight"].to_numpy(), np.array(table["source"].to_pylist())
-    names, counts = np.unique(sources, return_counts=True)
-    edges = np.linspace(0, np.quantile(weights, 0.995) or 1, 50)
-    for name in names[np.argsort(-counts)][:8]:
-        own = np.clip(weights[sources == name], 0, edges[-1])
-        axes.hist(own, edges, histtype="step", density=True, label=f"{name or 'all rows'} ({len(own):,})")
-    axes.axvline(1, color="0.7", linewidth=0.8, zorder=0)
-    axes.set(xlabel="weight (the highest 0.5 % in the last bin)", ylabel="density", title="Weights by source")
-    axes.legend(frameon=False)
+    _distributions(figure, table["weight"].to_numpy(), [name or "all rows" for name in table["source"].to_pylist()])
     return True
+
+
+def _kinds(figure: Any, run: Path, truth: str | None) -> bool:
+    table = _table(run)
+    if table is None or truth is None:
+        return False
+    kinds = [kind or CLEAN for kind in read_truth(truth, table["id"].to_pylist())]
+    _distributions(figure, table["weight"].to_numpy(), kinds)
+    return True
+
+
+def _overview(figure: Any, run: Path, truth: str | None) -> bool:
+    left, right = figure.subfigures(1, 2)
+    return (_kinds(left, run, truth) or _weights(left, run)) and _losses(right, run)
+
+
+def _distributions(figure: Any, weights: Any, groups: list[str], most: int = 8) -> None:
+    """One histogram a group, above each other on one scale; the groups with most rows, `clean` first."""
+    import numpy as np
+
+    names, number, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    shown = sorted(range(len(names)), key=lambda i: (names[i] != CLEAN, -counts[i]))[:most]
+    edges = np.linspace(0, np.quantile(weights, 0.99) or 1, 50)
+    all_axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, i in zip(all_axes, shown, strict=True):
+        colour = CORRUPTED if CLEAN in names and names[i] != CLEAN else "tab:blue"
+        axes.hist(np.clip(weights[number == i], 0, edges[-1]), edges, density=True, color=colour)
+        axes.axvline(1, color="0.5", linewidth=0.8)
+        axes.set_ylabel(f"{names[i]}\n{counts[i]:,} rows", rotation=0, ha="right", va="center")
+        axes.set_yticks([])
+        axes.spines[["top", "left", "right"]].set_visible(False)
+    all_axes[-1].set_xlabel("weight (mean 1; the highest 1 % in the last bar)")
+    figure.suptitle("Weights of the rows")
 
 
 def _trajectories(figure: Any, run: Path) -> bool:
@@ -103,13 +142,18 @@ def _trajectories(figure: Any, run: Path) -> bool:
         return False
     axes = figure.subplots()
     steps = [0, *(epoch["step"] for epoch in epochs)]
-    for weights in zip(*(epoch["weights"] for epoch in epochs), strict=True):
-        axes.plot(steps, [1, *weights], color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(
-        steps, [1, *(epoch["weights/quantile/50"] for epoch in epochs)], color="black", label="median of the pool"
-    )
-    axes.set(xlabel="step", ylabel="weight", title=f"Weights of {len(epochs[-1]['weights'])} sampled rows")
-    axes.legend(frameon=False)
+    kinds = epochs[-1].get("kinds", [CLEAN] * len(epochs[-1]["weights"]))
+    for kind, *weights in zip(kinds, *(epoch["weights"] for epoch in epochs), strict=True):
+        colour = CORRUPTED if kind not in ("", CLEAN) else "tab:blue"
+        axes.plot(steps, [1, *(max(weight, LEAST) for weight in weights)], color=colour, alpha=0.35, linewidth=0.8)
+    median = [1, *(max(epoch["weights_quantile/50"], LEAST) for epoch in epochs)]
+    axes.plot(steps, median, color="black", label="median of the pool")
+    if any(kind not in ("", CLEAN) for kind in kinds):
+        axes.plot([], [], color="tab:blue", label="clean rows")
+        axes.plot([], [], color=CORRUPTED, label="corrupted rows")
+    axes.set_yscale("log")
+    axes.set(xlabel="step", ylabel="weight", title=f"Weights of {len(kinds)} sampled rows")
+    axes.legend(frameon=False, loc="lower left")
     return True
 
 

@@ -1,9 +1,10 @@
 """The weights made visible after every epoch: in every logger what it can show, and as files in `inspection/`.
 
-    scalars     weights/quantile/05 … 95, weights/mass/<source>, weights/rank_correlation (Spearman's, with the epoch
-                before), auroc/<kind> where `data.truth` is given
-    TensorBoard also a histogram, quantile bands (tab Custom scalars), tables of the rows at both ends and how they
-                moved, a PR curve (finding the corrupted rows by low weight), and the tab HParams after the final test
+    scalars     weights/rank_correlation (Spearman's, with the epoch before), weights_quantile/05 … 95,
+                weights_share/<source> (of all weight), auroc/<kind> where `data.truth` is given
+    TensorBoard also a histogram (the highest 1 % of the weights in its last bar), quantile bands (tab Custom scalars),
+                tables of the rows at both ends and how they moved, a PR curve (finding the corrupted rows by low
+                weight), and the tab HParams after the final test
 
 Work that grows with N is done once an epoch, never in a step. Left out: scalars of a step; the module logs those.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import html
+import json
 from typing import Any
 
 import torch
@@ -21,20 +23,20 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
-from lit_bilevel.inspection import Inspection
+from lit_bilevel.inspection import Inspection, arrow
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.scoring import aurocs, flat, read_truth
 from lit_bilevel.settings import Plain, run_settings
-from lit_bilevel.statistics import correlation, histogram, quantiles, ranks, source_mass
+from lit_bilevel.statistics import correlation, histogram, precision_recall, quantile, quantiles, ranks, source_mass
 
 MARKUP = "\\`*_{}[]()+-!|~"
-BANDS = {"middle half": ("25", "75"), "middle 90 %": ("05", "95")}
+BANDS = {"median, middle half of the rows": ("25", "75"), "median, middle 90 % of the rows": ("05", "95")}
 LAYOUT: dict[str, dict[str, list[Any]]] = {
+    "losses": {"upper, lower and monitor loss": ["Multiline", ["upper/loss", "lower/loss", "monitor/loss"]]},
     "weights": {
-        name: ["Margin", [f"weights/quantile/{q}" for q in ("50", low, high)]] for name, (low, high) in BANDS.items()
+        name: ["Margin", [f"weights_quantile/{q}" for q in ("50", low, high)]] for name, (low, high) in BANDS.items()
     }
-    | {"share of each source": ["Multiline", ["weights/mass/.*"]]},
-    "losses": {"upper, lower, monitor": ["Multiline", ["upper/loss", "lower/loss", "monitor/loss"]]},
+    | {"share of each source": ["Multiline", ["weights_share/.*"]]},
 }
 
 
@@ -54,6 +56,7 @@ class WeightInspector(Callback):
         self._before: Tensor | None = None
         self._settings: dict[str, Plain] = {}
         self._data: Any = None
+        self._auroc: dict[str, float] = {}
 
     # ---- when ----
 
@@ -61,9 +64,12 @@ class WeightInspector(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitBilevel)
         self._data = trainer.datamodule  # type: ignore[attr-defined]
-        for name in ("_source_N", "_kinds", "_sample"):  # of an earlier fit
+        for name in ("_source_N", "_kinds", "_corrupted", "_sample"):  # of an earlier fit
             self.__dict__.pop(name, None)
         self._settings = run_settings(trainer, pl_module)
+        if not is_rehearsal(trainer):
+            text = json.dumps(self._settings, indent=2, ensure_ascii=False)
+            Inspection(run_folder(trainer) / "inspection").write_text("settings.json", text + "\n")
         for logger in boards(trainer):
             logger.experiment.add_custom_scalars(LAYOUT)
 
@@ -77,7 +83,7 @@ class WeightInspector(Callback):
             logger.log_metrics(scalars, step)
         records = self._ends(table, pl_module.weights.visits.cpu())
         for logger in boards(trainer):
-            logger.experiment.add_histogram("weights/distribution", table, step)
+            logger.experiment.add_histogram("weights/distribution", table.clamp(max=quantile(table, 0.99)), step)
             self._add_pr_curve(logger, table, step)
             for end in ("lowest", "highest"):
                 logger.experiment.add_text(f"weights/{end}", self._markdown(records, end), step)
@@ -99,6 +105,7 @@ class WeightInspector(Callback):
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         if not self._settings or is_rehearsal(trainer):
             return
+        metrics |= self._auroc
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.log_hyperparams(self._settings, metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -129,13 +136,15 @@ class WeightInspector(Callback):
         return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[: self.sampled].sort().values.tolist()
 
     def _scalars(self, table: Tensor) -> dict[str, float]:
-        found = {f"weights/quantile/{name}": value for name, value in quantiles(table).items()}
+        found = {f"weights_quantile/{name}": value for name, value in quantiles(table).items()}
         mass = source_mass(table, self._source_N, self._data.source_names)
-        found |= {f"weights/mass/{name}": value for name, value in mass.items()}
+        found |= {f"weights_share/{name}": value for name, value in mass.items()}
         if self._before is not None and len(self._before) == len(table):
             rho = correlation(ranks(table), ranks(self._before))
             found |= {} if rho is None else {"weights/rank_correlation": rho}
-        return found | (flat(aurocs(table, self._kinds)) if self._kinds else {})
+        scores = flat(aurocs(table, self._kinds)) if self._kinds else {}
+        self._auroc = {name: value for name, value in scores.items() if name == "auroc/all"}
+        return found | scores
 
     def _ends(self, table: Tensor, visits: Tensor) -> list[dict[str, Any]]:
         """Records of the rows at both ends; equal weights in the order of the pool."""
@@ -154,11 +163,14 @@ class WeightInspector(Callback):
                 records.append(found | ({"kind": self._kinds[row] or "clean"} if self._kinds else {}))
         return records
 
+    @functools.cached_property
+    def _corrupted(self) -> Tensor:
+        return torch.tensor([bool(kind) for kind in self._kinds])
+
     def _add_pr_curve(self, logger: TensorBoardLogger, table: Tensor, step: int) -> None:
-        corrupted = torch.tensor([bool(kind) for kind in self._kinds])
-        if corrupted.any() and not corrupted.all():
+        if self._corrupted.any() and not self._corrupted.all():
             suspicion = 1 - ranks(table) / max(1, len(table) - 1)
-            logger.experiment.add_pr_curve("weights/finds_corrupted", corrupted, suspicion, step)
+            logger.experiment.add_pr_curve("weights/finds_corrupted", self._corrupted, suspicion, step)
 
     def _markdown(self, records: list[dict[str, Any]], end: str) -> str:
         truth = ["truth"] if self._kinds else []
@@ -166,7 +178,7 @@ class WeightInspector(Callback):
         lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
         for record in records:
             if record["end"] == end:
-                cells = [f"{record['weight']:.3g}", f"{record['before']:.3g}", _arrow(record["moved"])]
+                cells = [f"{record['weight']:.3g}", f"{record['before']:.3g}", arrow(record["moved"])]
                 texts = [record["source"], *([record["kind"]] if truth else [])]
                 texts += [record[name] for name in ("id", "prompt", "response")]
                 cells += [str(record["visits"]), *(table_cell(text, self.characters) for text in texts)]
@@ -175,8 +187,12 @@ class WeightInspector(Callback):
 
     def _write(self, trainer: Trainer, table: Tensor, record: dict[str, Any], records: list[dict[str, Any]]) -> None:
         files = Inspection(run_folder(trainer) / "inspection")
-        sampled = [float(table[row]) for row in self._sample]
-        files.add_epoch(record | {"histogram": histogram(table), "rows": self._sample, "weights": sampled})
+        record |= {"histogram": histogram(table), "rows": self._sample}
+        record |= {"weights": [float(table[row]) for row in self._sample]}
+        if self._kinds:
+            record |= {"kinds": [self._kinds[row] for row in self._sample]}
+            record |= {"precision_recall": precision_recall(table, self._corrupted)}
+        files.add_epoch(record)
         files.write("rows.jsonl", records)
         for end in ("lowest", "highest"):
             files.write_text(f"{end}.md", self._markdown(records, end) + "\n")
@@ -196,7 +212,3 @@ def table_cell(text: str, characters: int = 300) -> str:
     cut = text if len(text) <= characters else text[:characters] + " …"
     escaped = "".join(f"&#{ord(c)};" if c in MARKUP else c for c in html.escape(cut))
     return "<br>".join(escaped.splitlines())
-
-
-def _arrow(places: int) -> str:
-    return "0" if places == 0 else f"{'▲' if places > 0 else '▼'} {abs(places):,}"

@@ -20,16 +20,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from tqdm import tqdm
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.callbacks.choose import Choose, LowestFraction
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.callbacks.inspect import table_cell
+from lit_bilevel.callbacks.progress import GenerationBar, say
 from lit_bilevel.callbacks.record import ResponseFile
 from lit_bilevel.data.responses import ResponseStore, is_usable
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.generation import GenerationFailed, gathered_responses, respond
+from lit_bilevel.inspection import tallied
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.generate import GenerationBackend, HFGenerate, Request, Sampling, end_tokens
 from lit_bilevel.types import Response
@@ -180,22 +181,20 @@ class SelfRefine(Callback):
         policy = pl_module.policy
         assert policy is not None
         ends = end_tokens(policy, pl_module.tokenizer)
+        batches = self.backend.batches(requests)
+        rank, world = trainer.global_rank, trainer.world_size
         with (
             trainer.precision_plugin.forward_context(),
-            tqdm(desc="refine", unit="token", disable=not self._shows_progress(trainer), leave=False) as bar,
+            GenerationBar(trainer, sum(map(len, batches[rank::world]))) as bar,
         ):
 
             def work(batch: list[int]) -> list[Response]:
                 own = [requests[i] for i in batch]
-                return respond(self.backend, policy, own, self.sampling, ends, pl_module.device, bar.update)
+                responses = respond(self.backend, policy, own, self.sampling, ends, pl_module.device, bar.tokens)
+                bar.responses(len(batch))
+                return responses
 
-            batches = self.backend.batches(requests)
-            return gathered_responses(work, batches, trainer.global_rank, trainer.world_size)
-
-    @staticmethod
-    def _shows_progress(trainer: Trainer) -> bool:
-        bar = trainer.progress_bar_callback
-        return trainer.is_global_zero and bar is not None and not getattr(bar, "is_disabled", False)
+            return gathered_responses(work, batches, rank, world)
 
     # ---- what is shown ----
 
@@ -211,7 +210,7 @@ class SelfRefine(Callback):
             "refine/length": tokens / count,
             "refine/rows": float(len(store)),
         }
-        rank_zero_info(
+        say(
             f"refinement round {store.round}: {len(all_of_them)} responses to {len(responses)} rows,"
             f" {shares['refine/finished']:.0%} finished, {shares['refine/usable']:.0%} used for training (those with"
             f" content{'' if self.keep_unfinished else ' that ended by themselves'}),"
@@ -224,13 +223,13 @@ class SelfRefine(Callback):
                 logger.experiment.add_text("refine/responses", self._markdown(trainer, pl_module, responses), step)
 
     def _markdown(self, trainer: Trainer, pl_module: LitBilevel, responses: dict[int, list[Response]]) -> str:
-        lines = ["| question | offline answer | new answer | weight |", "|---|---|---|---|"]
+        lines = ["| id | question | offline answer | its weight | new answers |", "|---|---|---|---|---|"]
         weights, pool = pl_module.weights.table().cpu(), trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
         for row in list(responses)[: self.rows_shown]:
             record = pool[row]
-            new = [_text(pl_module.tokenizer, response) for response in responses[row]]
-            cells = [table_cell(text) for text in (record["prompt"], record["response"], "\n".join(new))]
-            lines.append(f"| {' | '.join(cells)} | {weights[row]:.3g} |")
+            new = "\n".join(tallied(_text(pl_module.tokenizer, response) for response in responses[row]))
+            cells = [table_cell(text) for text in (record["id"], record["prompt"], record["response"])]
+            lines.append(f"| {' | '.join(cells)} | {weights[row]:.3g} | {table_cell(new)} |")
         return "\n".join(lines)
 
     # ---- the run ----

@@ -1,25 +1,36 @@
-"""A summary before the first step: what is trained on what, by which method, and where to look.
+"""A summary before the first step: what is trained on what, by which method, and where to look; and how good the policy
+was then, so that the end of the run can be held against it.
 
 Left out: a table of layers; `trainer.enable_model_summary: true` gives Lightning's.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lit_bilevel.callbacks.export import evaluating, is_rehearsal
 from lit_bilevel.callbacks.inspect import boards
 from lit_bilevel.data.table import column
+from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.settings import Plain, run_settings
 
 
 class Summary(Callback):
-    """Says at the start what a fit will do, and keeps the monitor losses for what is said at the end."""
+    """Says at the start what a fit will do, and keeps what is said about the start at the end.
 
-    def __init__(self) -> None:
+    Args:
+        test_first: whether to measure the loss on the test file before the first step too.
+    """
+
+    def __init__(self, test_first: bool = True):
+        self.test_first = test_first
+        self.first: dict[str, float] = {}
+        """Test metrics of the policy that the run began with."""
         self.monitor_losses: list[float] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -27,9 +38,24 @@ class Summary(Callback):
         if loss is not None and not trainer.sanity_checking:
             self.monitor_losses.append(float(loss))
 
-    @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitBilevel)
+        self._say(trainer, pl_module)
+        begins = trainer.global_step == 0 and not is_rehearsal(trainer)
+        if self.test_first and begins and "test" in trainer.datamodule.sets:  # type: ignore[attr-defined]
+            self.first = test_losses(trainer, pl_module)
+            for logger in trainer.loggers:
+                logger.log_metrics(self.first, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first": self.first, "monitor_losses": self.monitor_losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.first, self.monitor_losses = state_dict["first"], state_dict["monitor_losses"]
+
+    @staticmethod
+    @rank_zero_only
+    def _say(trainer: Trainer, pl_module: LitBilevel) -> None:
         settings = run_settings(trainer, pl_module)
         lines = {
             "pool": _pool(trainer),
@@ -40,6 +66,20 @@ class Summary(Callback):
             "look": _look(trainer),
         }
         rank_zero_info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
+
+
+def test_losses(trainer: Trainer, module: LitBilevel) -> dict[str, float]:
+    """What `test` would log for the policy as it is, on all processes alike."""
+    assert module.policy is not None
+    metrics: dict[str, Any] = {}
+    limit = trainer.limit_test_batches
+    loader = trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
+    count = min(limit, len(loader)) if isinstance(limit, int) else int(limit * len(loader))
+    evaluation = Evaluation().to(module.device)
+    with evaluating(trainer, module) as made:
+        for window in itertools.islice(loader, count):
+            metrics = evaluation("test", module.policy, made(window))
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 def _pool(trainer: Trainer) -> str:

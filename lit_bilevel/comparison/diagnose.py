@@ -1,6 +1,7 @@
 """`lit-bilevel diagnose`: is the validation set large and clean enough to learn weights from?
 
-    halves   rank correlation of the weights learned from the two halves of the validation file, same seed
+    halves   rank correlation of the weights learned from the two halves of the validation file, same seed (they share
+             the order of the pool, and with it some noise)
     seeds    rank correlation of the weights learned from the whole file with two seeds
     whole    2r / (1 + r) with r that of the halves: what two files of the whole size would agree (Spearman and Brown)
     rise     policy steps after which the monitor loss rises, in the run as configured and on validation rows alone
@@ -173,23 +174,28 @@ def advice(found: dict[str, Any]) -> list[str]:
         "",
     ]
     if halves >= GOOD:
-        lines.append("- The validation set is large and clean enough: either half of it gives about the same weights.")
-    elif seeds < halves + 0.1 and seeds < GOOD:
         lines.append(
-            "- The run itself is noisy: seeds differ about as much as halves, so more validation rows alone will not"
-            " help. Visit rows more often (more epochs), average the direction longer (`direction_decay` nearer to 1),"
-            " or lower the learning rate of `weight_optimizer`."
+            "- The validation set is large and clean enough: with the same order of the pool, either half of it gives"
+            " about the same weights."
         )
+    elif seeds < GOOD:
+        lines.append("- What the validation set is worth cannot be told yet, because the run itself is noisy.")
     elif halves >= SOME:
         lines.append(
             f"- The weights say something, and more trusted rows would make them better: with {2 * rows:,} rows expect"
-            " an agreement of the halves of about"
-            f" {found['whole']:.2f}. Use the weights for selection (`lit-bilevel select --keep`), not one by one."
+            f" an agreement of the halves of about {found['whole']:.2f}. Use the weights for selection"
+            " (`lit-bilevel select --keep`), not one by one."
         )
     else:
         lines.append(
             "- The halves contradict each other: the set is too small, or the rows in it are of different kinds or not"
             " all trustworthy. Read a sample of it, remove doubtful rows, then add rows like those that you care for."
+        )
+    if seeds < GOOD:
+        lines.append(
+            "- Another order of the pool gives other weights. Visit rows more often (more epochs), average the"
+            " direction longer (`direction_decay` nearer to 1), lower the learning rate of `weight_optimizer`, or use"
+            " the mean of the weights of several seeds; then diagnose again."
         )
     return [*lines, *(line for name, where in found["rise"].items() for line in _about_rise(name, where))]
 

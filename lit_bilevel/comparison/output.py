@@ -20,7 +20,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def quiet(path: Path) -> Iterator[None]:
-    """Send everything that is printed to a file, native code included; show the file's place where the block fails."""
+    """Send everything that is printed to a file, native code too; show its place where the block ends early."""
     sys.stdout.flush(), sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     with path.open("a", encoding="utf-8") as log:
@@ -29,7 +29,7 @@ def quiet(path: Path) -> Iterator[None]:
             yield
         except BaseException:
             os.dup2(kept[0], 1), os.dup2(kept[1], 2)
-            say(f"failed; its output is in {path}")
+            say(f"ended early; its output is in {path}")
             raise
         finally:
             sys.stdout.flush(), sys.stderr.flush()

@@ -76,6 +76,11 @@ class Runner:
                 self.shared.append(data_flag("pool", self._subset(cli, subset)))
                 cli = built(config, self.shared)
         self.settings: Any = cli.config
+        if cli.trainer.world_size > 1:
+            raise UserError(
+                f"a comparison runs in one process and the settings ask for {cli.trainer.world_size}; set"
+                " `--trainer.devices 1` (and start one comparison a device, each with an `--output` of its own)."
+            )
         pool = cli.datamodule.sets["pool"]
         self.kinds = read_truth(self.settings.data.truth, pool["id"][:]) if self.settings.data.truth else None
         if "test" not in cli.datamodule.sets:
@@ -114,7 +119,7 @@ class Runner:
         if method.filter is not None:
             with quiet(folder / "filter.txt"):
                 chosen, scores, seconds = self._chosen(method, folder, seed)
-            flags += [data_flag("pool", chosen), "--data.truth=null"]
+            flags += [data_flag("pool", chosen), "--data.truth=null", "--data.cache=false"]
             flags += [f"--trainer.max_steps={self.steps}", "--trainer.max_epochs=-1"]
             before += seconds
             row |= scores
@@ -156,7 +161,7 @@ class Runner:
         scores = method.filter.scores(Evidence(cli, earlier, seed))
         mask = method.filter.chosen(scores, self.keep, seed)
         pool, data = cli.datamodule.sets["pool"], self.settings.data
-        kept = {pool[int(i)]["row"]: pool[int(i)]["id"] for i in mask.nonzero()[0]}
+        kept = {row: key for row, key, good in zip(pool["row"][:], pool["id"][:], mask, strict=True) if good}
         files = copy_records(data.pool, data.columns or {}, kept, folder / "pool")
         found: Result = {"kept": float(mask.mean())}
         if self.kinds is not None and not isinstance(method.filter, CleanRows):
@@ -178,7 +183,7 @@ class Runner:
             row["monitor_loss"] = float(cli.trainer.checkpoint_callback.best_model_score)
         stopwatch = next(callback for callback in cli.trainer.callbacks if isinstance(callback, Stopwatch))
         row["steps"], row["seconds"] = cli.trainer.global_step, stopwatch.seconds
-        if cli.model.learns_weights:
+        if cli.model.learns_weights or cli.model.weights.needs_scoring:
             row |= {key: value for key, value in metrics.items() if key.startswith("auroc/")}
         loss_n, tokens_n = row_losses(cli.model.policy, cli.datamodule, "test")
         table = {"id": cli.datamodule.sets["test"]["id"][:], "tokens": tokens_n, "loss": loss_n}

@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from lit_bilevel.data.collate import collate
-from lit_bilevel.data.encode import Encoder
+from lit_bilevel.data.encode import Encoder, load_tokenizer
 from lit_bilevel.data.examples import EvaluationWindows, Examples, Window, questions_of
 from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
 from lit_bilevel.data.prepare import Preparation, cache_folder
@@ -116,10 +116,11 @@ class BilevelDataModule(LightningDataModule):
         self._check_settings()
 
     def _check_settings(self) -> None:
+        names = ("batch_size", "upper_batch_size", "eval_batch_size", "max_length", "num_proc", "num_workers")
         problems = [
-            f"`data.{name}` is {getattr(self, name)}; it must be at least 1"
-            for name in ("batch_size", "upper_batch_size", "eval_batch_size", "max_length", "num_proc")
-            if getattr(self, name) < 1
+            f"`data.{name}` is {getattr(self, name)}; it must be at least {int(name != 'num_workers')}"
+            for name in names
+            if getattr(self, name) < (name != "num_workers")
         ]
         if not 0 < self.monitor_fraction < 1:
             problems.append(f"`data.monitor_fraction` is {self.monitor_fraction}; it must lie between 0 and 1")
@@ -166,9 +167,7 @@ class BilevelDataModule(LightningDataModule):
             return self.trainer.lightning_module.tokenizer
         if self.tokenizer is None:
             raise UserError("`data.tokenizer` is not set and there is no policy to take it from; give a folder or id.")
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(located(self.tokenizer))
+        return load_tokenizer(located(self.tokenizer))
 
     def _examples(self, name: str) -> Examples:
         return Examples(self.sets[name], {source: number for number, source in enumerate(self.source_names)})

@@ -1,7 +1,7 @@
 """Loading a policy: a causal LM folder or hub id, tuned whole or through LoRA.
 
 Left out: other adapters than LoRA (prompt-learning ones change the input, which the generation code relies on), and
-`trust_remote_code` unless it is asked for by name.
+`trust_remote_code`, and weights that are pickled, unless they are asked for by name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.place import located
@@ -47,6 +48,7 @@ class PolicySettings:
         activation_checkpointing: recompute activations in the backward pass to save memory.
         compile: compile the decoder layers with torch.compile; the first steps are slow.
         trust_remote_code: run code that comes with the model. Off, because that code can do anything.
+        allow_pickle: also read weights that are not safetensors (`pytorch_model.bin`). Off, as pickles have run code.
     """
 
     path: str
@@ -57,6 +59,7 @@ class PolicySettings:
     activation_checkpointing: bool = False
     compile: bool = False
     trust_remote_code: bool = False
+    allow_pickle: bool = False
 
 
 def load_tokenizer(settings: PolicySettings) -> Any:
@@ -67,6 +70,11 @@ def load_tokenizer(settings: PolicySettings) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if settings.trust_remote_code:
+        rank_zero_warn(
+            f"`model.policy.trust_remote_code` is ON: program code from {settings.path!r} runs on this machine with"
+            " your rights and can read, change and send whatever you can. Turn it off unless you have read that code."
+        )
     try:
         return AutoTokenizer.from_pretrained(located(settings.path), trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -93,16 +101,22 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
             dtype=dtype,
             attn_implementation=settings.attn_implementation,
             trust_remote_code=settings.trust_remote_code,
+            use_safetensors=None if settings.allow_pickle else True,
             **quantized,
         )
     except (OSError, ValueError) as error:
         raise _unloadable("causal language model", settings.path, error) from error
     if settings.activation_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     if settings.lora is not None:
         model = _with_lora(model, settings)
     return Policy(model).train()  # `from_pretrained` returns eval mode, and Lightning keeps what it finds
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let a transformers model compute its layers again in the backward pass instead of keeping what they gave."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _quantization(settings: PolicySettings) -> Any:
@@ -148,5 +162,6 @@ def _with_lora(model: Any, settings: PolicySettings) -> Any:
 def _unloadable(what: str, path: str, error: Exception) -> UserError:
     return UserError(
         f"no {what} could be loaded from {path!r} ({type(error).__name__}: {str(error).strip().splitlines()[0]});"
-        " give `model.policy.path` a folder written by `save_pretrained` or a hub id."
+        " give `model.policy.path` a folder written by `save_pretrained`, with safetensors, or a hub id"
+        " (`model.policy.allow_pickle: true` reads `.bin` files, `trust_remote_code: true` runs code that is there)."
     )

@@ -45,6 +45,11 @@ class Policy(nn.Module):
         """The parameters that are tuned, in a fixed order."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    @property
+    def precise(self) -> bool:
+        """Whether every parameter, also of a frozen base, is in float32 or better, so losses keep their digits."""
+        return all(parameter.dtype in (torch.float32, torch.float64) for parameter in self.parameters())
+
     def layers(self) -> list[nn.Module]:
         """The decoder layers, by the name that the model gives their class; none where it gives no name."""
         names = set(getattr(self.causal_lm, "_no_split_modules", None) or ())

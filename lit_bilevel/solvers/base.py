@@ -29,6 +29,8 @@ class BilevelSolver(ABC):
     """Whether the solver is undefined at λ = 0."""
     substitutes: bool = False
     """Whether it asks for ∇f by itself, or for anything at other values than the policy's own."""
+    directional: bool = False
+    """Whether it asks for derivatives of the losses along a direction, by differences or in forward mode."""
     second_order: bool = False
     """Whether it asks for Hessian-vector products."""
 

@@ -36,6 +36,7 @@ class Implicit(BilevelSolver):
     """
 
     substitutes = True
+    directional = True
     second_order = True
 
     def __init__(

@@ -40,6 +40,7 @@ class OneStep(BilevelSolver):
     """
 
     substitutes = True
+    directional = True
 
     def __init__(
         self,

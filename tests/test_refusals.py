@@ -1,0 +1,146 @@
+"""Combinations that cannot work are refused before anything is loaded, by name and with the way out."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TOY
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from lit_bilevel import BMOWeights, Implicit, LoraSettings, Mixing, OneStep, Penalty, PolicySettings, SoftmaxWeights
+from lit_bilevel.checks import check_flags, check_precision, check_run
+from lit_bilevel.cli import main
+from lit_bilevel.errors import UserError
+from lit_bilevel.policy import compile as compiling
+from lit_bilevel.policy import load
+from lit_bilevel.policy.compile import compile_layers
+from lit_bilevel.policy.load import load_policy
+
+PATH = str(TOY / "model")
+LORA = LoraSettings(r=2)
+
+
+def deepspeed(stage: int) -> DeepSpeedStrategy:
+    """A strategy whose package need not be there."""
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    strategy.config = {"zero_optimization": {"stage": stage}}
+    return strategy
+
+
+def module(strategy, *, solver=None, weights=None, precision="32-true", clip=None, accumulate=1, **policy):
+    """As much of a `LitBilevel` as its settings."""
+    solver, weights = solver or OneStep(), weights or SoftmaxWeights()
+    return SimpleNamespace(
+        trainer=SimpleNamespace(strategy=strategy, precision=precision),
+        solver=solver,
+        weights=weights,
+        learns_weights=solver.learns and weights.learnable,
+        policy_settings=PolicySettings(PATH, **policy),
+        gradient_clip_val=clip,
+        accumulate_grad_batches=accumulate,
+    )
+
+
+ONE = SingleDeviceStrategy("cpu")
+REFUSED = {
+    "fsdp1": (lambda: module(FSDPStrategy()), r"FSDP1 .*; use FSDP2 \(configs/strategies/fsdp2.yaml\) or `ddp`"),
+    "implicit under fsdp2": (lambda: module(ModelParallelStrategy(), solver=Implicit()), r"`Implicit` .*use `OneStep`"),
+    "quantized under fsdp2": (
+        lambda: module(ModelParallelStrategy(), solver=Penalty(), lora=LORA, quantization="4bit"),
+        r"quantized policy cannot be sharded by FSDP2; use `trainer.strategy: ddp`",
+    ),
+    "compiled under fsdp2": (
+        lambda: module(ModelParallelStrategy(), compile=True),
+        r"`model.policy.compile` and FSDP2",
+    ),
+    "one step under zero 3": (lambda: module(deepspeed(3)), r"`OneStep` evaluates .*; use `Penalty`, or FSDP2"),
+    "weights under zero 3": (
+        lambda: module(deepspeed(3), solver=Penalty()),
+        r"stage 3 would split .*`SoftmaxWeights`; use stage 2",
+    ),
+    "clipping under zero": (lambda: module(deepspeed(2), solver=Penalty(), clip=1.0), r"`gradient_clipping` in"),
+    "accumulation under zero": (
+        lambda: module(deepspeed(2), solver=Penalty(), accumulate=2),
+        r"raise `data.batch_size`",
+    ),
+    "compiled under zero": (lambda: module(deepspeed(2), solver=Penalty(), compile=True), r"`model.policy.compile`"),
+    "one step on four bits": (
+        lambda: module(ONE, lora=LORA, quantization="4bit"),
+        r"`OneStep` .*; use `ValueFunction`",
+    ),
+    "one step with flash": (
+        lambda: module(ONE, attn_implementation="flash_attention_2"),
+        r"no forward mode; use `sdpa`",
+    ),
+    "half precision": (lambda: module(ONE, precision="16-true"), r"`trainer.precision` is 16-true.*use bf16-true"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_run_is_refused(name):
+    made, message = REFUSED[name]
+    with pytest.raises(UserError, match=message):
+        check_run(made(), "fit")
+
+
+ACCEPTED = {
+    "fsdp2": lambda: module(ModelParallelStrategy()),
+    "penalty under zero 2": lambda: module(deepspeed(2), solver=Penalty()),
+    "bmo under zero 3": lambda: module(deepspeed(3), solver=Mixing(), weights=BMOWeights()),
+    "bmo on four bits": lambda: module(ONE, solver=Mixing(), weights=BMOWeights(), lora=LORA, quantization="4bit"),
+    "compiled": lambda: module(ONE, compile=True),
+    "bf16": lambda: module(ONE, precision="bf16-true"),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_can_run_is_not(name):
+    check_run(ACCEPTED[name](), "fit")
+
+
+def test_all_problems_come_in_one_message():
+    with pytest.raises(UserError, match="4 problems"):
+        check_run(module(deepspeed(3), clip=1.0, accumulate=2), "fit")
+
+
+@pytest.mark.parametrize(("flag", "value"), [("gradient_clip_val", 1.0), ("accumulate_grad_batches", 2)])
+def test_flags_of_the_trainer_that_are_arguments_here(flag, value):
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **{flag: value})
+    with pytest.raises(UserError, match=rf"`trainer.{flag}` is {value}; set `model.{flag}` instead"):
+        check_flags(trainer)
+
+
+@pytest.mark.filterwarnings("ignore:.*AMP with fp16 is not supported on CPU.*")
+def test_loss_scaling_on_a_cpu(flags, capsys):
+    assert main(["fit", *flags, "--trainer.precision=16-mixed"]) == 2
+    assert "`trainer.precision` is 16-mixed, which CPUs do not have; use bf16-mixed" in capsys.readouterr().err
+    check_precision("16-mixed", SimpleNamespace(precision="16-mixed"))
+    check_precision("bf16-mixed", SimpleNamespace(precision="bf16-mixed"))
+
+
+def test_a_quantized_base_needs_an_adapter_and_its_library(monkeypatch):
+    with pytest.raises(UserError, match=r"cannot be tuned; set `model.policy.lora`"):
+        load_policy(PolicySettings(PATH, quantization="4bit"), torch.float32)
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs bitsandbytes; install `lit-bilevel\[gpu\]`"):
+        load_policy(PolicySettings(PATH, lora=LORA, quantization="4bit"), torch.float32)
+
+
+def test_compiling_needs_a_compiler_and_layers(monkeypatch):
+    policy = load_policy(PolicySettings(PATH), torch.float32)
+    monkeypatch.setattr(policy.causal_lm, "_no_split_modules", [])
+    with pytest.raises(UserError, match="does not say which of its parts are layers"):
+        compile_layers(policy, on_cpu=False)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler on a CPU, and there is none"):
+        compile_layers(policy, on_cpu=True)
+
+
+def test_a_base_of_few_digits_takes_forward_mode():
+    for dtype, precise in (("bfloat16", False), ("float32", True)):
+        policy = load_policy(PolicySettings(PATH, dtype=dtype, lora=LORA), torch.float32)
+        assert policy.trainable()[0].dtype == torch.float32
+        assert policy.precise is precise
