@@ -43,22 +43,6 @@ class Encoded:
     earlier: list[int]
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer in a folder or of a hub id.
-
-    Raises:
-        UserError: if there is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no tokenizer could be loaded from `data.tokenizer` {path!r} ({type(error).__name__})."
-        ) from error
-
-
 class Encoder:
     """Turns rows into token ids for one tokenizer.
 

@@ -24,10 +24,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from lit_bilevel.data.collate import collate
-from lit_bilevel.data.encode import Encoder, load_tokenizer
+from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.examples import EvaluationWindows, Examples, Window, questions_of
 from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
-from lit_bilevel.data.prepare import Preparation, cache_folder
+from lit_bilevel.data.prepare import Preparation, cache_folder, load_tokenizer
 from lit_bilevel.data.report import announce, write_skipped
 from lit_bilevel.data.responses import ResponseStore
 from lit_bilevel.data.rows import Source
