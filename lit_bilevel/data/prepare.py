@@ -176,20 +176,6 @@ class Preparation:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_tokenizer(path: str) -> Any:
-    """The tokenizer in a folder or of a hub id.
-
-    Raises:
-        UserError: if there is none.
-    """
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no tokenizer could be loaded from `data.tokenizer` {path!r} ({type(error).__name__})."
-        ) from error
-
-
 def cache_folder(setting: bool | str) -> Path | None:
     """Where prepared sets are kept: the folder that is named, the default one, or `None` for `False`."""
     if setting is False:
@@ -205,10 +191,8 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         UserError: if there is none.
     """
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"no tokenizer could be loaded from `data.tokenizer` {path!r} ({type(error).__name__})."
