@@ -6,6 +6,8 @@ Suffixes name the axes of a tensor, one letter an axis:
     S   token sequences of a batch (S = B for offline data; a refined row has several sequences)
     T   tokens of a padded sequence
     K   predicted response tokens of a batch, all sequences one after the other
+    P   rows of packed sequences
+    W   tokens of such a row
     R   generated responses of a batch (each is one of its S sequences)
     J   tokens of generated responses (some of the K)
     N   rows of the pool
@@ -176,6 +178,21 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Packing:
+    """The sequences of a batch in fewer, fuller rows, several in each.
+
+    Args:
+        input_ids_PW: [P, W] token ids.
+        place_PW: [P, W] position of each token in its own sequence; 0 for padding at the ends of rows.
+        position_K: [K] flat index into P·W of the token before each predicted one.
+    """
+
+    input_ids_PW: Tensor
+    place_PW: Tensor
+    position_K: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Right-padded token sequences with the response tokens that are predicted, on one device.
 
@@ -192,6 +209,7 @@ class Batch:
             padding.
         window_rows: rows in the whole policy step, over all micro-batches and processes, padding not counted.
         generated: which of the sequences were sampled from the policy, or `None` where all are offline data.
+        packing: the same sequences as they go through the policy instead of the parts, or `None`.
     """
 
     row_B: Tensor
@@ -205,11 +223,19 @@ class Batch:
     parts: tuple[Part, ...]
     window_rows: int
     generated: Generated | None = None
+    packing: Packing | None = None
 
     @property
     def size(self) -> int:
         """Number of examples B, padding included."""
         return len(self.row_B)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens that a pass of the policy computes, padding included."""
+        if self.packing is not None:
+            return self.packing.input_ids_PW.numel()
+        return sum((part.stop - part.start) * part.width for part in self.parts)
 
     @property
     def features(self) -> Features:
@@ -218,8 +244,7 @@ class Batch:
 
     def map(self, function) -> Batch:
         """Apply `function` to every tensor."""
-        mapped = _mapped(self, function)
-        return mapped if self.generated is None else replace(mapped, generated=_mapped(self.generated, function))
+        return _mapped(self, function)
 
     def to(self, device: torch.device, **kwargs) -> Batch:
         """Copy to a device; Lightning calls this for every batch."""
@@ -232,4 +257,6 @@ class Batch:
 
 def _mapped(record: Any, function) -> Any:
     values = {f.name: getattr(record, f.name) for f in fields(record)}
-    return replace(record, **{name: function(v) for name, v in values.items() if isinstance(v, Tensor)})
+    tensors = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
+    records = {n: _mapped(value, function) for n, value in values.items() if isinstance(value, Generated | Packing)}
+    return replace(record, **tensors, **records)

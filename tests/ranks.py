@@ -122,7 +122,13 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
         enable_model_summary=False,
         default_root_dir=case["folder"],
     )
-    data = lb.BilevelDataModule(case["pool"], case["validation"], batch_size=case["rows"] // world_size, seed=0)
+    data = lb.BilevelDataModule(
+        case["pool"],
+        case["validation"],
+        batch_size=case["rows"] // world_size,
+        packing=case.get("packing", False),
+        seed=0,
+    )
     trainer.fit(module, data)
     return module, trainer
 

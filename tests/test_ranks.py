@@ -20,6 +20,7 @@ METHODS = {
     "one_step_differences": {"solver": "OneStep", "solver_settings": {"derivative": "one_sided"}},
     "bmo": {"solver": "Mixing", "weights": "BMOWeights", "chunk": 264 * 32},  # logits in several chunks
     "network": {"solver": "OneStep", "weights": "NetworkWeights"},
+    "packed": {"solver": "OneStep", "packing": True},
     "accumulated": {"solver": "OneStep"},
 }
 STRATEGIES = {"ddp": list(METHODS), "fsdp2": [name for name in METHODS if name not in ("network", "accumulated")]}

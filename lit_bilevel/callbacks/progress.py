@@ -32,7 +32,7 @@ class Rate:
         """Count a policy step."""
         self.steps += 1
         for level in batch.values() if isinstance(batch, dict) else ():
-            self.tokens += sum((part.stop - part.start) * part.width for one in level for part in one.parts)
+            self.tokens += sum(one.computed_tokens for one in level)
 
     def speed(self, trainer: Trainer) -> dict[str, str]:
         """Tokens a second of all processes, as text."""

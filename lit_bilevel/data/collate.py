@@ -1,7 +1,7 @@
-"""Examples to batches: right padding, and flat indices of the tokens that are predicted.
+"""Examples to batches: right padding or packing, and flat indices of the tokens that are predicted.
 
 Offline and generated sequences go into the same batch. The indices are made here, on the CPU, so that the training step
-selects response positions without asking the device how many there are. Left out: packing.
+selects response positions without asking the device how many there are. Left out: padding on the left.
 """
 
 from __future__ import annotations
@@ -15,43 +15,47 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from lit_bilevel.data.packing import pack
 from lit_bilevel.types import PADDING_ROW, Batch, Example, Generated, Part, Response
 
 
-def collate(examples: Sequence[Example], window_rows: int, call_cost: float = math.inf) -> Batch:
+def collate(
+    examples: Sequence[Example], window_rows: int, call_cost: float = math.inf, pack_width: float | None = None
+) -> Batch:
     """One batch of examples: one sequence each, or one per response where an example has a group.
 
     Args:
         examples: at least one; those with `PADDING_ROW` fill the shape and count nothing.
         window_rows: rows in the whole policy step.
         call_cost: how many tokens' computation one more call of the policy is worth saving.
+        pack_width: tokens that a packed row has at least; `None` for padded rows.
     """
     responses = itertools.count()
     sequences = [s for index, example in enumerate(examples) for s in _sequences(example, index, responses)]
     sequences.sort(key=lambda sequence: len(sequence.ids))
     width = len(sequences[-1].ids)
     input_ids = np.zeros((len(sequences), width), dtype=np.int64)
-    positions, targets, segments, scales = [], [], [], []
-    for place, sequence in enumerate(sequences):
-        ids = np.asarray(sequence.ids, dtype=np.int64)
-        input_ids[place, : len(ids)] = ids
-        predicted = np.concatenate([sequence.earlier, np.arange(sequence.start, len(ids))]).astype(np.int64)
-        positions.append(predicted - 1 + place * width)
-        targets.append(ids[predicted])
-        segments.append(np.full(len(predicted), sequence.example))
-        scales.append(np.full(len(predicted), sequence.scale))
+    every_ids = [np.asarray(sequence.ids, dtype=np.int64) for sequence in sequences]
+    predicted = [
+        np.concatenate([sequence.earlier, np.arange(sequence.start, len(sequence.ids))]).astype(np.int64)
+        for sequence in sequences
+    ]
+    for ids, row in zip(every_ids, input_ids, strict=True):
+        row[: len(ids)] = ids
+    lengths = [len(tokens) for tokens in predicted]
     return Batch(
         row_B=torch.tensor([example.row for example in examples]),
         source_B=torch.tensor([example.source for example in examples]),
         length_B=torch.tensor([example.response_length for example in examples]),
         input_ids_ST=torch.from_numpy(input_ids),
-        position_K=torch.from_numpy(np.concatenate(positions)),
-        target_K=torch.from_numpy(np.concatenate(targets)),
-        segment_K=torch.from_numpy(np.concatenate(segments)),
-        scale_K=torch.from_numpy(np.concatenate(scales)),
+        position_K=torch.from_numpy(np.concatenate([t - 1 + place * width for place, t in enumerate(predicted)])),
+        target_K=torch.from_numpy(np.concatenate([ids[t] for ids, t in zip(every_ids, predicted, strict=True)])),
+        segment_K=torch.from_numpy(np.repeat([sequence.example for sequence in sequences], lengths)),
+        scale_K=torch.from_numpy(np.repeat([sequence.scale for sequence in sequences], lengths)),
         parts=tuple(_parts(sequences, call_cost)),
         window_rows=window_rows,
         generated=_generated(examples, sequences),
+        packing=None if pack_width is None else pack(every_ids, predicted, pack_width),
     )
 
 

@@ -10,7 +10,6 @@ result independent of the number of processes.
 from __future__ import annotations
 
 import functools
-import math
 import os
 import sys
 from collections.abc import Mapping
@@ -20,13 +19,13 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.examples import EvaluationWindows, Examples, Window, questions_of
 from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
+from lit_bilevel.data.layout import layout_for
 from lit_bilevel.data.prepare import Preparation, cache_folder, load_tokenizer
 from lit_bilevel.data.report import announce, write_skipped
 from lit_bilevel.data.responses import ResponseStore
@@ -66,6 +65,7 @@ class BilevelDataModule(LightningDataModule):
         num_proc: processes that tokenize.
         num_workers: worker processes that read batches.
         pin_memory: whether to pin batches.
+        packing: put several rows one after the other in place of padding; none of them sees another.
         seed: seed of the data order; by default that of `seed_everything`, else 0.
     """
 
@@ -90,6 +90,7 @@ class BilevelDataModule(LightningDataModule):
         num_proc: int = 1,
         num_workers: int = 0,
         pin_memory: bool = False,
+        packing: bool = False,
         seed: int | None = None,
     ):
         super().__init__()
@@ -106,6 +107,7 @@ class BilevelDataModule(LightningDataModule):
         self.on_bad_row, self.cache, self.num_proc = on_bad_row, cache, num_proc
         self.num_workers = num_workers
         self.pin_memory = pin_memory
+        self.packing = packing
         self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.source_names: list[str] = []
         self.sets: dict[str, Dataset] = {}
@@ -244,17 +246,10 @@ class BilevelDataModule(LightningDataModule):
         Here and not in the loader, for Lightning converts tensors to the run's precision just before.
         """
         if isinstance(batch, Window):
-            return self._pinned([collate(batch.examples, batch.rows, self._call_cost)])[0]
+            return self._pinned([collate(batch.examples, batch.rows, *layout_for(self.trainer, self.packing))])[0]
         if not isinstance(batch, dict):
             return batch
         return {level: self._micro_batches(level, window) for level, window in batch.items()}
-
-    @property
-    def _call_cost(self) -> float:
-        """Tokens that one more call of the policy costs; a sharded policy needs as many calls on every process."""
-        if self.trainer is None or isinstance(self.trainer.strategy, ModelParallelStrategy):
-            return math.inf
-        return 256 if self.trainer.strategy.root_device.type == "cpu" else 4096
 
     def _micro_batches(self, level: str, window: Window) -> list[Batch]:
         """Batches of at most `batch_size` rows, those of like length together; as many on every process."""
@@ -264,7 +259,7 @@ class BilevelDataModule(LightningDataModule):
             examples = window.examples[start : start + size]
             if level == "lower":
                 examples = self.responses.overlay(examples, len(self.sets["pool"]))
-            batches.append(collate(examples, window.rows, self._call_cost))
+            batches.append(collate(examples, window.rows, *layout_for(self.trainer, self.packing)))
         return self._pinned(batches)
 
     def _pinned(self, batches: list[Batch]) -> list[Batch]:

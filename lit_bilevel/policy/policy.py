@@ -3,7 +3,8 @@
 Only response positions go through the output layer. Where the model's logits are not what `head.py` knows to compute
 from the decoder's last hidden states (an adapted output layer, say), the model's own logits at all positions are used.
 
-Left out: attention masks. Sequences are padded on the right and attention is causal, so no response token sees padding.
+Left out: attention masks. Sequences are padded on the right and attention is causal, so no response token sees padding;
+packed ones are kept apart by the model, from their positions, which is tried once before it is relied upon.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_bilevel.losses import OutputLayer, logits_nll, token_nll
 from lit_bilevel.policy.head import Shape, head_shape
+from lit_bilevel.policy.isolation import is_isolated, refusal
 from lit_bilevel.problem import Values
 from lit_bilevel.types import Batch
 
@@ -35,6 +37,8 @@ class Policy(nn.Module):
         self.head_shape: Shape | None = head_shape(self.causal_lm)
         self.has_dropout = _has_dropout(self)
         self.compiled = False
+        self.isolated = False
+        """Whether packed sequences were found not to see each other."""
 
     @property
     def causal_lm(self) -> Any:
@@ -56,15 +60,45 @@ class Policy(nn.Module):
         return [module for module in self.modules() if type(module).__name__ in names]
 
     def forward(self, batch: Batch, temperature: float = 1.0) -> Tensor:
-        """NLL in nats of each predicted token, [K]; logits are divided by the temperature."""
-        model = self.causal_lm
+        """NLL in nats of each predicted token, [K]; logits are divided by the temperature.
+
+        Raises:
+            UserError: for a packed batch, if the model does not keep its sequences apart.
+        """
+        if batch.packing is not None and not self.isolated:
+            self._check_isolation()
+        outputs_K = _selected(self.outputs, batch)
         if self.head_shape is None:
-            logits_KV = _selected(lambda ids_ST: model(input_ids=ids_ST, use_cache=False).logits, batch)
-            return logits_nll(logits_KV, batch.target_K, temperature)
-        decoder, head = model.get_decoder(), model.get_output_embeddings()
-        hidden_KD = _selected(lambda ids_ST: decoder(input_ids=ids_ST, use_cache=False).last_hidden_state, batch)
+            return logits_nll(outputs_K, batch.target_K, temperature)
+        head = self.causal_lm.get_output_embeddings()
         layer = OutputLayer(head.weight, head.bias, *self.head_shape)
-        return token_nll(hidden_KD, layer, batch.target_K, temperature)
+        return token_nll(outputs_K, layer, batch.target_K, temperature)
+
+    def outputs(self, ids_ST: Tensor, place_ST: Tensor | None = None) -> Tensor:
+        """Last hidden states, [S, T, D]; where the output layer is not known, logits, [S, T, V].
+
+        Args:
+            ids_ST: token ids.
+            place_ST: position of each token in its sequence, where a row holds several.
+        """
+        placed = {} if place_ST is None else {"position_ids": place_ST}
+        if self.head_shape is None:
+            return self.causal_lm(input_ids=ids_ST, use_cache=False, **placed).logits
+        return self.causal_lm.get_decoder()(input_ids=ids_ST, use_cache=False, **placed).last_hidden_state
+
+    @property
+    def takes_any_length(self) -> bool:
+        """Whether attention has a kernel for sequences of different lengths in one row."""
+        return "flash" in self.causal_lm.config._attn_implementation
+
+    def _check_isolation(self) -> None:
+        """On the device that the policy is on, which is why it is not done when it is loaded."""
+        model = self.causal_lm
+        with self.evaluating():
+            rows, device = 1 if self.takes_any_length else 2, self.trainable()[0].device
+            self.isolated = is_isolated(self.outputs, model.config.get_text_config().vocab_size, rows, device)
+        if not self.isolated:
+            raise refusal(type(model).__name__, model.config._attn_implementation)
 
     def uncompiled(self) -> AbstractContextManager:
         """Run layers as they are written, for passes that compiled ones cannot make."""
@@ -123,8 +157,10 @@ def _exchange(parameters: Sequence[Tensor], values: Values) -> None:
     torch.clear_autocast_cache()
 
 
-def _selected(call: Callable[[Tensor], Tensor], batch: Batch) -> Tensor:
-    """[K, …] outputs of `call` at the positions before the predicted tokens, part by part."""
+def _selected(call: Callable[..., Tensor], batch: Batch) -> Tensor:
+    """[K, …] outputs of `call` at the positions before the predicted tokens, part by part or packed."""
+    if (packing := batch.packing) is not None:
+        return call(packing.input_ids_PW, packing.place_PW).flatten(0, 1)[packing.position_K]
     width, first, outputs = batch.input_ids_ST.shape[1], 0, []
     for part in batch.parts:
         position_K = batch.position_K[first : first + part.predicted]

@@ -3,7 +3,8 @@
     log π(y_t | …) = −NLL_t at temperature T        one teacher-forced pass over the sampled ids, dropout off
 
 The same function gives behaviour log-probabilities at a refresh and the policy's own during training, in the same
-numerics, so an unchanged policy has ratios of 1. Only the generated sequences of a batch go through the pass.
+numerics, so an unchanged policy has ratios of 1. Only the generated sequences of a batch go through the pass, padded
+also where the batch is packed.
 
 Left out: sharing that pass with the training pass where T = 1 and there is no dropout; solvers need the weights first.
 """
