@@ -203,6 +203,52 @@ def test_an_attention_without_masks_is_refused(monkeypatch):
         policy(collate(examples(), 9, pack_width=0.0))
 
 
+class FlashInPython:
+    """The two kernels of flash-attention-2 as plain sums, behind transformers' own code that chooses between them."""
+
+    def __init__(self):
+        self.lengths: list[int] = []
+
+    def functions(self, *_, **__):
+        """In the place of the package."""
+
+        def settings(softmax_scale, **_):
+            return {"scale": softmax_scale}
+
+        return (self.fixed, self.varlen, None, None, None), (settings, settings)
+
+    def fixed(self, query, key, value, scale):
+        """[S, T, heads, width], causal."""
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(
+            1, 2
+        )
+
+    def varlen(self, query, key, value, cu_seqlens_q, cu_seqlens_k, scale):
+        """[tokens, heads, width], causal inside each sequence."""
+        assert torch.equal(cu_seqlens_q, cu_seqlens_k)
+        self.lengths = cu_seqlens_q.diff().tolist()
+        parts = zip(*(x.split(self.lengths) for x in (query, key, value)), strict=True)
+        return torch.cat([self.fixed(*(x[None] for x in part), scale)[0] for part in parts])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen3"])
+def test_one_row_goes_through_the_kernel_for_any_length(monkeypatch, name):
+    kernels = FlashInPython()
+    policy = policy_of(EXACT[name]())
+    padded = losses_and_gradients(policy)
+    monkeypatch.setattr("transformers.modeling_flash_attention_utils.lazy_import_flash_attention", kernels.functions)
+    policy.model.config._attn_implementation = "flash_attention_2"
+    assert policy.takes_any_length
+    for found, expected in zip(losses_and_gradients(policy, pack_width=math.inf), padded, strict=True):
+        assert distance(found, expected) < 1e-10
+    assert sorted(kernels.lengths) == [3, 4, 6, 9, 10, 12, 12, 20, 21, 21]
+    policy.isolated = False
+    monkeypatch.setattr("transformers.modeling_flash_attention_utils._is_packed_sequence", lambda *_: False)
+    with pytest.raises(UserError, match="with `flash_attention_2` attention"):
+        policy(collate(examples(), 9, pack_width=math.inf))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", EXACT)
 def test_isolation_is_found_in_any_precision(name, dtype):
