@@ -249,6 +249,14 @@ def test_one_row_goes_through_the_kernel_for_any_length(monkeypatch, name):
         policy(collate(examples(), 9, pack_width=math.inf))
 
 
+def test_the_output_layer_is_found_without_kernels_of_a_gpu(monkeypatch):
+    model = policy_of(EXACT["llama"]()).model
+    monkeypatch.delattr("transformers.modeling_flash_attention_utils.lazy_import_flash_attention")
+    model.config._attn_implementation = "flash_attention_2"
+    assert Policy(model).head_shape == (1.0, None)
+    assert Policy(model).takes_any_length
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", EXACT)
 def test_isolation_is_found_in_any_precision(name, dtype):

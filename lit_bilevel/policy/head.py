@@ -38,8 +38,10 @@ def head_shape(model: Any) -> Shape | None:
     if type(head) is not nn.Linear or not hasattr(model, "get_decoder") or head.weight.is_meta:
         return None
     ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
-    training = model.training
+    training, attention = model.training, model.config._attn_implementation
     model.eval()
+    if "flash" in (attention or ""):  # whose kernels are for GPUs, and the model may not be on one yet
+        model.config._attn_implementation = "eager"
     try:
         with torch.no_grad():
             decoded = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
@@ -52,6 +54,7 @@ def head_shape(model: Any) -> Shape | None:
             return next((shape for shape in found if _holds(shape, large, large_logits)), None)
     finally:
         model.train(training)
+        model.config._attn_implementation = attention
 
 
 def _run(model: Any, head: nn.Linear, ids: Tensor, factor: float) -> tuple[Tensor | None, Tensor, Tensor]:

@@ -89,7 +89,7 @@ class Policy(nn.Module):
     @property
     def takes_any_length(self) -> bool:
         """Whether attention has a kernel for sequences of different lengths in one row."""
-        return "flash" in self.causal_lm.config._attn_implementation
+        return "flash" in (self.causal_lm.config._attn_implementation or "")
 
     def _check_isolation(self) -> None:
         """On the device that the policy is on, which is why it is not done when it is loaded."""
