@@ -152,7 +152,7 @@ class LitBilevel(LightningModule):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """The data weights take the same step on every process: DDP, which asks for this name, must leave them alone."""
+        """The data weights take the same step on every process, so DDP, which asks for this name, leaves them alone."""
         named = (*self.named_parameters(), *self.named_buffers())
         return [name for name, _ in named if name.startswith(("weights.", "refinement."))]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, TOY, read_jsonl, write_jsonl
+from jsonargparse import ArgumentParser
 from transformers import AutoTokenizer
 
 from lit_bilevel.data import prepare
@@ -237,6 +238,14 @@ def test_the_cache_lies_where_it_is_put(monkeypatch, tmp_path):
     assert prepare.cache_folder(True) == Path.home() / ".cache" / "lit_bilevel"
     assert prepare.cache_folder("~/x") == Path.home() / "x"
     assert prepare.cache_folder(False) is None
+
+
+def test_the_cache_is_set_by_a_word_or_a_folder():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(BilevelDataModule, "data")
+    for given, expected in (("true", True), ("false", False), ("runs/cache", "runs/cache")):
+        found = parser.parse_args(["--data.pool=p", "--data.validation=v", f"--data.cache={given}"])
+        assert found.data.cache is expected or found.data.cache == expected
 
 
 def test_reading_takes_a_few_bytes_a_row(tmp_path):

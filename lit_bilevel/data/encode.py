@@ -270,7 +270,7 @@ class Encoder:
         )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False).input_ids
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False).input_ids
 
 
 def _messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:

@@ -191,10 +191,8 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         UserError: if there is none.
     """
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return transformers.AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise UserError(
             f"no tokenizer could be loaded from `data.tokenizer` {path!r} ({type(error).__name__})."

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,9 @@ ENCODED = Features(
 # ---- rows ----
 
 
-def write_rows(source: Source, path: Path, counted: Any = lambda rows: None) -> tuple[Dataset, list[str]]:
+def write_rows(
+    source: Source, path: Path, counted: Callable[[int], object] = lambda rows: None
+) -> tuple[Dataset, list[str]]:
     """Write the rows of a source to an Arrow file, those left out that repeat an earlier one's id or words.
 
     Args:
