@@ -23,7 +23,7 @@ BLOCKS = [
     if block.startswith(("lit-bilevel", "python ", "head "))
 ]
 LIMITS = {  # of every run, by the environment, so that the commands stay as they are
-    "TRAINER__MAX_STEPS": "3",
+    "TRAINER__MAX_STEPS": "12",
     "TRAINER__ACCELERATOR": "cpu",
     "DATA__EVAL_BATCH_SIZE": "128",
 }
