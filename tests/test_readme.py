@@ -18,7 +18,7 @@ PARTS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", README, flags=re.S | re.
 BLOCKS = [
     (part, number, block)
     for part, text in PARTS.items()
-    if part != "Results"  # its command has placeholders; tests/test_compare.py runs it
+    if part not in ("Results", "Performance")  # these have placeholders (see tests/test_compare.py), or need a GPU
     for number, block in enumerate(re.findall(r"^```\n(.*?)^```$", text, flags=re.S | re.M))
     if block.startswith(("lit-bilevel", "python ", "head "))
 ]
@@ -119,13 +119,18 @@ def test_commands_run_as_written_in_a_fresh_folder(tmp_path, part, number, block
 
 def test_the_blocks_that_are_run_are_all_there_are():
     """A new block is run, too, or it is named here with the reason."""
-    assert {part for part, _, _ in BLOCKS} >= {"A tour on your own data", "Several GPUs", "Looking at a run"}
+    assert {part for part, _, _ in BLOCKS} >= {
+        "A tour on your own data",
+        "Several GPUs, larger models",
+        "Looking at a run",
+    }
     every = [
         (part, block)
         for part, text in PARTS.items()
         for block in re.findall(r"^```\w*\n(.*?)^```$", text, flags=re.S | re.M)
     ]
     left_out = [(part, block) for part, block in every if (part, block) not in [(p, b) for p, _, b in BLOCKS]]
-    kinds = {"How it works": " pool ──►", "Where it comes from": "@software", "Taking it away": "from lightning"}
+    kinds = {"Several GPUs, larger models": "torchrun", "Performance": "python scripts/benchmark.py"}
+    kinds |= {"How it works": " pool ──►", "Where it comes from": "@software", "Taking it away": "from lightning"}
     for part, block in left_out:
         assert part == "Results" or block.startswith(kinds.get(part, "?")), block
