@@ -27,8 +27,8 @@ UNKNOWN_COMMAND = re.compile(r"invalid choice: '([\w-]+)' \(choose from (.*?)\)"
 
 
 NOTE = """\
-Settings come from `--config FILE` (may be repeated; later files win), then from the environment (`--data.batch_size` is
-`{prefix}_{command}__DATA__BATCH_SIZE`), then from the options. `--print_config` shows what they come to. A class is
+What is set last wins: the environment (`{prefix}_{command}__DATA__BATCH_SIZE` is `--data.batch_size`), then every
+`--config FILE` in turn, then the options. `--print_config` shows what they come to. A class is
 named by its name (`--model.solver OneStep`) and its settings follow (`--model.solver.epsilon 0.01`);
 `--model.solver.help OneStep` lists them, and `.help` does so for every other option that takes a class.
 """

@@ -10,7 +10,9 @@ from typing import Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
+from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.policy.load import context_length
 
 SHARDING = "configs/strategies/fsdp2.yaml"
 
@@ -65,9 +67,7 @@ def _out_of_range(module: Any) -> list[str]:
             f"`model.gradient_clip_val` is {module.gradient_clip_val}; it must be above 0, or null for none"
         )
     if module.lr_scheduler_name == "reduce_lr_on_plateau":
-        problems.append(
-            "`model.lr_scheduler` is reduce_lr_on_plateau, which follows a metric; use one that follows steps"
-        )
+        problems.append("`model.lr_scheduler` is reduce_lr_on_plateau, which follows a metric; use one of steps")
     return problems
 
 
@@ -102,7 +102,7 @@ def check_run(module: Any, stage: str) -> None:
         UserError: naming each of them.
     """
     strategy = module.trainer.strategy
-    problems = _of_kernels(module)
+    problems = _of_kernels(module) + _of_context(module)
     if module.trainer.precision == "16-true":
         problems.append(
             "`trainer.precision` is 16-true, in which small gradients become 0 and large ones overflow; use bf16-true,"
@@ -119,6 +119,20 @@ def check_run(module: Any, stage: str) -> None:
         problems += _of_deepspeed(module)
     if problems:
         raise gathered("this combination cannot run", problems)
+
+
+def _of_context(module: Any) -> list[str]:
+    context, sets = (
+        context_length(module.policy_settings),
+        getattr(getattr(module.trainer, "datamodule", None), "sets", {}),
+    )
+    found = longest(sets.values())
+    if context is None or found <= context:
+        return []
+    return [
+        f"the longest row has {found} tokens and the policy was made for {context}; set `data.max_length` to at most"
+        f" {context}"
+    ]
 
 
 def _of_kernels(module: Any) -> list[str]:

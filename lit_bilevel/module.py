@@ -149,12 +149,12 @@ class LitBilevel(LightningModule):
                 compile_layers(self.policy, self.trainer.strategy.root_device.type == "cpu")
             if isinstance(self.trainer.strategy, ModelParallelStrategy):
                 shard(self.policy, self.trainer.strategy.root_device)
-        # the data weights take the same step on every process, so DDP must not average their gradients
-        own = [name for name, _ in (*self.weights.named_parameters(), *self.weights.named_buffers())]
-        self._ddp_params_and_buffers_to_ignore = [
-            *(f"{prefix}.{name}" for prefix in ("weights", "refinement.weights") for name in own),
-            *(f"refinement.{name}" for name in ("rows", "frozen")),
-        ]
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The data weights take the same step on every process, so DDP, which asks for this name, leaves them alone."""
+        named = (*self.named_parameters(), *self.named_buffers())
+        return [name for name, _ in named if name.startswith(("weights.", "refinement."))]
 
     def configure_optimizers(self) -> Any:
         try:

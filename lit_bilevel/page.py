@@ -34,7 +34,7 @@ h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2.5rem}figure{margin:0}figca
 table{border-collapse:collapse;font-size:.9rem}
 td,th{border-bottom:1px solid #8884;padding:.3rem .6rem;text-align:left;vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td.t{white-space:pre-wrap;overflow-wrap:anywhere;max-width:28rem}
+td.t{white-space:pre-wrap}.c{min-width:14rem;max-width:28rem;max-height:11rem;overflow:auto;overflow-wrap:anywhere}
 .g{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(26rem,100%),1fr));gap:1.5rem}.w{overflow-x:auto}
 svg{width:100%;max-width:44rem;height:auto}svg text{fill:currentColor;font-size:12px}.m{opacity:.65}
 .l span{white-space:nowrap;margin-right:.9rem}.l b{display:inline-block;width:1rem;height:.25rem;margin:0 .3rem .2rem 0}
@@ -72,10 +72,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: Sequen
     kinds = ["t" if name in texts else "n" for name in header]
     head = "".join(f"<th class={kind}>{escaped(name)}</th>" for name, kind in zip(header, kinds, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td class={k}>{escaped(cell)}</td>" for cell, k in zip(row, kinds, strict=True)) + "</tr>"
+        "<tr>" + "".join(f"<td class={k}>{_cell(cell)}</td>" for cell, k in zip(row, kinds, strict=True)) + "</tr>"
         for row in rows
     )
     return f"<div class=w><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _cell(content: object) -> str:
+    """Long texts scroll in a box, so that the next row stays in sight."""
+    text = escaped(content)
+    return f"<div class=c>{text}</div>" if len(str(content)) > 40 else text
 
 
 # ---- sections ----

@@ -14,6 +14,7 @@ from conftest import TOY, read_jsonl, write_jsonl
 from sources import Source
 from transformers import AutoTokenizer
 
+from lit_bilevel.cli import main
 from lit_bilevel.data import files, formats
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.module import BilevelDataModule
@@ -155,7 +156,7 @@ def sets(tmp_path, monkeypatch, tokenizer):
             name: write_jsonl(tmp_path / f"{name}.jsonl", [r | {"prompt": f"{name} {i}"} for i, r in enumerate(GOOD)])
             for name in ("pool", "validation", "test")
         }
-        return BilevelDataModule(**paths | {level: bad}, max_length=ROOM, cache=False, **settings)
+        return BilevelDataModule(**paths | {level: bad}, max_length=ROOM, cache=str(tmp_path / "cache"), **settings)
 
     return make
 
@@ -229,7 +230,7 @@ WHOLE = {  # content of a file that cannot be read at all, and what is said of o
     "wrong encoding": (b'[{"prompt": "\xff"}]', ""),
 }
 ONLY_JSON = {"malformed": "is not valid JSON", "wrong encoding": "is not UTF-8"}  # elsewhere, a matter of one record
-NO_FOLDER = "is a folder, but not one that `datasets` saved"
+NO_FOLDER = "could not be loaded as a folder of data files"
 WHOLE_CASES = [
     *((suffix, name, WHOLE[name][1]) for suffix in (".jsonl", ".json", ".csv") for name in WHOLE if WHOLE[name][1]),
     *((".json", name, message) for name, message in ONLY_JSON.items()),
@@ -316,6 +317,15 @@ def test_tokenizers_without_eos_are_refused_and_without_pad_are_not():
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
         Encoder(tokenizer, 64)
+
+
+def test_rows_longer_than_the_policy_are_refused_before_it_is_loaded(flags, tmp_path, capsys):
+    pool = write_jsonl(tmp_path / "pool.jsonl", [*GOOD, {"id": "b", "prompt": "x" * 140, "response": "y" * 9}])
+    assert main(["fit", *flags, f"--data.pool={pool}", "--data.truth=null", "--data.max_length=512"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "the longest row has 151 tokens and the policy was made for 128; set `data.max_length` to at most 128" in said
+    )
 
 
 def test_skipped_rows_are_listed_in_the_run_folder(tmp_path):

@@ -17,17 +17,20 @@ import torch
 from conftest import ROOT, read_jsonl
 from datasets import Dataset
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lit_bilevel import BilevelDataModule, LitBilevel, OneStep, PolicySettings, SoftmaxWeights
 from lit_bilevel.arguments import nearest
 from lit_bilevel.callbacks import WeightInspector
+from lit_bilevel.callbacks.progress import Bar, GenerationBar, Lines, Rate
 from lit_bilevel.cli import main
 from lit_bilevel.curves import read_curves, thinned
 from lit_bilevel.page import escaped
 from lit_bilevel.report import main as inspect
-from lit_bilevel.statistics import correlation, quantiles, ranks, source_mass
+from lit_bilevel.statistics import correlation, precision_recall, quantile, quantiles, ranks, source_mass
 
 FIGURES = ("weights", "kinds", "trajectories", "losses", "refinement", "overview")
 QUANTILES = [f"weights_quantile/{q}" for q in ("05", "25", "50", "75", "95")]
@@ -220,6 +223,38 @@ def test_inspect_refuses_what_is_no_run(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 2
 
 
+def test_settings_and_final_metrics_are_in_the_tab_hparams_and_in_files(refined):
+    found = {}
+    for file in refined.glob("events.*"):
+        events = EventAccumulator(str(file)).Reload()
+        for name, metadata in events.summary_metadata.items():
+            if name == "_hparams_/session_start_info":
+                content = HParamsPluginData.FromString(metadata.plugin_data.content)
+                found = dict(content.session_start_info.hparams)
+    settings = json.loads((refined / "inspection" / "settings.json").read_text())
+    assert set(found) == set(settings)
+    assert found["solver"].string_value == settings["solver"] == "OneStep"
+    assert found["optimizer.lr"].number_value == settings["optimizer.lr"] == 2e-3
+    final = json.loads((refined / "metrics.json").read_text())
+    curves = read_curves(refined)  # where the tab takes the metrics from
+    for name in ("test/loss", "auroc/all"):
+        assert curves[name][-1][1] == pytest.approx(final[name], abs=1e-6)
+
+
+def test_answers_of_a_round_are_shown_and_on_file(refined):
+    texts = {}
+    for file in refined.glob("events.*"):
+        events = EventAccumulator(str(file)).Reload()
+        if "refine/responses/text_summary" in events.Tags()["tensors"]:
+            for event in events.Tensors("refine/responses/text_summary"):
+                texts[event.step] = event.tensor_proto.string_val[0].decode()
+    rounds = {record["round"] for record in read_jsonl(refined / "responses.jsonl")}
+    assert len(texts) == len(rounds) >= 1
+    assert all(
+        text.startswith("| id | question | offline answer | its weight | new answers |") for text in texts.values()
+    )
+
+
 def test_any_logger_gets_the_scalars_and_the_rest_is_in_files(small, tmp_path):
     seed_everything(0)
     data = BilevelDataModule(small["pool"], small["validation"], small["test"], batch_size=16)
@@ -254,6 +289,16 @@ def test_statistics_against_numpy():
     assert correlation(ranks(random), ranks(torch.ones(1000))) is None
     expected = np.quantile(random.numpy(), 0.25, method="nearest")
     assert quantiles(random)["25"] == pytest.approx(expected, abs=2e-3)
+    assert quantile(random, 0.99) == pytest.approx(np.quantile(random.numpy(), 0.99, method="nearest"), abs=2e-3)
+    corrupted = torch.rand(1000) < 0.3 + 0.4 * (random < 0.5)
+    curve = precision_recall(random, corrupted, points=1000)
+    for threshold in (0.2, 0.7):
+        low = random <= threshold
+        hits = (low & corrupted).sum().item()
+        pair = pytest.approx((hits / corrupted.sum().item(), hits / low.sum().item()))
+        assert curve[low.sum() - 1] == pair
+    assert precision_recall(torch.ones(4), torch.tensor([True, False, False, False])) == [(1.0, 0.25)]
+    assert precision_recall(torch.ones(2), torch.tensor([False, False])) == []
     mass = source_mass(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([0, 1, 1]), ["a", ""])
     assert mass == {"(none)": 1.0, "a": pytest.approx(1 / 3)}
     assert thinned([(i, float(i)) for i in range(1000)], 10)[0] == (99, 49.5)
@@ -314,6 +359,60 @@ def test_nearest():
     assert nearest("fitt", ["fit", "test"]) == "; did you mean `fit`?"
     assert nearest("xyz", ["fit", "test"]) == ""
     assert nearest("xyz", ["fit", "test"], all_of_them=True) == "; the known names are: fit, test"
+
+
+def progress_of(bar: object, **more) -> SimpleNamespace:
+    """What a bar asks of a trainer: half of ten steps done."""
+    metrics = {"upper/loss": 0.5, "lower/loss": 1.25, "monitor/loss": 0.75, "weights/effective_size": 30.0}
+    trainer = {"progress_bar_callback": bar, "progress_bar_metrics": metrics, "is_global_zero": True, "world_size": 1}
+    trainer |= {"estimated_stepping_batches": 10, "global_step": 5, "training": True, "current_epoch": 1}
+    return SimpleNamespace(**trainer | more)
+
+
+def test_the_bar_and_the_lines_say_what_counts(caplog):
+    model = LitBilevel(PolicySettings("lit_bilevel/toy/model"), SoftmaxWeights(), OneStep())
+    model.weights.build(torch.zeros(60, dtype=torch.int64))
+    batch = {"lower": [SimpleNamespace(parts=[SimpleNamespace(start=0, stop=4, width=100)])]}
+    for bar in (Bar(), Lines()):
+        bar._rate = Rate()
+        bar._rate.started -= 20
+        bar._rate.add(batch)
+        bar._rate.steps = 5
+        trainer = progress_of(bar)
+        if isinstance(bar, Bar):
+            shown = bar.get_metrics(trainer, model)
+            assert list(shown) == ["left", "upper", "lower", "effective", "monitor", "tokens/s"]
+            assert shown == {"left": "0:00:20", "upper": "0.500", "lower": "1.250", "monitor": "0.750"} | {
+                "effective": "50%",
+                "tokens/s": "20",
+            }
+        else:
+            with caplog.at_level("INFO"):
+                bar._say(trainer, model)
+            assert "epoch 2  step 5/10  upper 0.500  lower 1.250  effective 50%  monitor 0.750" in caplog.text
+            assert "left 0:00:20" in caplog.text
+
+
+def test_generation_has_a_bar_of_its_own_where_the_fit_has_one(capsys):
+    for bar, shown in ((Bar(), True), (Lines(), False), (None, False)):
+        with GenerationBar(progress_of(bar), 8) as generation:
+            generation.tokens(1500)
+            time.sleep(0.15)  # it is drawn ten times a second at most
+            generation.responses(8)
+        printed = capsys.readouterr().out
+        assert ("generate |" in printed and "8/8 responses" in printed and "tokens=1.5k" in printed) is shown
+
+
+def test_generation_has_a_bar_in_richs_display():
+    progress = pytest.importorskip("rich.progress")
+    rich = RichProgressBar()
+    rich.progress = progress.Progress()
+    with GenerationBar(progress_of(rich), 8) as generation:
+        generation.tokens(1500)
+        generation.responses(3)
+        (task,) = rich.progress.tasks
+        assert (task.completed, task.total, task.visible) == (3, 8, True)
+    assert not task.visible
 
 
 def test_the_help_of_a_command_begins_with_its_own_settings(capsys):

@@ -67,7 +67,7 @@ class BilevelCheckpoint(ModelCheckpoint):
         self.every_minutes = every_minutes
         self._saved_at = time.monotonic()
         self._due = False
-        self._signal = 0
+        self._signal = self._agreed = 0
 
     # ---- the run ----
 
@@ -76,7 +76,7 @@ class BilevelCheckpoint(ModelCheckpoint):
         install(trainer.strategy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._signal = 0
+        self._signal = self._agreed = 0
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _listen(self._note)
@@ -145,14 +145,15 @@ class BilevelCheckpoint(ModelCheckpoint):
     # ---- what ----
 
     def _agree(self, trainer: Trainer) -> None:
-        """A signal to any process is a signal to all."""
+        """A signal to any process is a signal to all; one that comes after this waits for the next time."""
+        self._agreed = self._signal
         if trainer.world_size > 1:
-            own = torch.tensor(float(self._signal), device=trainer.strategy.root_device)
-            self._signal = int(trainer.strategy.reduce(own, reduce_op="max"))  # type: ignore[arg-type]
+            own = torch.tensor(float(self._agreed), device=trainer.strategy.root_device)
+            self._agreed = int(trainer.strategy.reduce(own, reduce_op="max"))  # type: ignore[arg-type]
 
     def _must_end(self, pl_module: LightningModule) -> bool:
         assert isinstance(pl_module, LitBilevel)
-        return bool(self._signal) or pl_module.guard.reason is not None
+        return bool(self._agreed) or pl_module.guard.reason is not None
 
     def _save_and_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         must_end = self._must_end(pl_module)
@@ -163,7 +164,7 @@ class BilevelCheckpoint(ModelCheckpoint):
             assert isinstance(pl_module, LitBilevel)
             pl_module.guard.stop_if_asked()
             rank_zero_info(f"stopped after {trainer.global_step} policy steps; continue with `--ckpt_path last`")
-            raise Stopped(0 if _was_launched(trainer) else 128 + self._signal)
+            raise Stopped(0 if _was_launched(trainer) else 128 + self._agreed)
 
 
 def _listen(handler: Any) -> None:

@@ -148,9 +148,9 @@ class Preparation:
         try:
             with tqdm(desc=f"reading {name}", unit=" rows", disable=not self.progress, leave=False) as bar:
                 rows, problems = write_rows(source, partial / "rows.arrow", bar.update)
+            self._refuse(name, source, problems, [])
             if not len(rows):
                 raise UserError(f"{source.name} has no usable record (the first: {problems[0]}).")
-            self._refuse(name, source, problems, [])
             large = len(rows) >= SHOWN_FROM
             if large:
                 rank_zero_info(f"{name}: {len(rows):,} rows are tokenized now, to be kept in {place.parent}")
@@ -176,6 +176,15 @@ class Preparation:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def cache_folder(setting: bool | str) -> Path | None:
+    """Where prepared sets are kept: the folder that is named, the default one, or `None` for `False`."""
+    if setting is False:
+        return None
+    if setting is True:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_bilevel"
+    return Path(setting).expanduser()
+
+
 def load_tokenizer(path: str) -> Any:
     """The tokenizer in a folder or of a hub id.
 
@@ -188,15 +197,6 @@ def load_tokenizer(path: str) -> Any:
         raise UserError(
             f"no tokenizer could be loaded from `data.tokenizer` {path!r} ({type(error).__name__})."
         ) from error
-
-
-def cache_folder(setting: bool | str) -> Path | None:
-    """Where prepared sets are kept: the folder that is named, the default one, or `None` for `False`."""
-    if setting is False:
-        return None
-    if setting is True:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_bilevel"
-    return Path(setting).expanduser()
 
 
 def _about(place: Path) -> dict[str, Any] | None:

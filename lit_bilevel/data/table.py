@@ -192,6 +192,13 @@ def column(table: Dataset, name: str) -> Any:
     return table.select_columns([name]).with_format("arrow")[:][name]
 
 
+def longest(tables: Iterable[Dataset]) -> int:
+    """Tokens of the longest row of some tables."""
+    import pyarrow.compute
+
+    return max((pyarrow.compute.max(column(table, "length")).as_py() for table in tables), default=0)
+
+
 def source_numbers(table: Dataset, names: Sequence[str]) -> np.ndarray:
     """[N] the position of each row's source among the names, all of which are known."""
     import pyarrow

@@ -81,6 +81,17 @@ def load_tokenizer(settings: PolicySettings) -> Any:
         raise _unloadable("tokenizer", settings.path, error) from error
 
 
+def context_length(settings: PolicySettings) -> int | None:
+    """Positions that the policy was made for; `None` where its configuration does not say, or cannot be read."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(located(settings.path), trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError):
+        return None  # `load_policy` tells it
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
     """The policy, ready to train.
 
