@@ -122,11 +122,8 @@ def check_run(module: Any, stage: str) -> None:
 
 
 def _of_context(module: Any) -> list[str]:
-    context, sets = (
-        context_length(module.policy_settings),
-        getattr(getattr(module.trainer, "datamodule", None), "sets", {}),
-    )
-    found = longest(sets.values())
+    sets = getattr(getattr(module.trainer, "datamodule", None), "sets", {})
+    context, found = context_length(module.policy_settings), longest(sets.values())
     if context is None or found <= context:
         return []
     return [

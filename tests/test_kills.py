@@ -174,7 +174,7 @@ def test_kills_at_random_change_no_bit(small, whole, tmp_path, processes, kills)
 
 def test_sigterm_to_one_process_of_two_ends_both_in_a_checkpoint(small, whole, tmp_path):
     more = (*TWO, "--trainer.max_epochs=2")
-    flags = [flag for flag in run_flags(small, tmp_path / "stopped", more) if "every_n_steps" not in flag]
+    flags = [flag for flag in run_flags(small, tmp_path / "stopped", more) if "checkpoint.every_n_steps" not in flag]
     moments = (Moment("forward", 3, 1, signal.SIGTERM), Moment("generation", 1, 0, signal.SIGTERM))
     for moment, step in zip(moments, (3, 12), strict=True):
         run = Run(flags, tmp_path / "log", 2, moment)
