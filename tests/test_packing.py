@@ -198,6 +198,14 @@ def test_models_that_do_not_keep_sequences_apart_are_refused(name):
             policy(collate(examples(), 9, pack_width=0.0))
 
 
+def test_a_policy_that_looks_at_nothing_proves_nothing():
+    policy = policy_of(EXACT["llama"]())
+    for layer in policy.model.model.layers:
+        nn.init.zeros_(layer.self_attn.o_proj.weight)
+    with pytest.raises(UserError, match="was not found to keep packed sequences apart"):
+        policy(collate(examples(), 9, pack_width=0.0))
+
+
 def test_an_attention_without_masks_is_refused(monkeypatch):
     policy = policy_of(EXACT["llama"]())
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)

@@ -6,7 +6,8 @@ what is left at their ends is padding, each token of which is a sequence of its 
 
 How long rows are depends on the attention. A kernel for sequences of different lengths (`flash_attention_2`) takes one
 row without any padding; the others compute all pairs of tokens of a row, so rows become about as long as the longest
-sequence and cost what padded ones do, only fewer. Left out: packing over the borders of a micro-batch.
+sequence and cost what padded ones do, only fewer. With dropout the masks fall elsewhere than in padded rows. Left out:
+packing over the borders of a micro-batch.
 """
 
 from __future__ import annotations

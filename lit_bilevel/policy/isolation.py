@@ -8,7 +8,8 @@ that start again (a|b) and without (ab), and before a, where by causality it is 
     |b in a|b  −  b in ba|   ≤  10⁻¹·|b in ab  −  b in ba|       and the positions are its own
 
 In exact arithmetic both left sides are 0, and the first is so in any: the same sums of the same numbers. The second
-compares different kernels, in bfloat16 perhaps. Left out: models that would keep apart short sequences only.
+compares different kernels, in bfloat16 perhaps. Where the right sides are 0 nothing is found out, which is no yes. Left
+out: models that would keep apart short sequences only.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def is_isolated(outputs: Callable[..., Tensor], vocabulary: int, rows: int, devi
     except TypeError:  # the model takes no positions
         return False
     first, joined = run(b, a)[:, :OWN], run(a, b)[:, BEFORE:]
-    effect = (joined - first).norm()
-    return bool(((after_a - after_c).norm() <= LEAK * effect) & ((after_a - first).norm() <= NOISE * effect))
+    effect, leak, noise = (x.norm() for x in (joined - first, after_a - after_c, after_a - first))
+    return bool((effect > 0) & (leak <= LEAK * effect) & (noise <= NOISE * effect))
 
 
 def refusal(model: str, attention: str) -> UserError:
@@ -55,6 +56,6 @@ def refusal(model: str, attention: str) -> UserError:
 
     return UserError(
         f"`data.packing` is true, but `{model}` with `{attention}` attention under transformers"
-        f" {transformers.__version__} does not keep packed sequences apart, so rows would see each other; set"
+        f" {transformers.__version__} was not found to keep packed sequences apart: rows might see each other; set"
         " `data.packing: false`, or try `model.policy.attn_implementation: sdpa` or a newer transformers."
     )
