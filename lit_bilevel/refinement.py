@@ -92,7 +92,9 @@ class Refinement(nn.Module):
         frozen_B = self.frozen[own.row_B.clamp_min(0)]
         weight_B = torch.where(frozen_B, self.share * weight_B, weight_B)
         position_B = torch.where(group_B, features.row_B - len(self.frozen), PADDING_ROW)
-        return weight_B + (1 - self.share) * self.weights(replace(features, row_B=position_B))
+        source_B = features.source_B.masked_fill(~group_B, 0)  # the groups need not have every source of the pool
+        groups = replace(features, row_B=position_B, source_B=source_B)
+        return weight_B + (1 - self.share) * self.weights(groups)
 
     def observe(self, offline: ExampleWeights, features: Features) -> None:
         """Take note of a policy step: its rows and groups, without padding."""
