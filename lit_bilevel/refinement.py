@@ -52,6 +52,11 @@ class Refinement(nn.Module):
     frozen: Tensor
 
     @property
+    def template(self) -> ExampleWeights:
+        """Weights of the groups before any refresh."""
+        return self._template[0]
+
+    @property
     def active(self) -> bool:
         """Whether any row is refined."""
         return self.weights is not None
@@ -79,7 +84,7 @@ class Refinement(nn.Module):
         self.frozen = torch.zeros(pool_rows, dtype=torch.bool)
         self.frozen[rows_M] = True
         if len(rows_M):
-            self.weights = copy.deepcopy(self._template[0])
+            self.weights = copy.deepcopy(self.template)
             self.weights.build(source_M, dtype)
 
     def weigh(self, offline: ExampleWeights, features: Features) -> Tensor:

@@ -9,12 +9,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TOY
 from lightning.pytorch import Callback
 from test_refine import Logged, features, refine_all, run
 
-from lit_bilevel import BMOWeights, Mixing, NetworkWeights, SoftmaxWeights, SourceWeights
+from lit_bilevel import (
+    BMOWeights,
+    LitBilevel,
+    Mixing,
+    NetworkWeights,
+    OneStep,
+    PolicySettings,
+    SoftmaxWeights,
+    SourceWeights,
+    UniformWeights,
+)
 from lit_bilevel.callbacks import RandomFraction
+from lit_bilevel.errors import UserError
 from lit_bilevel.policy.generate import Sampling
 from lit_bilevel.ratios import Token, Uniform
 from lit_bilevel.refinement import Refinement
@@ -65,6 +76,14 @@ def test_groups_in_closed_form():
     torch.testing.assert_close(found[[1, 3]], expected)
     torch.testing.assert_close(refinement.table()[1], expected)
     assert found[0] < 1 < found[2]
+
+
+def test_groups_that_could_never_learn_are_refused():
+    policy = PolicySettings(str(TOY / "model"))
+    for weights, solver in ((BMOWeights(), Mixing()), (UniformWeights(), OneStep())):
+        with pytest.raises(UserError, match=r"`model.refined_weights` is `SoftmaxWeights`.*use `BMOWeights`"):
+            LitBilevel(policy, weights, solver, refined_weights=SoftmaxWeights())
+        LitBilevel(policy, weights, solver, refined_weights=BMOWeights())
 
 
 def test_closed_form_groups_in_a_run(small, tmp_path):
