@@ -193,6 +193,7 @@ def test_the_upper_stream_is_a_chain_of_permutations():
     assert all(sorted(rows[i : i + 7]) == list(range(7)) for i in (0, 7, 14))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where the tests may use one core only
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_resumed_anywhere_continues_the_same(workers):
     def make(epoch, step, position):

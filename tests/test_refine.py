@@ -336,7 +336,7 @@ def test_a_run_writes_its_responses_weights_and_text(flags, tmp_path):
     names = ("finished", "usable", "length", "rows", "ratio_mean", "ratio_max", "clipped", "effective_size")
     assert {f"refine/{name}" for name in names} <= set(events.Tags()["scalars"])
     text = events.Tensors("refine/responses/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert text.startswith("| question | offline answer | new answer | weight |")
+    assert text.startswith("| id | question | offline answer | its weight | new answers |")
 
 
 def test_a_resumed_run_repeats_the_responses_and_the_bits(flags, tmp_path):
