@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
@@ -44,6 +44,12 @@ def check_settings(module: Any) -> None:
                     f"`model.{name}` is {value}, so λ is 0 in some step, where `{type(part).__name__}` has no meaning;"
                     " change it, or use `OneStep` with `SoftmaxWeights`"
                 )
+    groups = module.refinement.template
+    if groups.learnable and not module.weights.learnable:
+        problems.append(
+            f"`model.refined_weights` is `{type(groups).__name__}`, which learns from scores, and there are none where"
+            f" `model.weights` is `{type(module.weights).__name__}`; use `BMOWeights` or `UniformWeights`"
+        )
     problems += _out_of_range(module) + module.guard.settings.problems()
     if problems:
         raise gathered("bad settings", problems)
@@ -112,6 +118,11 @@ def check_run(module: Any, stage: str) -> None:
         problems.append(
             "`trainer.strategy` is FSDP1 (`fsdp`), which does not allow a step with several backward passes; use FSDP2"
             f" ({SHARDING}) or `ddp`"
+        )
+    if type(strategy) is DDPStrategy and strategy._ddp_kwargs.get("gradient_as_bucket_view"):
+        problems.append(
+            "`gradient_as_bucket_view` of `DDPStrategy` lets the second backward pass of a step write over the gradient"
+            " that the first one gave; leave it out"
         )
     if isinstance(strategy, ModelParallelStrategy):
         problems += _of_sharding(module, stage)

@@ -6,6 +6,8 @@ Left out: metrics that need generated answers; `predict` writes those.
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
 from torchmetrics import MeanMetric
 
@@ -19,7 +21,8 @@ class Evaluation(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.monitor_loss, self.test_loss, self.test_loss_per_token = MeanMetric(), MeanMetric(), MeanMetric()
+        # the mean over all rows or none: by default those without a finite loss would be left out
+        self.monitor_loss, self.test_loss, self.test_loss_per_token = (MeanMetric(math.nan) for _ in range(3))
 
     def forward(self, name: str, policy: Policy, batch: Batch) -> dict[str, MeanMetric]:
         """Take in a batch of the set `name`; returns what to log."""

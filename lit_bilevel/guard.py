@@ -73,20 +73,17 @@ class Guard:
         """Why the run must end; whoever saves checkpoints does so first."""
         self._told: set[str] = set()
 
-    def admits(
-        self, module: Any, optimizer: Any, features: Features, size: Tensor | None, found: Tensor | None
-    ) -> bool:
+    def admits(self, module: Any, features: Features, size: Tensor | None, found: Tensor | None) -> bool:
         """Clip the policy's gradient; whether the step may be taken, on every process alike.
 
         Args:
             module: the `LitBilevel`.
-            optimizer: the policy's.
             features: rows of the global window, with their losses.
             size: effective size of the weights, where they know it.
             found: what was measured on the generated responses of all processes, if there were any.
         """
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-        norm = _clipped(module, optimizer, scaler)
+        norm = _clipped(module, scaler)
         unknown = norm.new_full((), math.nan)
         worst = [unknown, unknown] if found is None else [found[0], found[1]]
         numbers = [value.double() for value in (norm, unknown if size is None else size, *worst)]
@@ -125,7 +122,8 @@ class Guard:
         self.skipped += 1
         module.log("skipped_steps", float(self.skipped))
         if scaler is not None and scaler.get_scale() > 1:
-            scaler.update()  # an overflow of the scale, not of the numbers: it is lowered, and no fault is counted
+            # an overflow of the scale, not of the numbers: it is lowered, and no fault is counted
+            scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
             return
         self.in_a_row += 1
         where = _step(module)
@@ -175,18 +173,17 @@ class Guard:
             )
 
 
-def _clipped(module: Any, optimizer: Any, scaler: Any) -> Tensor:
+def _clipped(module: Any, scaler: Any) -> Tensor:
     """Norm of the policy's gradient, before it is clipped."""
     if isinstance(module.trainer.strategy, DeepSpeedStrategy):
         # it keeps the gradients to itself, clips them and skips steps that overflowed
         return torch.zeros((), device=module.device)
-    if scaler is not None:
-        scaler.unscale_(optimizer)
+    scale = 1.0 if scaler is None else scaler.get_scale()  # Lightning unscales in the step, and may do so once only
     parameters = module.policy.trainable()
     norm = total_norm([p.grad for p in parameters if p.grad is not None])
     if module.gradient_clip_val is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, module.gradient_clip_val, norm)
-    return norm
+        torch.nn.utils.clip_grads_with_norm_(parameters, module.gradient_clip_val * scale, norm)
+    return norm / scale
 
 
 def _step(module: Any) -> str:

@@ -221,7 +221,7 @@ class LitBilevel(LightningModule):
         problem.complete()  # with the new weights: a row's first score counts at its first visit
         statistics = self.weights.statistics()
         found = followed(found, self.refinement.rule, self.trainer)
-        if self.guard.admits(self, inner.optimizer, features, statistics.get("effective_size"), found):
+        if self.guard.admits(self, features, statistics.get("effective_size"), found):
             inner.step()
         self.lr_schedulers().step()  # type: ignore[union-attr]
         self._log_step(losses | measures(found) | {f"weights/{name}": value for name, value in statistics.items()})

@@ -52,6 +52,11 @@ class Refinement(nn.Module):
     frozen: Tensor
 
     @property
+    def template(self) -> ExampleWeights:
+        """Weights of the groups before any refresh."""
+        return self._template[0]
+
+    @property
     def active(self) -> bool:
         """Whether any row is refined."""
         return self.weights is not None
@@ -79,7 +84,7 @@ class Refinement(nn.Module):
         self.frozen = torch.zeros(pool_rows, dtype=torch.bool)
         self.frozen[rows_M] = True
         if len(rows_M):
-            self.weights = copy.deepcopy(self._template[0])
+            self.weights = copy.deepcopy(self.template)
             self.weights.build(source_M, dtype)
 
     def weigh(self, offline: ExampleWeights, features: Features) -> Tensor:
@@ -92,7 +97,9 @@ class Refinement(nn.Module):
         frozen_B = self.frozen[own.row_B.clamp_min(0)]
         weight_B = torch.where(frozen_B, self.share * weight_B, weight_B)
         position_B = torch.where(group_B, features.row_B - len(self.frozen), PADDING_ROW)
-        return weight_B + (1 - self.share) * self.weights(replace(features, row_B=position_B))
+        source_B = features.source_B.masked_fill(~group_B, 0)  # the groups need not have every source of the pool
+        groups = replace(features, row_B=position_B, source_B=source_B)
+        return weight_B + (1 - self.share) * self.weights(groups)
 
     def observe(self, offline: ExampleWeights, features: Features) -> None:
         """Take note of a policy step: its rows and groups, without padding."""

@@ -346,3 +346,23 @@ def test_mistakes_are_told_before_anything_runs(small, tmp_path, capsys):
     assert "`--keep` is 2" in capsys.readouterr().err
     with pytest.raises(UserError, match="another `--output`"):
         Results(tmp_path, {"keep": 0.5})
+
+
+def test_losses_of_rows_have_the_precision_of_the_run_and_belong_to_its_data(small, tmp_path, monkeypatch, capsys):
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text(Path(small["pool"]).read_text())
+    monkeypatch.chdir(tmp_path)
+    asked = ["--methods", "mixing", f"--data.pool={pool}", "--trainer.precision=bf16-mixed"]
+    assert compare(small, tmp_path / "out", *asked) == 0
+    losses = pyarrow.parquet.read_table(tmp_path / "out" / "test_losses.parquet")["mixing"].to_numpy()
+    assert np.mean(losses) == pytest.approx(float(table_of(tmp_path / "out")["mixing"]["test_loss"]), rel=1e-6)
+    pool.write_text("".join(pool.read_text().splitlines(keepends=True)[1:]))
+    capsys.readouterr()
+    assert compare(small, tmp_path / "out", *asked) == 2
+    assert "other settings (data)" in capsys.readouterr().err
+
+
+def test_the_best_of_runs_that_never_looked_is_refused():
+    runner = SimpleNamespace(row=lambda name, seed: {"method": name, "seconds": 1.0})
+    with pytest.raises(UserError, match=r"never looked at in mixing, one_step.*val_check_interval"):
+        Runner._best(runner, "best:mixing,one_step", Method.parse("best:mixing,one_step"), 0)

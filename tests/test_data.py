@@ -243,3 +243,14 @@ def test_batches_are_cut_where_it_saves_padding():
     assert [part[:3] for part in collate(examples, 4, call_cost=10).parts] == [(0, 2, 4), (2, 4, 50)]
     assert [part[:3] for part in collate(examples, 4).parts] == [(0, 4, 50)]
     assert sum(part.predicted for part in collate(examples, 4, 10).parts) == 49 + 2 + 3 + 47
+
+
+def test_a_short_validation_set_does_not_cost_the_order_of_the_pool(monkeypatch):
+    drawn = []
+    original = torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda size, **settings: drawn.append(size) or original(size, **settings))
+    schedule = Schedule(999, 3, 10, 32, seed=77)
+    for step in range(5):
+        schedule.lower(0, step)
+        schedule.upper(step)
+    assert drawn.count(999) == 1

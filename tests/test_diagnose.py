@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from lit_bilevel.__main__ import main
-from lit_bilevel.comparison.diagnose import advice, agreement, rise
+from lit_bilevel.comparison.diagnose import Diagnosis, advice, agreement, joined, rise
+from lit_bilevel.comparison.fitting import prepare
 
 
 def test_agreement_is_of_ranks():
@@ -61,3 +63,28 @@ def test_the_command_fits_five_times_and_advises(flags, tmp_path, capsys):
     assert capsys.readouterr().out.count(": known") == 5
     assert main([*asked, "--model.solver=Mixing"]) == 2
     assert "learns no weights" in capsys.readouterr().err
+
+
+def test_weights_are_joined_by_id():
+    a, b = joined({"x": 1.0, "y": 2.0, "z": 3.0}, {"z": 30.0, "w": 5.0, "x": 10.0})
+    assert (a.tolist(), b.tolist()) == ([1, 3], [10, 30])
+
+
+def test_fits_on_other_data_are_not_known(flags, tmp_path, monkeypatch):
+    """Advice leads to another validation file of the same name; the command runs in any folder."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "own.jsonl"
+    source = next(flag.partition("=")[2] for flag in flags if flag.startswith("--data.validation="))
+    asked = [*flags[1:-1], "--data.truth=null", f"--data.validation={path}"]
+    folder = tmp_path / "out" / "whole"
+    folder.mkdir(parents=True)
+    made_of = []
+    for rows in (30, 24):
+        path.write_text("".join(Path(source).read_text().splitlines(keepends=True)[:rows]))
+        diagnosis = Diagnosis("configs/quickstart.yaml", asked, tmp_path / "out", [0, 1])
+        prepare(folder, [*diagnosis.shared, *diagnosis.made_of])
+        assert not (folder / "done").exists()
+        (folder / "done").touch()
+        made_of.append(diagnosis.made_of)
+    assert made_of[0][0] == made_of[1][0]
+    assert made_of[0] != made_of[1]

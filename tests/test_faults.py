@@ -6,17 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_jsonl
+from conftest import TOY, read_jsonl
 from lightning.pytorch import Callback
+from lightning.pytorch.plugins.precision import MixedPrecision
 from test_refine import refine_all, refine_flags, run
 from test_resume import fit, short
 
 import lit_bilevel.policy.problem
-from lit_bilevel import Mixing, OneStep, SelfRefine, SoftmaxWeights, ValueFunction
+from lit_bilevel import Mixing, OneStep, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
 from lit_bilevel.guard import GuardSettings
 from lit_bilevel.policy.generate import HFGenerate
+from lit_bilevel.policy.load import load_policy
 from lit_bilevel.ratios import Token
 from lit_bilevel.weights import BMOWeights, NetworkWeights
 
@@ -248,3 +250,22 @@ def test_a_stopped_run_begins_with_the_refresh_that_failed(flags, tmp_path, monk
 def test_what_to_do_on_failure_is_checked():
     with pytest.raises(UserError, match="`on_failure` is 'hope'"):
         SelfRefine(on_failure="hope")
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # where the first step is skipped
+def test_a_scaled_loss_is_unscaled_once_and_an_overflow_is_no_fault(small, tmp_path):
+    """16-mixed, with the scaler that Lightning gives to GPUs."""
+    models = []
+    for scale in (None, 2.0**10, 2.0**60):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, backoff_factor=2.0**-50)
+        plugins = [] if scale is None else [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+        settings = {"gradient_clip_val": 0.1, "optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1.0)}
+        settings |= {"solver": Mixing(), "trainer_settings": {"plugins": plugins}}
+        models.append(run(small, tmp_path, Callback(), steps=4, **settings))
+    precise, scaled, overflowed = models
+    assert (scaled.guard.skipped, overflowed.guard.skipped, overflowed.guard.in_a_row) == (0, 1, 0)
+    assert overflowed.trainer.precision_plugin.scaler.get_scale() == 2.0**10
+    base = load_policy(PolicySettings(str(TOY / "model")), torch.float32).trainable()
+    moved = torch.cat([(a - b).detach().flatten() for a, b in zip(precise.policy.trainable(), base, strict=True)])
+    found = torch.cat([(a - b).detach().flatten() for a, b in zip(scaled.policy.trainable(), base, strict=True)])
+    assert (found - moved).norm() < 0.05 * moved.norm()

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_bilevel import losses
 from lit_bilevel.data.collate import collate
+from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.losses import OutputLayer, token_nll
 from lit_bilevel.policy.head import Shape, head_shape
 from lit_bilevel.policy.policy import Policy
@@ -178,3 +179,21 @@ def test_an_output_layer_that_is_not_known_is_left_to_the_model():
     assert head_shape(model) is None
     hidden.remove()
     assert head_shape(model) == Shape()
+
+
+def test_masked_logits_are_left_to_the_model():
+    """A vocabulary entry at −∞ must not make every difference count as within the tolerance."""
+
+    def masked(_module, _inputs, output):
+        output.logits = output.logits.tanh().index_fill(-1, torch.tensor([3]), -torch.inf)
+        return output
+
+    model = model_of("gemma2", final_logit_softcapping=None)
+    model.register_forward_hook(masked)
+    assert head_shape(model) is None
+
+
+def test_a_mean_is_over_all_rows_or_not_a_number():
+    batch = collate([Example(row, 0, [1, 2, 3], 1) for row in range(2)], 2)
+    metrics = Evaluation()("test", lambda batch: torch.tensor([1.0, 1.0, 1.0, torch.nan]), batch)
+    assert all(metric.compute().isnan() for metric in metrics.values())

@@ -19,13 +19,14 @@ from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.load import checkpoint_activations
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import Engine, PolicyProblem
+from lit_bilevel.policy.score import _derivatives
 from lit_bilevel.types import Example
 
 ROWS, UPPER_WEIGHT = 8, 0.3
 WEIGHTS = normal(ROWS, seed=9).exp()
 
 
-def tiny_policy(dropout: float = 0.0) -> Policy:
+def tiny_policy(dropout: float = 0.0, rounding: bool = False) -> Policy:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=40,
@@ -38,7 +39,7 @@ def tiny_policy(dropout: float = 0.0) -> Policy:
         initializer_range=0.2,
     )
     model = LlamaForCausalLM(config)
-    for layer in [model.model, *model.model.layers]:
+    for layer in [] if rounding else [model.model, *model.model.layers]:
         for name, module in layer.named_children():
             if isinstance(module, LlamaRMSNorm):  # it rounds to float32, whatever the model's precision
                 setattr(layer, name, torch.nn.RMSNorm(16, eps=module.variance_epsilon))
@@ -134,6 +135,15 @@ def test_one_step_is_the_alignment_of_gradients(derivative, tolerance, size):
     solver = OneStep(derivative, epsilon=1e-7, preconditioned=False, direction_decay=0.0)
     scores = solver(made(policy, size))
     assert distance(scores, -lower @ upper) < tolerance
+
+
+def test_alignments_of_responses_are_exact_in_double_precision():
+    """Also in a model that normalises in float32 all the same, where differences of 1e-6 are noise."""
+    policy = tiny_policy(rounding=True)
+    upper, lower = reference(policy, 2)[1].mean(0), reference(policy, 1)[1]
+    problem = made(policy)
+    alignment_R = _derivatives(problem, problem.lower, problem.upper_gradient())
+    assert distance(alignment_R, lower @ upper) < 1e-5 * float((lower @ upper).abs().max())
 
 
 @pytest.mark.parametrize("steps", [0, 3])

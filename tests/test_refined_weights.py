@@ -9,12 +9,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TOY
 from lightning.pytorch import Callback
 from test_refine import Logged, features, refine_all, run
 
-from lit_bilevel import BMOWeights, Mixing, SoftmaxWeights
+from lit_bilevel import (
+    BMOWeights,
+    LitBilevel,
+    Mixing,
+    NetworkWeights,
+    OneStep,
+    PolicySettings,
+    SoftmaxWeights,
+    SourceWeights,
+    UniformWeights,
+)
 from lit_bilevel.callbacks import RandomFraction
+from lit_bilevel.errors import UserError
 from lit_bilevel.policy.generate import Sampling
 from lit_bilevel.ratios import Token, Uniform
 from lit_bilevel.refinement import Refinement
@@ -67,6 +78,14 @@ def test_groups_in_closed_form():
     assert found[0] < 1 < found[2]
 
 
+def test_groups_that_could_never_learn_are_refused():
+    policy = PolicySettings(str(TOY / "model"))
+    for weights, solver in ((BMOWeights(), Mixing()), (UniformWeights(), OneStep())):
+        with pytest.raises(UserError, match=r"`model.refined_weights` is `SoftmaxWeights`.*use `BMOWeights`"):
+            LitBilevel(policy, weights, solver, refined_weights=SoftmaxWeights())
+        LitBilevel(policy, weights, solver, refined_weights=BMOWeights())
+
+
 def test_closed_form_groups_in_a_run(small, tmp_path):
     """Micro-batches change nothing; answers that the policy finds unlikely weigh less."""
     tables = []
@@ -91,3 +110,13 @@ def test_closed_form_groups_in_a_run(small, tmp_path):
         assert torch.equal(weight[seen].argsort(), (-loss[seen]).argsort())
     for one, other in zip(*tables, strict=True):
         torch.testing.assert_close(one, other, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("weights", [SourceWeights, NetworkWeights])
+def test_groups_need_not_have_every_source_of_the_pool(weights):
+    offline, source_N = weights(), torch.tensor([0, 1, 0, 1])
+    refinement = Refinement(weights(), Uniform(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    offline.build(source_N, torch.float64)
+    refinement.refresh(torch.tensor([0, 2]), offline, source_N, 0.0)  # source 0 alone
+    seen = replace(features(1, 4), source_B=torch.tensor([1, 0]), loss_B=torch.ones(2, dtype=torch.float64))
+    assert refinement.weigh(offline, seen).tolist() == [1, 1]

@@ -8,7 +8,13 @@ import pytest
 import torch
 from conftest import TOY
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 
 from lit_bilevel import BMOWeights, Implicit, LoraSettings, Mixing, OneStep, Penalty, PolicySettings, SoftmaxWeights
 from lit_bilevel.checks import check_flags, check_precision, check_run
@@ -47,6 +53,7 @@ def module(strategy, *, solver=None, weights=None, precision="32-true", clip=Non
 ONE = SingleDeviceStrategy("cpu")
 REFUSED = {
     "fsdp1": (lambda: module(FSDPStrategy()), r"FSDP1 .*; use FSDP2 \(configs/strategies/fsdp2.yaml\) or `ddp`"),
+    "views of buckets": (lambda: module(DDPStrategy(gradient_as_bucket_view=True)), r"leave it out"),
     "implicit under fsdp2": (lambda: module(ModelParallelStrategy(), solver=Implicit()), r"`Implicit` .*use `OneStep`"),
     "quantized under fsdp2": (
         lambda: module(ModelParallelStrategy(), solver=Penalty(), lora=LORA, quantization="4bit"),

@@ -463,3 +463,17 @@ def test_the_network_is_the_same_on_every_process():
     built("network")
     assert torch.equal(torch.get_rng_state(), state)
     assert isinstance(built("network"), NetworkWeights)
+
+
+def test_a_floor_is_not_added_twice():
+    earlier = torch.tensor([0.2, 0.3, 1.0, 2.5], dtype=torch.float64)
+    weights = SoftmaxWeights(floor=0.1)
+    weights.build(torch.zeros(4, dtype=torch.int64), torch.float64)
+    weights.start_from(3 * earlier)
+    torch.testing.assert_close(weights.table(), earlier)
+
+
+def test_any_number_of_sources_is_remembered():
+    weights = NetworkWeights()
+    weights.build(torch.arange(40_000))
+    assert torch.equal(weights.source_N.long(), torch.arange(40_000))

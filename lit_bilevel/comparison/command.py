@@ -19,6 +19,7 @@ from lit_bilevel.comparison.results import Results, replace_text
 from lit_bilevel.comparison.run import Runner
 from lit_bilevel.comparison.table import draw, markdown
 from lit_bilevel.errors import UserError
+from lit_bilevel.place import located
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
 def _compare(options: argparse.Namespace, shared: list[str], given: list[str]) -> None:
     for name in (*options.methods, *(options.pairs or ())):
         methods.Method.parse(name)
+    options.config = located(options.config)
     if not Path(options.config).is_file():
         raise UserError(f"{options.config} does not exist; check `--config`.")
     output = Path(options.output)

@@ -15,18 +15,20 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lit_bilevel.comparison.fitting import built, data_flag, fit, prepare
+from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
 from lit_bilevel.comparison.methods import BASELINES, UNIFORM
 from lit_bilevel.comparison.output import quiet, say
 from lit_bilevel.comparison.results import replace_text
 from lit_bilevel.comparison.rows import copy_records
 from lit_bilevel.curves import Curve, read_curves
 from lit_bilevel.errors import UserError
+from lit_bilevel.place import located
 from lit_bilevel.statistics import correlation, ranks
 
 GOOD, SOME = 0.6, 0.3
@@ -81,6 +83,8 @@ class Diagnosis:
             raise UserError(f"the method of {config} learns no weights; diagnose one with `OneStep`, for example.")
         self.data: Any = cli.config.data
         self.sets = cli.datamodule.sets
+        digest = hashlib.sha256(Path(located(config)).read_bytes()).hexdigest()
+        self.made_of = [f"config {digest}", *(f"{name} {rows}" for name, rows in data_digests(cli).items())]
 
     def run(self) -> dict[str, Any]:
         """Fit what is missing; returns rank correlations and steps by the names of the module's docstring."""
@@ -97,11 +101,11 @@ class Diagnosis:
         for number, (name, flags) in enumerate(runs.items(), start=1):
             say(f"[{number}/{len(runs)}] {name}{': known' if self._fit(name, flags) else ''}")
         weights = {name: self._weights(name) for name in ("whole", "other_seed", "half_a", "half_b")}
-        halves = agreement(weights["half_a"], weights["half_b"])
+        halves = agreement(*joined(weights["half_a"], weights["half_b"]))
         return {
             "validation_rows": self.rows,
             "halves": halves,
-            "seeds": agreement(weights["whole"], weights["other_seed"]),
+            "seeds": agreement(*joined(weights["whole"], weights["other_seed"])),
             "whole": 2 * halves / (1 + halves) if halves > 0 else halves,
             "rise": {name: rise(self._monitor(name)) for name in ("whole", "validation_only")},
         }
@@ -122,7 +126,7 @@ class Diagnosis:
     def _fit(self, name: str, flags: list[str]) -> bool:
         """Fit under a name, unless that is done; returns whether it was."""
         folder = self.output / name
-        prepare(folder, [*self.shared, *flags])
+        prepare(folder, [*self.shared, *flags, *self.made_of])
         done = folder / "done"
         if done.exists():
             return True
@@ -131,14 +135,22 @@ class Diagnosis:
         done.touch()
         return False
 
-    def _weights(self, name: str) -> torch.Tensor:
+    def _weights(self, name: str) -> dict[str, float]:
+        """Weights by id."""
         import pyarrow.parquet
 
-        table = pyarrow.parquet.read_table(self.output / name / "weights.parquet", columns=["weight"])
-        return torch.from_numpy(table["weight"].to_numpy().copy()).double()
+        table = pyarrow.parquet.read_table(self.output / name / "weights.parquet", columns=["id", "weight"])
+        return dict(zip(table["id"].to_pylist(), table["weight"].to_pylist(), strict=True))
 
     def _monitor(self, name: str) -> Curve:
         return read_curves(self.output / name, ["monitor/loss"]).get("monitor/loss", [])
+
+
+def joined(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The weights of the rows that both runs had: which pool rows are left out depends on the validation file."""
+    pairs = [(weight, b[key]) for key, weight in a.items() if key in b]
+    first, second = torch.tensor(pairs, dtype=torch.float64).T
+    return first, second
 
 
 def agreement(a_N: torch.Tensor, b_N: torch.Tensor) -> float:

@@ -13,19 +13,26 @@ from typing import Any
 
 from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.comparison.results import replace_text
+from lit_bilevel.data.fingerprint import rows_digest
+from lit_bilevel.place import located
 
 
 def built(config: str, flags: Sequence[str]) -> Any:
     """A `BilevelCLI` with its module and its data, set up and not run."""
-    cli: Any = BilevelCLI([f"--config={config}", *flags], run=False)
+    cli: Any = BilevelCLI([f"--config={located(config)}", *flags], run=False)
     if cli.datamodule.tokenizer is None:
         cli.datamodule.tokenizer = cli.model.policy_settings.path
     cli.datamodule.setup()
     return cli
 
 
+def data_digests(cli: Any) -> dict[str, str]:
+    """A digest of the rows of every set of a `BilevelCLI` that was built, for telling whether they changed."""
+    return {name: rows_digest(table) for name, table in cli.datamodule.sets.items()}
+
+
 def prepare(folder: Path, flags: Sequence[str]) -> None:
-    """Make the folder, without what a run under other flags left there."""
+    """Make the folder, without what a run under other flags (or whatever else is listed with them) left there."""
     settings, known = json.dumps(list(flags), indent=2), folder / "flags.json"
     if folder.exists() and not (known.is_file() and known.read_text() == settings):
         shutil.rmtree(folder)
@@ -36,7 +43,7 @@ def prepare(folder: Path, flags: Sequence[str]) -> None:
 def fit(folder: Path, config: str, flags: Sequence[str]) -> BilevelCLI:
     """Fit, from the folder's last checkpoint where there is one; the module then holds the monitor-best policy."""
     further = ["--ckpt_path=last"] if (folder / "checkpoints" / "last.ckpt").exists() else []
-    return BilevelCLI(["fit", f"--config={config}", f"--trainer.default_root_dir={folder}", *flags, *further])
+    return BilevelCLI(["fit", f"--config={located(config)}", f"--trainer.default_root_dir={folder}", *flags, *further])
 
 
 def data_flag(name: str, files: Any) -> str:

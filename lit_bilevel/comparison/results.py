@@ -33,16 +33,24 @@ class Results:
     def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "comparison.json"
-        if path.is_file():
-            changed = [name for name, value in json.loads(path.read_text()).items() if settings.get(name) != value]
-            if changed:
-                raise UserError(
-                    f"{folder} holds results under other settings ({', '.join(changed)}); choose another `--output`,"
-                    " or forget them with `--fresh`."
-                )
-        replace_text(path, json.dumps(settings, indent=2) + "\n")
+        self.require(settings)
         self.rows = self._read()
+
+    def require(self, settings: dict[str, Any]) -> None:
+        """Note more of what all runs share.
+
+        Raises:
+            UserError: if it is not what the runs in the folder share.
+        """
+        path = self.folder / "comparison.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        changed = [name for name, value in settings.items() if known.get(name, value) != value]
+        if changed:
+            raise UserError(
+                f"{self.folder} holds results under other settings ({', '.join(changed)}); choose another `--output`,"
+                " or forget them with `--fresh`."
+            )
+        replace_text(path, json.dumps(known | settings, indent=2) + "\n")
 
     def _read(self) -> list[Result]:
         path = self.folder / "results.csv"

@@ -17,6 +17,7 @@ import numpy as np
 
 from lit_bilevel.data.files import records
 from lit_bilevel.errors import UserError
+from lit_bilevel.place import located
 from lit_bilevel.pool import plain
 from lit_bilevel.select import apportioned
 
@@ -42,7 +43,7 @@ def copy_records(path: str | Sequence[str], columns: Mapping[str, str], chosen: 
         partial = target.with_suffix(".partial")
         lines = 0
         with partial.open("w", encoding="utf-8") as file:
-            for _, record in records(original):
+            for _, record in records(located(original)):
                 if position in chosen:
                     file.write(_line(record, columns, chosen[position]))
                     lines += 1

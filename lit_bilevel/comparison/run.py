@@ -22,7 +22,7 @@ import numpy as np
 from lit_bilevel.comparison.answers import measures
 from lit_bilevel.comparison.evidence import Evidence, row_losses
 from lit_bilevel.comparison.filters import CleanRows
-from lit_bilevel.comparison.fitting import built, data_flag, fit, prepare
+from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
 from lit_bilevel.comparison.methods import Method
 from lit_bilevel.comparison.output import quiet
 from lit_bilevel.comparison.results import Result, Results
@@ -31,6 +31,7 @@ from lit_bilevel.comparison.stopwatch import Stopwatch
 from lit_bilevel.data.files import records
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection import read_lines
+from lit_bilevel.place import located
 from lit_bilevel.scoring import aurocs, flat, read_truth
 
 
@@ -85,6 +86,7 @@ class Runner:
         self.kinds = read_truth(self.settings.data.truth, pool["id"][:]) if self.settings.data.truth else None
         if "test" not in cli.datamodule.sets:
             raise UserError("there is nothing to compare on; give `--data.test`, a file of held-out rows.")
+        results.require({"data": data_digests(cli)})
         self.steps = self.settings.trainer.max_steps
         if self.steps < 0:
             window = self.settings.data.batch_size * self.settings.model.accumulate_grad_batches
@@ -103,6 +105,12 @@ class Runner:
 
     def _best(self, name: str, method: Method, seed: int) -> Result:
         rows = [self.row(other, seed) for other in method.best_of]
+        blind = [row["method"] for row in rows if "monitor_loss" not in row]
+        if blind:
+            raise UserError(
+                f"{name!r} chooses by the monitor loss, which was never looked at in {', '.join(blind)}; lower"
+                " `trainer.val_check_interval`, or give `--max_steps`."
+            )
         best = min(rows, key=lambda row: row["monitor_loss"])
         seconds = sum(row["seconds"] for row in rows)
         chosen = best.get("chosen", best["method"])
@@ -185,7 +193,9 @@ class Runner:
         row["steps"], row["seconds"] = cli.trainer.global_step, stopwatch.seconds
         if cli.model.learns_weights or cli.model.weights.needs_scoring:
             row |= {key: value for key, value in metrics.items() if key.startswith("auroc/")}
-        loss_n, tokens_n = row_losses(cli.model.policy, cli.datamodule, "test")
+        policy = cli.model.policy.to(cli.trainer.strategy.root_device)  # Lightning moved it away at the end
+        with cli.trainer.precision_plugin.forward_context():
+            loss_n, tokens_n = row_losses(policy, cli.datamodule, "test")
         table = {"id": cli.datamodule.sets["test"]["id"][:], "tokens": tokens_n, "loss": loss_n}
         pyarrow.parquet.write_table(pyarrow.table(table), folder / "test_losses.parquet")
         return row | (self._answered(cli, folder) if self.answers else {})
@@ -197,6 +207,6 @@ class Runner:
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
         answers = [record["response"] for record in read_lines(folder / "predictions.jsonl")]
         paths = [data.test] if isinstance(data.test, str) else data.test
-        raw = [record for path in paths for _, record in records(path)]
+        raw = [record for path in paths for _, record in records(located(path))]
         expected = [raw[row].get("expected") for row in test["row"][:]]
         return measures(answers, test["response"][:], expected)

@@ -26,13 +26,13 @@ def fingerprint(sets: Mapping[str, Dataset], order: Mapping[str, int]) -> dict[s
         order: names of settings and their values.
     """
     return {
-        "sets": {name: {"rows": len(sets[name]), "hash": _hash(sets[name])} for name in NAMES},
+        "sets": {name: {"rows": len(sets[name]), "hash": rows_digest(sets[name])} for name in NAMES},
         "order": dict(order),
     }
 
 
-def _hash(dataset: Dataset) -> str:
-    """Of the digests of all rows, in their order."""
+def rows_digest(dataset: Dataset) -> str:
+    """Digest of the ids, texts and token ids of all rows, in their order."""
     digest = hashlib.sha256()
     for chunk in column(dataset, "digest").chunks:
         digest.update(b"".join(chunk.to_pylist()))

@@ -47,7 +47,7 @@ class Schedule:
     def lower(self, epoch: int, step: int) -> list[int]:
         """Pool rows of a step."""
         start, stop = (self.pool_rows * (step + i) // self.steps for i in (0, 1))
-        return _permutation(self.pool_rows, self.seed, epoch)[start:stop].tolist()
+        return _pool_order(self.pool_rows, self.seed, epoch)[start:stop].tolist()
 
     def upper(self, position: int) -> list[int]:
         """Validation rows of the step `position`, counted from the start of the run."""
@@ -55,14 +55,17 @@ class Schedule:
         rows = []
         for i in range(first, first + self.upper_window):
             turn, offset = divmod(i, self.upper_rows)
-            rows.append(int(_permutation(self.upper_rows, self.seed + 1, turn)[offset]))
+            rows.append(int(_upper_order(self.upper_rows, self.seed + 1, turn)[offset]))
         return rows
 
 
-@lru_cache(maxsize=4)
 def _permutation(size: int, seed: int, turn: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + turn) % (1 << 63))
     return torch.randperm(size, generator=generator)
+
+
+# apart, for a step that takes a short validation set many times would push the pool's order out
+_pool_order, _upper_order = lru_cache(maxsize=2)(_permutation), lru_cache(maxsize=2)(_permutation)
 
 
 class StepMaker:

@@ -83,4 +83,5 @@ def _holds(shape: Shape, output: Tensor, logits: Tensor) -> bool:
     expected = output * shape.scale
     if shape.cap is not None:
         expected = shape.cap * torch.tanh(expected / shape.cap)
-    return bool((expected - logits).abs().max() <= TOLERANCE * logits.abs().max())
+    limit = TOLERANCE * logits.abs().max()
+    return bool(limit.isfinite() and (expected - logits).abs().max() <= limit)

@@ -107,10 +107,10 @@ def _derivatives(problem: PolicyProblem, batches: list[Batch], direction: Values
     """⟨direction, ∇ℓ⟩ of every example of these batches."""
     other = copy.copy(problem)
     other.lower = batches
-    if not problem.differences:
-        return other.lower_jvp(direction)
     values = problem.values()
-    epsilon = 1e-6 if values[0].dtype == torch.float64 else 1e-2
+    if not problem.differences or values[0].dtype == torch.float64:  # as `OneStep` does, and for its reasons
+        return other.lower_jvp(direction)
+    epsilon = 1e-2
     length = norm(direction).clamp_min(torch.finfo(torch.float32).tiny)
     ahead_R = other.lower_losses_at(added(values, scaled(direction, epsilon / length)))
     return (ahead_R - other.lower_losses_at(values)) * (length / epsilon)

@@ -65,7 +65,7 @@ class RunningWeights(ExampleWeights):
         device = self.log_normaliser.device
         self.loss_N = torch.full((len(source_N),), math.nan, dtype=dtype, device=device)
         self.length_N = torch.zeros(len(source_N), dtype=torch.int32, device=device)
-        self.source_N = source_N.to(device, torch.int16)
+        self.source_N = source_N.to(device, torch.int32)
 
     def weigh(self, features: Features) -> Tensor:
         weight_B = (self.log_unnormalised(features) - self.log_normaliser).exp()

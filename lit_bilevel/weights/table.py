@@ -161,8 +161,11 @@ class TableWeights(ExampleWeights):
         return {"effective_size": rows / mean_square, **entropy}
 
     def start_from(self, weight_N: Tensor) -> None:
+        weight_N = weight_N.double()
+        if self.floor > 0:  # it is added again
+            weight_N = weight_N / weight_N.mean() - self.floor
         with torch.no_grad():
-            self.logits.copy_(self.logits_of(weight_N.double().clamp_min(1e-9)) * self.temperature)
+            self.logits.copy_(self.logits_of(weight_N.clamp_min(1e-9)) * self.temperature)
         self._recount(self._free(slice(None)))
 
     def logits_of(self, weight_N: Tensor) -> Tensor:
