@@ -120,6 +120,18 @@ class BilevelCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCard, "card")
         parser.set_defaults({"trainer.default_root_dir": "runs/default", "trainer.enable_model_summary": False})
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse what still has to be set, and let loggers with an empty `save_dir` write into the run folder."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        unset = [f"`{name}`" for name, value in vars(config.as_flat()).items() if value == "set_me"]
+        if unset and self.subcommand:
+            raise UserError(f"{', '.join(unset)} still {'say' if len(unset) > 1 else 'says'} set_me; give your own.")
+        given = config.trainer.logger
+        for logger in given if isinstance(given, list) else [given]:
+            settings = getattr(logger, "init_args", None)
+            if settings is not None and settings.get("save_dir") == "":
+                settings.save_dir = config.trainer.default_root_dir
+
     def instantiate_classes(self) -> None:
         """Build trainer, module and data; nothing but settings can be wrong there."""
         try:

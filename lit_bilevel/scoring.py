@@ -39,7 +39,10 @@ def read_truth(path: str, ids: Sequence[str]) -> list[str]:
             kinds[str(record["id"])] = str(record.get("kind") or "corrupted") if flag else ""
     missing = [key for key in ids if key not in kinds]
     if missing:
-        raise UserError(f"{path} lacks {len(missing)} rows of the pool, the first is id {missing[0]!r}; add them.")
+        raise UserError(
+            f"{path} lacks {len(missing)} rows of the pool, the first is id {missing[0]!r}; give the truth of this"
+            " pool, or none (`--data.truth null`)."
+        )
     return [kinds[key] for key in ids]
 
 

@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_bilevel.atomic import install
-from lit_bilevel.callbacks.export import is_rehearsal
+from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 
@@ -72,6 +72,8 @@ class BilevelCheckpoint(ModelCheckpoint):
     # ---- the run ----
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.dirpath is None:  # Lightning's choice would be the first logger's folder
+            self.dirpath = os.path.join(run_folder(trainer), "checkpoints")
         super().setup(trainer, pl_module, stage)
         install(trainer.strategy)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 
@@ -50,3 +51,4 @@ class Predictions(Callback):
             lines = (json.dumps(answer, ensure_ascii=False) + "\n" for _, answer in answers)
             partial.write_text("".join(lines), encoding="utf-8")
             os.replace(partial, path)
+            rank_zero_info(f"{len(answers):,} answers: {path}")

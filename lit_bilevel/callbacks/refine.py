@@ -248,6 +248,13 @@ class SelfRefine(Callback):
         if self._pending:
             self._pending = False
             self.refine(trainer, pl_module)
+        last = trainer.estimated_stepping_batches if self.by_steps else trainer.max_epochs
+        if last not in (None, -1) and self.start >= last:
+            unit = "steps" if self.by_steps else "epochs"
+            rank_zero_warn(
+                f"nothing will be refined: the first refresh comes after {self.start} {unit} and the run has"
+                f" {last:.0f}; lower `start` of `SelfRefine` below that."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         length = self._length if self._file is None else self._file.length

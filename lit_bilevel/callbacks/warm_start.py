@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
@@ -39,6 +40,9 @@ class WarmStart(Callback):
         known = sum(key in earlier for key in ids)
         if known == 0:
             raise UserError(f"{self.path} has no id of the pool; give the weights of a run on the same rows.")
+        rank_zero_info(
+            f"{known:,} of {len(ids):,} rows start with their weight in {self.path}, by id; the others with 1"
+        )
         weight_N = torch.tensor([earlier.get(key, 1.0) for key in ids], dtype=torch.float64)
         pl_module.weights.start_from(weight_N.to(pl_module.device))
 
