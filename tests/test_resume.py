@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -173,3 +174,14 @@ def test_a_checkpoint_of_another_schema_is_refused(small, tmp_path, uninterrupte
 
 def test_checkpoint_settings_are_usable_from_python():
     assert BilevelCheckpoint(every_minutes=10).every_minutes == 10
+
+
+def test_the_best_state_is_known_in_a_folder_that_was_moved(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "moved")
+    saved = torch.load(tmp_path / "moved" / "checkpoints" / "last.ckpt", weights_only=True)
+    state = next(state for name, state in saved["callbacks"].items() if name.startswith("BilevelCheckpoint"))
+    checkpoint = BilevelCheckpoint(dirpath=str(tmp_path / "moved" / "checkpoints"))
+    checkpoint.load_state_dict(state)
+    assert checkpoint.best_model_score == state["best_model_score"]
+    assert list(checkpoint.best_k_models) == [checkpoint.best_model_path]
+    assert checkpoint.best_model_path == str(tmp_path / "moved" / "checkpoints" / "best.ckpt")

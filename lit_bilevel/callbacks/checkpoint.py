@@ -146,6 +146,21 @@ class BilevelCheckpoint(ModelCheckpoint):
 
     # ---- what ----
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Know the best state again where the run folder was moved, or is named in another way; else the next one would
+        take its place, however bad.
+        """
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath)) / Path(path).name) if path else path
+
+        if state_dict["best_model_path"] and Path(here(state_dict["best_model_path"])).exists():
+            names = ("best_model_path", "kth_best_model_path", "last_model_path")
+            state_dict = state_dict | {name: here(state_dict[name]) for name in names}
+            state_dict["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
+            state_dict["dirpath"] = self.dirpath
+        super().load_state_dict(state_dict)
+
     def _agree(self, trainer: Trainer) -> None:
         """A signal to any process is a signal to all; one that comes after this waits for the next time."""
         self._agreed = self._signal
