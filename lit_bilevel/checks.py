@@ -204,10 +204,10 @@ def _of_deepspeed(module: Any) -> list[str]:
             f"{name} evaluates the policy at other parameter values or takes gradients apart, which DeepSpeed does not"
             f" allow; use `Penalty`, or FSDP2 ({SHARDING})"
         )
-    if module.trainer.strategy.zero_stage_3 and module.weights.learnable:
+    if module.trainer.strategy.zero_stage_3:
         problems.append(
-            f"DeepSpeed stage 3 would split the parameters of `{type(module.weights).__name__}`; use stage 2, or FSDP2"
-            f" ({SHARDING})"
+            "DeepSpeed stage 3 would split the output layer, which the policy reads directly, and learnable weights;"
+            f" use stage 2, or FSDP2 ({SHARDING})"
         )
     if module.policy_settings.compile:
         problems.append("`model.policy.compile` was never tried under DeepSpeed; leave it out")

@@ -176,6 +176,7 @@ class LitBilevel(LightningModule):
         optimizers = [inner, self.make_weight_optimizer(parameters)] if parameters else [inner]
         if self.learns_weights:
             check_optimizer(self.weights, optimizers[-1])
+            self.refinement.check()
         steps = self.trainer.estimated_stepping_batches
         total = None if steps == float("inf") else int(steps)
         scheduler = get_scheduler(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_bilevel.optim import check_optimizer
 from lit_bilevel.ratios import ResponseWeights
 from lit_bilevel.types import PADDING_ROW, Features
 from lit_bilevel.weights.base import ExampleWeights
@@ -55,6 +56,17 @@ class Refinement(nn.Module):
     def template(self) -> ExampleWeights:
         """Weights of the groups before any refresh."""
         return self._template[0]
+
+    def check(self) -> None:
+        """Refuse, before any refresh, an optimizer that is not safe for the groups' weights.
+
+        Raises:
+            UserError: as `check_optimizer` does.
+        """
+        if self.template.learnable:
+            groups = copy.deepcopy(self.template)
+            groups.build(torch.arange(2))
+            check_optimizer(groups, self.make_optimizer(list(groups.parameters())))
 
     @property
     def active(self) -> bool:

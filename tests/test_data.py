@@ -10,12 +10,14 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import SHARED, TOY, read_jsonl, write_jsonl
+from datasets import Dataset
 from sources import Source
 from transformers import AutoTokenizer
 
 from lit_bilevel.data.collate import collate, share_of_rank
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.module import BilevelDataModule
+from lit_bilevel.data.split import split
 from lit_bilevel.data.stream import PairedStream, Schedule
 from lit_bilevel.errors import UserError
 from lit_bilevel.types import PADDING_ROW, Example, Row
@@ -254,3 +256,24 @@ def test_a_short_validation_set_does_not_cost_the_order_of_the_pool(monkeypatch)
         schedule.lower(0, step)
         schedule.upper(step)
     assert drawn.count(999) == 1
+
+
+def test_the_test_file_may_share_no_prompt_with_validation(small, tmp_path):
+    """Else the policy is tested on rows that it was chosen by; `skip` leaves them out of validation."""
+    rows = read_jsonl(Path(small["validation"]))
+    test = write_jsonl(tmp_path / "test.jsonl", [{**rows[3], "id": "other"}, *read_jsonl(Path(small["test"]))])
+    settings = {"tokenizer": str(TOY / "model"), "max_length": 64, "cache": False}
+    with pytest.raises(UserError, match="share no prompt with validation.*" + rows[3]["id"]):
+        BilevelDataModule(small["pool"], small["validation"], test, **settings).setup("fit")
+    data = BilevelDataModule(small["pool"], small["validation"], test, on_bad_row="skip", **settings)
+    data.setup("fit")
+    assert len(data.sets["upper"]) + len(data.sets["monitor"]) == len(rows) - 1
+    assert len(data.skipped["validation"]) == 1
+
+
+def test_equal_prompts_are_not_parted_by_the_split():
+    ids = [f"row{number}" for number in range(40)]
+    table = Dataset.from_dict({"id": ids, "question": [bytes([number // 4]) for number in range(40)]})
+    upper, monitor = split(table, 0.2)
+    assert (len(upper), len(monitor)) == (32, 8)
+    assert not set(upper["question"]) & set(monitor["question"])

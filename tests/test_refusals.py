@@ -66,7 +66,7 @@ REFUSED = {
     "one step under zero 3": (lambda: module(deepspeed(3)), r"`OneStep` evaluates .*; use `Penalty`, or FSDP2"),
     "weights under zero 3": (
         lambda: module(deepspeed(3), solver=Penalty()),
-        r"stage 3 would split .*`SoftmaxWeights`; use stage 2",
+        r"stage 3 would split .*; use stage 2",
     ),
     "clipping under zero": (lambda: module(deepspeed(2), solver=Penalty(), clip=1.0), r"`gradient_clipping` in"),
     "accumulation under zero": (
@@ -96,7 +96,6 @@ def test_what_cannot_run_is_refused(name):
 ACCEPTED = {
     "fsdp2": lambda: module(ModelParallelStrategy()),
     "penalty under zero 2": lambda: module(deepspeed(2), solver=Penalty()),
-    "bmo under zero 3": lambda: module(deepspeed(3), solver=Mixing(), weights=BMOWeights()),
     "bmo on four bits": lambda: module(ONE, solver=Mixing(), weights=BMOWeights(), lora=LORA, quantization="4bit"),
     "compiled": lambda: module(ONE, compile=True),
     "bf16": lambda: module(ONE, precision="bf16-true"),

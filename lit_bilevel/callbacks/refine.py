@@ -235,7 +235,7 @@ class SelfRefine(Callback):
     # ---- the run ----
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size > 1 and not isinstance(trainer.strategy, DDPStrategy):
+        if trainer.world_size > 1 and type(trainer.strategy) is not DDPStrategy:
             raise UserError(
                 f"`SelfRefine` scores different responses on every process, which `{type(trainer.strategy).__name__}`"
                 " does not allow; use `trainer.strategy: ddp`."

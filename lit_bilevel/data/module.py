@@ -156,8 +156,9 @@ class BilevelDataModule(LightningDataModule):
                 source = Source(path, **self.source_settings)
                 sets[name], self.skipped[name], found = self._preparation(name, source)
                 formats |= found
-        sets, shared = apart(sets, self.on_bad_row, self.monitor_fraction)
-        self.skipped["pool"] += shared
+        sets, left_out = apart(sets, self.on_bad_row, self.monitor_fraction)
+        for name, messages in left_out.items():
+            self.skipped[name] += messages
         self.source_names = sorted(column(sets["pool"], "source").unique().to_pylist())
         self.sets = sets
         announce(sets, self.skipped, formats, tokenizer)
