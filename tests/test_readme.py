@@ -113,7 +113,7 @@ def test_commands_run_as_written_in_a_fresh_folder(tmp_path, part, number, block
         assert len(read_jsonl(tmp_path / "runs/mine/predictions.jsonl")) == len(read_jsonl(TOY / "test.jsonl"))
         assert (tmp_path / "runs/refine/weights.parquet").exists()
     if "csv.yaml" in block:
-        header = (tmp_path / "runs/csv/metrics.csv").read_text().splitlines()[0].split(",")
+        header = (tmp_path / "runs/quickstart/metrics.csv").read_text().splitlines()[0].split(",")
         assert {"lower/loss", "weights/effective_size"} <= set(header)
 
 
