@@ -372,7 +372,7 @@ def progress_of(bar: object, **more) -> SimpleNamespace:
 def test_the_bar_and_the_lines_say_what_counts(caplog):
     model = LitBilevel(PolicySettings("lit_bilevel/toy/model"), SoftmaxWeights(), OneStep())
     model.weights.build(torch.zeros(60, dtype=torch.int64))
-    batch = {"lower": [SimpleNamespace(parts=[SimpleNamespace(start=0, stop=4, width=100)])]}
+    batch = {"lower": [SimpleNamespace(computed_tokens=400)]}
     for bar in (Bar(), Lines()):
         bar._rate = Rate()
         bar._rate.started -= 20
