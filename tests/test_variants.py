@@ -43,6 +43,10 @@ def test_a_variant_is_its_method_with_settings(file):
         assert method.needs == "slow"
         assert not method.learns
         assert "--model.weight_optimizer.lr=0.1" not in method.flags  # the second stage is trained as the others are
+    refined = Method.parse("more", {"more": Variant("one_step+refine", refine={"responses": 8})})
+    mine = {"class_path": "SelfRefine", "init_args": {"responses": 2, "start": 5}}
+    (callback, _) = json.loads(refined.callbacks([mine]).partition("=")[2])
+    assert callback["init_args"] == {"responses": 8, "start": 5}
     assert Method.parse("best:slow,mixing", variants).best_of == ("slow", "mixing")
 
 
@@ -69,6 +73,7 @@ def test_rows_of_a_variant():
         ("a: {method: mixing, corrupted: 0.5}", "needs `pool_rows`"),
         ("a: [", "is not YAML"),
         ("a: {method: best_mixing}", "it can only be one of a method"),
+        ("a: {method: mixing, refine: {responses: 1}}", "no `.refine`"),
         ("a: {method: a}", "unknown method 'a'"),
     ],
 )

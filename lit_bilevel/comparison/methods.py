@@ -134,6 +134,8 @@ class Method:
             method = cls.parse(variant.method, others)
             if method.best_of or method.variant:
                 raise UserError(f"the variant {name!r} is one of {variant.method!r}; it can only be one of a method.")
+            if variant.refine and not method.refine:
+                raise UserError(f"the variant {name!r} has `refine` and {variant.method!r} no `+refine`; add it.")
             return replace(method, flags=(*method.flags, *variant.options()), variant=variant)
         kind, _, rest = name.partition(":")
         if name == "best_mixing":
@@ -195,7 +197,10 @@ class Method:
         """
         mine = [callback for callback in configured if str(callback["class_path"]).endswith("SelfRefine")]
         chosen: list[Any] = [callback for callback in configured if callback not in mine]
-        chosen += (mine or [REFINE]) if self.refine else []
+        if self.refine:
+            callback = (mine or [REFINE])[0]
+            own = (self.variant.refine if self.variant else None) or {}
+            chosen.append({**callback, "init_args": {**callback.get("init_args", {}), **own}})
         chosen += [EARLY_STOPPING] if self.stopped_early else []
         if self.weighted and earlier is not None:
             chosen.append({"class_path": "WarmStart", "init_args": {"weights": str(earlier / "weights.parquet")}})

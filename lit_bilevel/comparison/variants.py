@@ -6,6 +6,7 @@
       pool_rows: 1300                              so many rows of the pool …
       corrupted: 0.8                               … with this share of corrupted ones, by the truth file
       validation_rows: 50                          so many rows of the validation file
+      refine: {responses: 1}                       settings of `SelfRefine`, of a method with `+refine`
 
 The parts are drawn by seed 0, stratified as `--subset` does. Left out: parts of the test file, which judges all alike.
 """
@@ -35,6 +36,7 @@ class Variant:
         pool_rows: rows of the pool that it sees, or `None` for all.
         corrupted: share of corrupted ones among them, or `None` for that of the pool.
         validation_rows: rows of the validation file that it sees, or `None` for all.
+        refine: settings of `SelfRefine`, over those of the configuration.
     """
 
     method: str
@@ -42,6 +44,7 @@ class Variant:
     pool_rows: int | None = None
     corrupted: float | None = None
     validation_rows: int | None = None
+    refine: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.corrupted is not None and not (self.pool_rows and 0 <= self.corrupted < 1):
