@@ -18,6 +18,7 @@ from lit_bilevel.comparison.output import say
 from lit_bilevel.comparison.results import Results, replace_text
 from lit_bilevel.comparison.run import Runner
 from lit_bilevel.comparison.table import draw, markdown
+from lit_bilevel.comparison.variants import read_variants
 from lit_bilevel.errors import UserError
 from lit_bilevel.place import located
 
@@ -59,13 +60,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         *("--pairs",), nargs=2, metavar="METHOD", help="write the answers of two methods as pairs, for an outside judge"
     )
+    parser.add_argument("--variants", metavar="FILE", help="YAML of methods with settings and data of their own")
     parser.add_argument("--keep_checkpoints", action="store_true", help="keep the checkpoints of finished runs")
     return parser
 
 
 def _compare(options: argparse.Namespace, shared: list[str], given: list[str]) -> None:
+    variants = read_variants(options.variants) if options.variants else {}
     for name in (*options.methods, *(options.pairs or ())):
-        methods.Method.parse(name)
+        methods.Method.parse(name, variants)
     options.config = located(options.config)
     if not Path(options.config).is_file():
         raise UserError(f"{options.config} does not exist; check `--config`.")
@@ -75,7 +78,8 @@ def _compare(options: argparse.Namespace, shared: list[str], given: list[str]) -
     answers = options.answers or options.pairs is not None
     config = hashlib.sha256(Path(options.config).read_bytes()).hexdigest()
     settings = {name: getattr(options, name) for name in ("subset", "max_steps", "keep")}
-    results = Results(output, {**settings, "answers": answers, "config": config, "flags": shared})
+    used = {f"variant {name}": repr(variants[name]) for name in variants}
+    results = Results(output, {**settings, **used, "answers": answers, "config": config, "flags": shared})
     runner = Runner(
         options.config,
         shared,
@@ -85,6 +89,7 @@ def _compare(options: argparse.Namespace, shared: list[str], given: list[str]) -
         options.max_steps,
         answers,
         options.keep_checkpoints,
+        variants,
         say,
     )
     names = list(dict.fromkeys([*options.methods, *(options.pairs or ())]))

@@ -7,9 +7,10 @@
     random, lowest_loss, highest_loss, perplexity_difference, ngram_importance, gradient_similarity
     bmo, SOLVER[@WEIGHTS]                   weights and policy learned together: one_step, penalty@softmax, …
     two_stage:METHOD, seal                  rows selected by METHOD's weights, then a fresh policy trained on them
+    weighted:METHOD                         a fresh policy trained on all rows under METHOD's weights, which stay
     …+refine[:RULE]                         with `SelfRefine`: one_step@sigmoid+refine:token
 
-Left out: tuning. Every method runs with the settings it is given.
+A file of `--variants` gives further names to methods with settings of their own. Left out: tuning.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lit_bilevel.comparison.filters import (
@@ -31,6 +33,7 @@ from lit_bilevel.comparison.filters import (
 )
 from lit_bilevel.comparison.gradients import GradientSimilarity
 from lit_bilevel.comparison.importance import NgramImportance
+from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
 
 CONSTANT = ("--model.upper_weight_start=0", "--model.upper_weight_decay=0")
@@ -100,6 +103,8 @@ class Method:
         refine: whether `SelfRefine` runs, as the configuration has it or with the settings of `REFINE`.
         stopped_early: whether it ends when the monitor loss has not fallen for 15 looks. For methods that memorise the
             validation rows and never recover.
+        weighted: whether every row keeps the weight that it has after the run that the method needs.
+        variant: what the method is a variant of, and the rows that it sees.
     """
 
     flags: tuple[str, ...] = ()
@@ -108,27 +113,47 @@ class Method:
     best_of: tuple[str, ...] = ()
     refine: bool = False
     stopped_early: bool = False
+    weighted: bool = False
+    variant: Variant | None = None
 
     @classmethod
-    def parse(cls, name: str) -> Method:
+    def parse(cls, name: str, variants: Mapping[str, Variant] | None = None) -> Method:
         """The method of a name.
+
+        Args:
+            name: see above.
+            variants: further names.
 
         Raises:
             UserError: naming the part that is not known and the parts that are.
         """
+        variants = variants or {}
+        if name in variants:
+            variant = variants[name]
+            others = {key: value for key, value in variants.items() if key != name}
+            method = cls.parse(variant.method, others)
+            if method.best_of or method.variant:
+                raise UserError(f"the variant {name!r} is one of {variant.method!r}; it can only be one of a method.")
+            return replace(method, flags=(*method.flags, *variant.options()), variant=variant)
         kind, _, rest = name.partition(":")
         if name == "best_mixing":
             return cls(best_of=SHARES)
         if kind == "best" and rest:
             for part in rest.split(","):
-                cls.parse(part)
+                cls.parse(part, variants)
             return cls(best_of=tuple(rest.split(",")))
-        if name == "seal" or (kind == "two_stage" and rest):
-            first = SEAL if name == "seal" else rest
-            if not cls.parse(first).learns:
-                raise UserError(f"{name!r}: {first!r} learns no weights to select by; name a solver, or bmo.")
-            return cls(UNIFORM, LearnedWeights(), needs=first)
+        if name == "seal" or (kind in ("two_stage", "weighted") and rest):
+            return cls._second_stage(name, SEAL if name == "seal" else rest, kind == "weighted", variants)
         return cls._trained(name)
+
+    @classmethod
+    def _second_stage(cls, name: str, first: str, weighted: bool, variants: Mapping[str, Variant]) -> Method:
+        method = cls.parse(first, variants)
+        if not method.learns:
+            raise UserError(f"{name!r}: {first!r} learns no weights; name a solver, or bmo.")
+        if not weighted:
+            return cls(UNIFORM, LearnedWeights(), needs=first)
+        return cls(("--model.weights=SigmoidWeights", "--model.solver=Mixing"), needs=first, weighted=True)
 
     @classmethod
     def _trained(cls, name: str) -> Method:
@@ -159,18 +184,21 @@ class Method:
     @property
     def learns(self) -> bool:
         """Whether a run leaves learned weights."""
-        return not self.best_of and self.filter is None and self.flags[:2] != UNIFORM
+        return not (self.best_of or self.filter or self.weighted) and self.flags[:2] != UNIFORM
 
-    def callbacks(self, configured: Sequence[Mapping[str, Any]]) -> str:
+    def callbacks(self, configured: Sequence[Mapping[str, Any]], earlier: Path | None = None) -> str:
         """The flag for the run's callbacks: `SelfRefine` put in or taken out, the configuration's others left.
 
         Args:
             configured: the configuration's own, as `class_path` and `init_args`.
+            earlier: folder of the run that the method needs.
         """
         mine = [callback for callback in configured if str(callback["class_path"]).endswith("SelfRefine")]
         chosen: list[Any] = [callback for callback in configured if callback not in mine]
         chosen += (mine or [REFINE]) if self.refine else []
         chosen += [EARLY_STOPPING] if self.stopped_early else []
+        if self.weighted and earlier is not None:
+            chosen.append({"class_path": "WarmStart", "init_args": {"weights": str(earlier / "weights.parquet")}})
         return f"--trainer.callbacks={json.dumps([*chosen, STOPWATCH])}"
 
 

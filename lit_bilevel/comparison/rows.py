@@ -60,19 +60,20 @@ def _line(record: dict[str, Any], columns: Mapping[str, str], key: str) -> str:
     return json.dumps(record, ensure_ascii=False, default=plain) + "\n"
 
 
-def stratified(strata: Sequence[Any], count: int, seed: int) -> np.ndarray:
+def stratified(strata: Sequence[Any], count: int, seed: int, what: str = "`--subset`") -> np.ndarray:
     """[count] positions in order, from every stratum its share of the whole, drawn without replacement.
 
     Args:
         strata: what each row belongs to.
         count: how many rows, at most all.
         seed: of the draw.
+        what: the setting that asks for them, for the message.
 
     Raises:
         UserError: if there are fewer rows.
     """
     if not 0 < count <= len(strata):
-        raise UserError(f"`--subset` is {count:,} and the pool has {len(strata):,} usable rows; ask for fewer.")
+        raise UserError(f"{what} is {count:,} and there are {len(strata):,} usable rows; ask for fewer.")
     numbers = {name: i for i, name in enumerate(sorted(set(strata)))}
     group = np.array([numbers[name] for name in strata])
     rows = np.bincount(group)

@@ -13,7 +13,7 @@ import math
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from lit_bilevel.comparison.output import quiet
 from lit_bilevel.comparison.results import Result, Results
 from lit_bilevel.comparison.rows import copy_records, stratified
 from lit_bilevel.comparison.stopwatch import Stopwatch
+from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.data.files import records
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection import read_lines
@@ -47,6 +48,7 @@ class Runner:
         max_steps: policy steps of every run, or `None` for those of the configuration.
         answers: whether to answer the test prompts.
         keep_checkpoints: whether finished runs keep their checkpoints.
+        variants: further methods by their names.
         say: shows progress.
     """
 
@@ -60,12 +62,13 @@ class Runner:
         max_steps: int | None = None,
         answers: bool = False,
         keep_checkpoints: bool = False,
+        variants: Mapping[str, Variant] | None = None,
         say: Callable[[str], None] = lambda text: None,
     ):
         if not 0 < keep < 1:
             raise UserError(f"`--keep` is {keep:g}; it must lie between 0 and 1.")
         self.config, self.results, self.keep, self.answers = config, results, keep, answers
-        self.keep_checkpoints, self.say = keep_checkpoints, say
+        self.keep_checkpoints, self.variants, self.say = keep_checkpoints, variants or {}, say
         looks = max(1, (max_steps or 1) // 8)
         steps = [f"--trainer.val_check_interval={looks}", "--trainer.check_val_every_n_epoch=null"]
         self.shared = ["--checkpoint.every_minutes=5", *(steps if max_steps else []), *shared]
@@ -82,15 +85,15 @@ class Runner:
                 f"a comparison runs in one process and the settings ask for {cli.trainer.world_size}; set"
                 " `--trainer.devices 1` (and start one comparison a device, each with an `--output` of its own)."
             )
-        pool = cli.datamodule.sets["pool"]
-        self.kinds = read_truth(self.settings.data.truth, pool["id"][:]) if self.settings.data.truth else None
-        if "test" not in cli.datamodule.sets:
+        self.sets = cli.datamodule.sets
+        self.kinds = self._kinds(self.sets["pool"])
+        if "test" not in self.sets:
             raise UserError("there is nothing to compare on; give `--data.test`, a file of held-out rows.")
         results.require({"data": data_digests(cli)})
         self.steps = self.settings.trainer.max_steps
         if self.steps < 0:
             window = self.settings.data.batch_size * self.settings.model.accumulate_grad_batches
-            self.steps = math.ceil(len(pool) / window) * self.settings.trainer.max_epochs
+            self.steps = math.ceil(len(self.sets["pool"]) / window) * self.settings.trainer.max_epochs
 
     # ---- a row of the table ----
 
@@ -98,7 +101,7 @@ class Runner:
         """The result of a method, from the files or by running it and what it needs."""
         found = self.results.find(name, seed)
         if found is None:
-            method = Method.parse(name)
+            method = Method.parse(name, self.variants)
             found = self._best(name, method, seed) if method.best_of else self._run(name, method, seed)
             self.results.add(found)
         return found
@@ -120,13 +123,15 @@ class Runner:
         before = self.row(method.needs, seed)["seconds"] if method.needs else 0.0
         self.say(f"{name}, seed {seed} …")
         folder = self.results.run_folder(name, seed)
-        flags = [*method.flags, f"--seed_everything={seed}"]
-        flags.append(method.callbacks(self._callbacks()))
+        parts = self._parts(method.variant, folder.parent / "rows") if method.variant else []
+        flags = [*method.flags, *parts, f"--seed_everything={seed}"]
+        earlier = self.results.run_folder(method.needs, seed) if method.needs else None
+        flags.append(method.callbacks(self._callbacks(), earlier))
         prepare(folder, [*self.shared, *flags])
         row: Result = {"method": name, "seed": seed}
         if method.filter is not None:
             with quiet(folder / "filter.txt"):
-                chosen, scores, seconds = self._chosen(method, folder, seed)
+                chosen, scores, seconds = self._chosen(method, parts, folder, seed)
             flags += [data_flag("pool", chosen), "--data.truth=null", "--data.cache=false"]
             flags += [f"--trainer.max_steps={self.steps}", "--trainer.max_epochs=-1"]
             before += seconds
@@ -155,28 +160,51 @@ class Runner:
         chosen = {positions[row]: ids[row] for row in rows}
         return copy_records(data.pool, data.columns or {}, chosen, self.results.folder / "subset")
 
+    def _kinds(self, pool: Any) -> list[str] | None:
+        """Kind of corruption of every row of a pool, where there is a truth."""
+        return read_truth(self.settings.data.truth, pool["id"][:]) if self.settings.data.truth else None
+
+    def _parts(self, variant: Variant, folder: Path) -> list[str]:
+        """Flags for files with the rows that a variant sees, where these are not all."""
+        data, flags = self.settings.data, []
+        if variant.pool_rows:
+            pool = self.sets["pool"]
+            rows = variant.pool(pool["source"][:], self.kinds)
+            chosen = dict(zip(pool.select(rows)["row"][:], pool.select(rows)["id"][:], strict=True))
+            flags.append(data_flag("pool", copy_records(data.pool, data.columns or {}, chosen, folder / "pool")))
+            flags += [f"--trainer.max_steps={self.steps}", "--trainer.max_epochs=-1"]
+        if variant.validation_rows:
+            both = [self.sets[name] for name in ("upper", "monitor")]
+            position, key, source = ([v for part in both for v in part[name][:]] for name in ("row", "id", "source"))
+            rows = variant.validation(source)
+            chosen = {position[row]: key[row] for row in rows}
+            files = copy_records(data.validation, data.columns or {}, chosen, folder / "validation")
+            flags.append(data_flag("validation", files))
+        return flags
+
     def _callbacks(self) -> list[dict[str, Any]]:
         own = self.settings.trainer.callbacks
         found = own if isinstance(own, list) else [own] if own else []
         return [callback.as_dict() if isinstance(callback, Namespace) else dict(callback) for callback in found]
 
-    def _chosen(self, method: Method, folder: Path, seed: int) -> tuple[Any, Result, float]:
+    def _chosen(self, method: Method, parts: list[str], folder: Path, seed: int) -> tuple[Any, Result, float]:
         """Files with the rows that a filter keeps, AUROC of its scores, and the time it took."""
         assert method.filter is not None
         started = time.perf_counter()
-        cli = built(self.config, [*self.shared, f"--seed_everything={seed}"])
+        cli = built(self.config, [*self.shared, *parts, f"--seed_everything={seed}"])
         earlier = self.results.run_folder(method.needs, seed) if method.needs else None
         scores = method.filter.scores(Evidence(cli, earlier, seed))
         mask = method.filter.chosen(scores, self.keep, seed)
-        pool, data = cli.datamodule.sets["pool"], self.settings.data
+        pool, data = cli.datamodule.sets["pool"], cli.config.data
         kept = {row: key for row, key, good in zip(pool["row"][:], pool["id"][:], mask, strict=True) if good}
         files = copy_records(data.pool, data.columns or {}, kept, folder / "pool")
         found: Result = {"kept": float(mask.mean())}
-        if self.kinds is not None and not isinstance(method.filter, CleanRows):
+        kinds = self._kinds(pool)
+        if kinds is not None and not isinstance(method.filter, CleanRows):
             import torch
 
-            found["kept_clean"] = float(np.array([not kind for kind in self.kinds])[mask].mean())
-            found |= flat(aurocs(torch.tensor(scores), self.kinds)) if method.filter.scored else {}
+            found["kept_clean"] = float(np.array([not kind for kind in kinds])[mask].mean())
+            found |= flat(aurocs(torch.tensor(scores), kinds)) if method.filter.scored else {}
         return files, found, time.perf_counter() - started
 
     def _scored(self, cli: Any, folder: Path) -> Result:

@@ -1,0 +1,102 @@
+"""Methods with settings and data of their own, in a comparison."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pyarrow.parquet
+import pytest
+from conftest import TOY, read_jsonl
+from test_compare import compare, table_of
+
+from lit_bilevel.comparison.methods import Method
+from lit_bilevel.comparison.variants import Variant, read_variants
+from lit_bilevel.errors import UserError
+
+VARIANTS = """
+slow:
+  method: one_step@sigmoid
+  flags: {model.weight_optimizer.lr: 0.1, trainer.max_steps: 3}
+few:
+  method: mixing
+  pool_rows: 40
+  corrupted: 0.25
+  validation_rows: 20
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "variants.yaml"
+    path.write_text(VARIANTS)
+    return str(path)
+
+
+def test_a_variant_is_its_method_with_settings(file):
+    variants = read_variants(file)
+    slow = Method.parse("slow", variants)
+    assert slow.learns
+    assert slow.flags[-2:] == ("--model.weight_optimizer.lr=0.1", "--trainer.max_steps=3")
+    for name in ("two_stage:slow", "weighted:slow"):
+        method = Method.parse(name, variants)
+        assert method.needs == "slow"
+        assert not method.learns
+        assert "--model.weight_optimizer.lr=0.1" not in method.flags  # the second stage is trained as the others are
+    assert Method.parse("best:slow,mixing", variants).best_of == ("slow", "mixing")
+
+
+def test_rows_of_a_variant():
+    kinds = ["", "x", "", "y"] * 25
+    rows = Variant("mixing", pool_rows=30, corrupted=0.8).pool(["a", "b"] * 50, kinds)
+    assert Counter(kinds[row] for row in rows) == {"": 6, "x": 12, "y": 12}
+    assert sorted(set(rows)) == rows.tolist()
+    assert len(Variant("mixing", pool_rows=10).pool(["a"] * 100, None)) == 10
+    with pytest.raises(UserError, match="asks for 72 corrupted rows and the pool has 50"):
+        Variant("mixing", pool_rows=90, corrupted=0.8).pool(["a"] * 100, kinds)
+    with pytest.raises(UserError, match=r"give `--data\.truth`"):
+        Variant("mixing", pool_rows=30, corrupted=0.8).pool(["a"] * 100, None)
+    with pytest.raises(UserError, match="`validation_rows` is 9 and there are 8"):
+        Variant("mixing", validation_rows=9).validation(["a"] * 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: mixing", "'a' must have `method`"),
+        ("a: {method: mixing, flag: 1}", "'a' must have `method`"),
+        ("- a", "must have `method`"),
+        ("a: {method: mixing, corrupted: 0.5}", "needs `pool_rows`"),
+        ("a: [", "is not YAML"),
+        ("a: {method: best_mixing}", "it can only be one of a method"),
+        ("a: {method: a}", "unknown method 'a'"),
+    ],
+)
+def test_bad_variants_are_refused(tmp_path, text, message):
+    path = tmp_path / "v.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        Method.parse("a", read_variants(str(path)))
+    with pytest.raises(UserError, match="does not exist"):
+        read_variants(str(tmp_path / "none.yaml"))
+
+
+def test_variants_in_a_table(small, tmp_path, file, capsys):
+    asked = ["--variants", file, "--methods", "few", "slow", "weighted:slow"]
+    assert compare(small, tmp_path / "out", *asked) == 0
+    table = table_of(tmp_path / "out")
+    assert {name: int(float(row["steps"])) for name, row in table.items()} == {"few": 2, "slow": 3, "weighted:slow": 2}
+    corrupted = {row["id"] for row in read_jsonl(TOY / "truth.jsonl") if row["corrupted"]}
+    pool = [row["id"] for row in read_jsonl(tmp_path / "out" / "few" / "rows" / "pool" / "pool.jsonl")]
+    assert (len(pool), len(corrupted & set(pool))) == (40, 10)
+    assert len(read_jsonl(tmp_path / "out" / "few" / "rows" / "validation" / "validation.jsonl")) == 20
+    first, second = (
+        pyarrow.parquet.read_table(tmp_path / "out" / name / "seed0" / "weights.parquet")["weight"].to_pylist()
+        for name in ("slow", "weighted-slow")
+    )
+    assert first == pytest.approx(second, rel=1e-4)  # they stay as they are
+    capsys.readouterr()
+    (tmp_path / "variants.yaml").write_text(VARIANTS.replace("0.1", "0.2"))
+    assert compare(small, tmp_path / "out", *asked) == 2
+    assert "other settings (variant slow)" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["variant few"].startswith("Variant(")
