@@ -52,7 +52,8 @@ def summary(sets: Mapping[str, Any], skipped: Mapping[str, Sequence[str]], forma
     for name, table in sets.items():
         longest = pyarrow.compute.max(column(table, "length")).as_py()
         truncated = pyarrow.compute.sum(column(table, "truncated")).as_py()
-        lines.append(f"{name}: {len(table):,} rows, longest {longest:,} tokens, {truncated:,} truncated")
+        pairs = "" if column(table, "rejected_ids").null_count else "preference pairs, "
+        lines.append(f"{name}: {len(table):,} rows, {pairs}longest {longest:,} tokens, {truncated:,} truncated")
     lines += [f"{name}: {len(problems)} rows skipped" for name, problems in skipped.items() if problems]
     return "\n".join(lines)
 
