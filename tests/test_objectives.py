@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from lit_bilevel import (
     SelfRefine,
     SigmoidWeights,
     SoftmaxWeights,
+    UniformWeights,
     ValueFunction,
 )
 from lit_bilevel.cli import main
@@ -302,11 +304,14 @@ def test_both_answers_follow_the_same_prompt(truncation, max_length):
     assert "the same tokens up to `data.max_length`" in str(same_start[0])
 
 
-def as_pairs(records: list[dict], swapped: set[int] = frozenset()) -> list[dict]:
-    """The right answers against those of other rows, the two exchanged in some rows."""
+def as_pairs(records: list[dict], swapped: Collection[int] = ()) -> list[dict]:
+    """Right answers against the right answer to another question of the same task; the two exchanged in some rows."""
     found = []
     for i, record in enumerate(records):
-        answers = [record["response"], records[i - 1]["response"][::-1] + "q"]
+        others = [*records[i + 1 :], *records[:i]]
+        task = [other for other in others if other["prompt"].split(":")[0] == record["prompt"].split(":")[0]] or others
+        wrong = next(other["response"] for other in task if other["response"] != record["response"])
+        answers = [record["response"], wrong]
         chosen, rejected = reversed(answers) if i in swapped else answers
         found.append({"id": record["id"], "prompt": record["prompt"], "chosen": chosen, "rejected": rejected})
     return found
@@ -425,7 +430,7 @@ def trained(settings: dict, data: BilevelDataModule, steps: int, folder) -> LitB
     policy = PolicySettings(str(TOY / "model"), lora=LoraSettings(r=8, alpha=16))
     module = LitBilevel(
         policy,
-        optimizer=partial(torch.optim.AdamW, lr=3e-3),
+        optimizer=partial(torch.optim.AdamW, lr=1e-3),
         weight_optimizer=partial(ExponentiatedGradient, lr=0.5),
         **settings,
     )
@@ -444,23 +449,26 @@ def trained(settings: dict, data: BilevelDataModule, steps: int, folder) -> LitB
     return module
 
 
-def test_swapped_pairs_of_a_pool_end_with_lower_weights(tmp_path):
-    """A third of the pool's pairs prefer the wrong answer; the trusted pairs tell."""
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+def test_swapped_pairs_of_a_pool_end_with_lower_weights(tmp_path, seed):
+    """A third of the pool's pairs prefer the wrong answer; the trusted pairs tell, and equal weights learn less."""
     pool = read_jsonl(TOY / "pool.jsonl")
     truth = read_jsonl(TOY / "truth.jsonl")
     clean = [record for record, known in zip(pool, truth, strict=True) if not known["corrupted"]][:180]
     swapped = set(range(0, 180, 3))
     paths = [write_jsonl(tmp_path / "pool.jsonl", as_pairs(clean, swapped))]
     for name in ("validation", "test"):
-        records = read_jsonl(TOY / f"{name}.jsonl")[:60]
+        records = read_jsonl(TOY / f"{name}.jsonl")[:120]
         paths.append(write_jsonl(tmp_path / f"{name}.jsonl", as_pairs(records)))
-    data = BilevelDataModule(*paths, batch_size=16, seed=0)
-    settings = {"weights": SigmoidWeights(), "solver": OneStep(), "upper_weight": 0.2}
-    module = trained(settings | {"upper_objective": DPO(), "lower_objective": DPO()}, data, 60, tmp_path)
+    settings = {"upper_weight": 0.2, "upper_objective": DPO(), "lower_objective": DPO()}
+    found = {}
+    for weights, solver in ((UniformWeights(), Mixing()), (SigmoidWeights(), OneStep())):
+        data = BilevelDataModule(*paths, batch_size=16, seed=seed)
+        module = trained(settings | {"weights": weights, "solver": solver}, data, 60, tmp_path)
+        found[type(weights)] = metrics = module.trainer.test(module, data, verbose=False)[0]
     kinds = ["swapped" if i in swapped else "" for i in range(180)]
     assert aurocs(module.weights.table(), kinds)["all"] > 0.8
-    trainer = module.trainer
-    metrics = trainer.test(module, data, verbose=False)[0]
     assert set(metrics) == {"test/loss", "test/loss_per_token", "test/preference_loss", "test/accuracy"}
-    assert metrics["test/accuracy"] > 0.8
+    assert metrics["test/accuracy"] > 0.75
     assert metrics["test/preference_loss"] < 0.6
+    assert metrics["test/accuracy"] > found[UniformWeights]["test/accuracy"] + 0.05

@@ -33,7 +33,7 @@ from lit_bilevel.data.responses import ResponseStore
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.split import apart
 from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, unchanged
-from lit_bilevel.data.table import column, source_numbers
+from lit_bilevel.data.table import column, is_paired, source_numbers
 from lit_bilevel.errors import UserError
 from lit_bilevel.place import located
 from lit_bilevel.types import Batch
@@ -174,7 +174,7 @@ class BilevelDataModule(LightningDataModule):
 
     def _examples(self, name: str) -> Examples:
         sources = {source: number for number, source in enumerate(self.source_names)}
-        return Examples(self.sets[name], sources, pairs=not column(self.sets[name], "rejected_ids").null_count)
+        return Examples(self.sets[name], sources, pairs=is_paired(self.sets[name]))
 
     @property
     def _process(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lit_bilevel.data.table import column
+from lit_bilevel.data.table import column, is_paired
 
 DIM, NORMAL = "\x1b[2m", "\x1b[0m"
 
@@ -52,7 +52,7 @@ def summary(sets: Mapping[str, Any], skipped: Mapping[str, Sequence[str]], forma
     for name, table in sets.items():
         longest = pyarrow.compute.max(column(table, "length")).as_py()
         truncated = pyarrow.compute.sum(column(table, "truncated")).as_py()
-        pairs = "" if column(table, "rejected_ids").null_count else "preference pairs, "
+        pairs = "preference pairs, " if is_paired(table) else ""
         lines.append(f"{name}: {len(table):,} rows, {pairs}longest {longest:,} tokens, {truncated:,} truncated")
     lines += [f"{name}: {len(problems)} rows skipped" for name, problems in skipped.items() if problems]
     return "\n".join(lines)

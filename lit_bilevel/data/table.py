@@ -43,6 +43,7 @@ ENCODED = Features(
         "truncated": Value("bool"),
         "earlier": List(Value("int32")),
         "rejected_ids": List(Value("int32")),
+        "pair": Value("bool"),
         "length": Value("int32"),
         "question": Value("binary"),
         "digest": Value("binary"),
@@ -171,6 +172,7 @@ class _Encode:
         for row, encoded in zip(rows, encoded_rows(self.encoder, rows), strict=True):
             record = {name: getattr(row, name) for name in ("row", "id", "prompt", "response", "source", "place")}
             record |= {"question": _digest(*question(row)), "problem": None, "length": 0}
+            record["pair"] = row.rejected is not None
             if isinstance(encoded, ValueError):
                 record |= {"problem": f"{row.place}, id {row.id!r}: {encoded}"}
             else:
@@ -199,6 +201,13 @@ def question(row: Row) -> tuple[str, ...]:
 def column(table: Dataset, name: str) -> Any:
     """A whole column as a pyarrow `ChunkedArray`; read from the memory map unless rows were taken out."""
     return table.select_columns([name]).with_format("arrow")[:][name]
+
+
+def is_paired(table: Dataset) -> bool:
+    """Whether every row is a preference pair whose both answers were asked for."""
+    import pyarrow.compute
+
+    return pyarrow.compute.all(column(table, "pair")).as_py()
 
 
 def longest(tables: Iterable[Dataset]) -> int:
