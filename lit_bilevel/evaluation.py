@@ -56,7 +56,8 @@ class Evaluation(nn.Module):
 
     def _ranked(self, objective: Objective, nll_K: Tensor, batch: Batch, real_B: Tensor) -> dict[str, MeanMetric]:
         self.preference_loss.update(objective.losses(nll_K, batch), real_B)
-        self.accuracy.update((objective.margins(nll_K, batch) > 0).to(nll_K.dtype), real_B)
+        right_B = (objective.margins(nll_K, batch).sign() + 1) / 2  # a tie, as before any training, is half right
+        self.accuracy.update(right_B, real_B)
         return {"test/preference_loss": self.preference_loss, "test/accuracy": self.accuracy}
 
 

@@ -42,6 +42,7 @@ from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.pairs import encoded_rows
 from lit_bilevel.errors import UserError
+from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.load import load_policy
 from lit_bilevel.policy.policy import Policy
@@ -126,6 +127,8 @@ def test_at_its_start_the_policy_is_the_reference(model):
     batch = policy.prepared(DPO(), collate(pairs(1), ROWS))
     with policy.evaluating():
         assert torch.equal(DPO().margins(policy(batch), batch), torch.zeros(ROWS).double())
+        found = Evaluation(SFT(), DPO())("test", policy, batch)
+        assert float(found["test/accuracy"].compute()) == 0.5
         assert policy.losses(DPO(), batch).tolist() == pytest.approx([0.6931471805599453] * ROWS, abs=1e-15)
 
 
