@@ -203,7 +203,7 @@ class Batch:
     Args:
         row_B: [B] table position of each example; `PADDING_ROW` marks an example that only fills a shape.
         source_B: [B] source number.
-        length_B: [B] response tokens of each example.
+        length_B: [B] response tokens of each example (of a pair, of its chosen answer).
         input_ids_ST: [S, T] token ids. Causal attention never looks right, so padding needs no mask.
         position_K: [K] flat index into S·T of the token *before* each predicted one.
         target_K: [K] predicted token ids.

@@ -5,6 +5,8 @@
 The lower pass that a solver sees is the policy's own training pass, so `Penalty` costs nothing extra. Where ∇f is
 asked for by itself, the upper level gets its own backward pass first; otherwise its gradient is left to accumulate.
 
+What f and ℓ_i are is said by the objective of each level; a reference that one needs is computed once a step.
+
 Dropout: every pass over the lower rows starts from the same random state, so differences compare like with like.
 Left out: gradients of ∇f with respect to anything but θ.
 """
