@@ -14,6 +14,7 @@ _NAMES = {
     "lit_bilevel.module": "LitBilevel",
     "lit_bilevel.data.module": "BilevelDataModule",
     "lit_bilevel.policy.load": "LoraSettings PolicySettings",
+    "lit_bilevel.objectives": "DPO Objective SFT",
     "lit_bilevel.optim": "ExponentiatedGradient",
     "lit_bilevel.weights": "BMOWeights ExampleWeights NetworkWeights RunningWeights SigmoidWeights SoftmaxWeights "
     "SourceWeights TableWeights UniformWeights",

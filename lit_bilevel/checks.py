@@ -50,6 +50,13 @@ def check_settings(module: Any) -> None:
             f"`model.refined_weights` is `{type(groups).__name__}`, which learns from scores, and there are none where"
             f" `model.weights` is `{type(module.weights).__name__}`; use `BMOWeights` or `UniformWeights`"
         )
+    for level in ("upper", "lower"):
+        objective = getattr(module, f"{level}_objective")
+        if objective.needs_reference and module.policy_settings.lora is None:
+            problems.append(
+                f"`model.{level}_objective` is `{type(objective).__name__}`, whose reference is the policy with its"
+                " adapter switched off, and there is none; set one with `--model.policy.lora '{r: 16, alpha: 16}'`"
+            )
     problems += _out_of_range(module) + module.guard.settings.problems()
     if problems:
         raise gathered("bad settings", problems)

@@ -24,6 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+import lit_bilevel.objectives
 import lit_bilevel.optim
 import lit_bilevel.policy.backends
 import lit_bilevel.ratios
@@ -140,6 +141,7 @@ class BilevelCLI(LightningCLI):
             if isinstance(error, UserError):
                 raise
             raise UserError(f"the settings cannot be used: {error} (`--print_config` shows all of them)") from error
+        self.datamodule.pair_levels = self.model.pair_levels  # for data that are set up without a run
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init

@@ -15,7 +15,8 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from lit_bilevel.policy.problem import Engine, PolicyProblem
+from lit_bilevel.policy.engine import Engine
+from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.problem import Values
 from lit_bilevel.ratios import ResponseWeights
 from lit_bilevel.types import PADDING_ROW, Features

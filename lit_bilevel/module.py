@@ -25,12 +25,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_bilevel.checks import check_flags, check_run, check_settings, takes_one_optimizer
+from lit_bilevel.checks import check_flags, check_run, check_settings
 from lit_bilevel.errors import UserError
 from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
 from lit_bilevel.guard import Guard, GuardSettings
-from lit_bilevel.optim import ExponentiatedGradient, check_optimizer
+from lit_bilevel.objectives.base import Objective
+from lit_bilevel.objectives.sft import SFT
+from lit_bilevel.optim import ExponentiatedGradient
+from lit_bilevel.optimizers import made_optimizers
 from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
@@ -55,6 +58,8 @@ class LitBilevel(LightningModule):
         policy: which model is tuned, and how.
         weights: how data weights are parameterised.
         solver: how a policy step is turned into scores for the weights.
+        upper_objective: f, what is learned of the validation rows: `SFT` (the default), or `DPO` from preference pairs.
+        lower_objective: ℓ, the same of the pool rows.
         optimizer: makes the policy's optimizer.
         weight_optimizer: makes the weights' optimizer.
         upper_weight: λ; the policy minimises λ·f + (1−λ)·g.
@@ -93,6 +98,8 @@ class LitBilevel(LightningModule):
         refined_weights: ExampleWeights | None = None,
         max_new_tokens: int = 256,
         guard: GuardSettings | None = None,
+        upper_objective: Objective | None = None,
+        lower_objective: Objective | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -115,7 +122,8 @@ class LitBilevel(LightningModule):
         self.gradient_clip_val = gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
         self.guard = Guard(guard or GuardSettings())
-        self.evaluation = Evaluation()
+        self.upper_objective, self.lower_objective = upper_objective or SFT(), lower_objective or SFT()
+        self.evaluation = Evaluation(self.lower_objective, self.upper_objective)
         self.own_optimizer: Optimizer | None = None
         """The outer optimizer where the strategy takes one only."""
         self._own_state: dict[str, Any] = {}
@@ -145,6 +153,8 @@ class LitBilevel(LightningModule):
         if self.policy is None:
             dtype = torch.get_default_dtype()
             self.policy = load_policy(self.policy_settings, dtype)
+            if self.lower_objective.needs_reference or self.upper_objective.needs_reference:
+                self.policy.check_reference()
             if self.policy_settings.compile:
                 compile_layers(self.policy, self.trainer.strategy.root_device.type == "cpu")
             if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -157,35 +167,7 @@ class LitBilevel(LightningModule):
         return [name for name, _ in named if name.startswith(("weights.", "refinement."))]
 
     def configure_optimizers(self) -> Any:
-        try:
-            return self._make_optimizers()
-        except (ValueError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"an optimizer or the schedule cannot be made: {error}; look at `model.optimizer`,"
-                " `model.weight_optimizer`, `model.lr_scheduler` and `model.lr_scheduler_kwargs`."
-            ) from error
-
-    def _make_optimizers(self) -> Any:
-        from transformers import get_scheduler
-
-        assert self.policy is not None
-        inner = self.make_optimizer(self.policy.trainable())
-        parameters = list(self.weights.parameters())
-        optimizers = [inner, self.make_weight_optimizer(parameters)] if parameters else [inner]
-        if self.learns_weights:
-            check_optimizer(self.weights, optimizers[-1])
-            self.refinement.check()
-        steps = self.trainer.estimated_stepping_batches
-        total = None if steps == float("inf") else int(steps)
-        scheduler = get_scheduler(
-            self.lr_scheduler_name, inner, self.warmup_steps, total, scheduler_specific_kwargs=self.lr_scheduler_kwargs
-        )
-        schedule = {"scheduler": scheduler, "interval": "step"}
-        if takes_one_optimizer(self.trainer.strategy):
-            self.own_optimizer = optimizers.pop() if parameters else None
-        return optimizers, [schedule]
+        return made_optimizers(self)
 
     # ---- training ----
 
@@ -201,6 +183,12 @@ class LitBilevel(LightningModule):
         if self.progress < self.upper_weight_start:
             return 0.0
         return max(0.0, self.initial_upper_weight - self.upper_weight_decay * self.current_epoch)
+
+    @property
+    def pair_levels(self) -> list[str]:
+        """The levels whose rows must be preference pairs; the data module asks for them."""
+        levels = {"lower": self.lower_objective, "upper": self.upper_objective}
+        return [level for level, objective in levels.items() if objective.pairs]
 
     @property
     def learns_weights(self) -> bool:
@@ -245,6 +233,7 @@ class LitBilevel(LightningModule):
             self.upper_weight,
             optimizer,
             lightning_engine(self),
+            (self.lower_objective, self.upper_objective),
         )
 
     def _log_step(self, values: dict[str, Tensor]) -> None:

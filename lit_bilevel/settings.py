@@ -22,6 +22,8 @@ def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
     if module.policy_settings.lora is not None:
         found["policy.lora_r"] = module.policy_settings.lora.r
     found |= own_settings("solver", module.solver) | own_settings("weights", module.weights)
+    for level in ("upper_objective", "lower_objective"):
+        found |= own_settings(level, getattr(module, level))
     for name, optimizer in zip(("optimizer", "weight_optimizer"), trainer.optimizers, strict=False):
         found[name] = type(optimizer).__name__
         found[f"{name}.lr"] = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])

@@ -3,7 +3,7 @@
 Suffixes name the axes of a tensor, one letter an axis:
 
     B   examples of a batch (each has one data weight)
-    S   token sequences of a batch (S = B for offline data; a refined row has several sequences)
+    S   token sequences of a batch (S = B for offline data; a preference pair has two, a refined row several)
     T   tokens of a padded sequence
     K   predicted response tokens of a batch, all sequences one after the other
     P   rows of packed sequences
@@ -40,6 +40,7 @@ class Row:
         source: where the row comes from, by the user's name.
         history: the turns before the prompt, as (role, content), a system turn included.
         place: file and line, for messages.
+        rejected: of a preference pair whose both answers are asked for, the other one.
     """
 
     row: int
@@ -49,6 +50,7 @@ class Row:
     source: str
     history: tuple[tuple[str, str], ...] = ()
     place: str = field(default="", compare=False)
+    rejected: str | None = None
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:
@@ -91,6 +93,7 @@ class Example:
     """One row as token ids; tokens from `response_start` on are predicted, and those at the positions `earlier`.
 
     With a `group`, `input_ids` is the prompt alone and the example has as many sequences as the group has responses.
+    With `rejected_ids` it is a preference pair of two sequences, whose prompts are the same.
     """
 
     row: int
@@ -99,10 +102,11 @@ class Example:
     response_start: int
     group: Group | None = None
     earlier: list[int] = field(default_factory=list)
+    rejected_ids: list[int] | None = None
 
     @property
     def response_length(self) -> int:
-        """Number of predicted tokens; of a group, the mean per response, rounded."""
+        """Number of predicted tokens; of a pair, those of the chosen answer; of a group, the mean, rounded."""
         if self.group is None:
             return len(self.earlier) + len(self.input_ids) - self.response_start
         lengths = [len(response.token_ids) for response in self.group.responses]
@@ -199,7 +203,7 @@ class Batch:
     Args:
         row_B: [B] table position of each example; `PADDING_ROW` marks an example that only fills a shape.
         source_B: [B] source number.
-        length_B: [B] response tokens of each example.
+        length_B: [B] response tokens of each example (of a pair, of its chosen answer).
         input_ids_ST: [S, T] token ids. Causal attention never looks right, so padding needs no mask.
         position_K: [K] flat index into S·T of the token *before* each predicted one.
         target_K: [K] predicted token ids.
@@ -210,6 +214,9 @@ class Batch:
         window_rows: rows in the whole policy step, over all micro-batches and processes, padding not counted.
         generated: which of the sequences were sampled from the policy, or `None` where all are offline data.
         packing: the same sequences as they go through the policy instead of the parts, or `None`.
+        sign_K: [K] of preference pairs, 1 for tokens of a chosen answer (their scale is 1/length), −1 for those of a
+            rejected one (their scale is 0), 0 for padding; `None` where there are none.
+        reference_K: [K] NLL of each predicted token under the reference, where an objective asked for it.
     """
 
     row_B: Tensor
@@ -224,6 +231,8 @@ class Batch:
     window_rows: int
     generated: Generated | None = None
     packing: Packing | None = None
+    sign_K: Tensor | None = None
+    reference_K: Tensor | None = None
 
     @property
     def size(self) -> int:

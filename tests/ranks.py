@@ -95,14 +95,17 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     losses.CHUNK_ELEMENTS = case.get("chunk", 1 << 25)
     world_size, sharded = int(os.environ.get("WORLD_SIZE", 1)), case["strategy"] == "fsdp2"
     strategies = {"auto": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(save_distributed_checkpoint=False)}
+    lora = {"lora": lb.LoraSettings(**case["lora"])} if "lora" in case else {}
     module = lb.LitBilevel(
-        lb.PolicySettings(case["model"], **case.get("policy", {})),
+        lb.PolicySettings(case["model"], **case.get("policy", {}), **lora),
         getattr(lb, case.get("weights", "SoftmaxWeights"))(),
         getattr(lb, case["solver"])(**case.get("solver_settings", {})),
         optimizer=partial(torch.optim.AdamW, lr=case.get("lr", 3e-3), eps=case.get("eps", 1e-8)),
         weight_optimizer=partial(ExponentiatedGradient, lr=0.3),
         accumulate_grad_batches=case.get("accumulate", 1),
         gradient_clip_val=case.get("clip", 1.0),
+        upper_objective=getattr(lb, case.get("objective", "SFT"))(),
+        lower_objective=getattr(lb, case.get("objective", "SFT"))(),
     )
     trainer = Trainer(
         strategy=strategies[case["strategy"]],

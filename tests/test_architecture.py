@@ -12,7 +12,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lit_bilevel"
 FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in FILES}
 HEAVY = ("lightning", "transformers", "peft", "datasets")
-PURE = ("types.py", "losses.py", "problem.py", "optim.py", "ratios.py", "errors.py", "weights/", "solvers/")
+PURE = (
+    *("types.py", "losses.py", "problem.py", "optim.py", "ratios.py", "errors.py"),
+    *("weights/", "solvers/", "objectives/"),
+)
 
 
 def imports(name: str) -> set[str]:

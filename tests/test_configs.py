@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, TOY
+from conftest import ROOT, TOY, read_jsonl, write_jsonl
 
 from lit_bilevel.cli import BilevelCLI, main
 
 COMPLETE = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 PARTIAL = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*/*.yaml"))
+
+
+def transcripts(folder: Path) -> str:
+    """The toy's validation rows as preference pairs in the shape of hh-rlhf."""
+    pairs = [
+        {name: f"\n\nHuman: {row['prompt']}\n\nAssistant: {answer}" for name, answer in answers.items()}
+        for row in read_jsonl(TOY / "validation.jsonl")[:30]
+        for answers in [{"chosen": row["response"], "rejected": f"no {row['response']}"}]
+    ]
+    return write_jsonl(folder / "pairs.jsonl", pairs)
 
 
 @pytest.mark.parametrize("name", COMPLETE)
@@ -36,6 +48,8 @@ def test_complete_configurations_run_two_steps_on_the_toy_policy(name, flags, tm
     local = [f"--model.policy.path={TOY / 'model'}", "--data.columns=null", "--data.test=null", "--data.max_length=64"]
     cheap = ["--trainer.max_steps=2", "--trainer.max_epochs=-1", "--trainer.accelerator=cpu", "--export.policy=false"]
     text = (ROOT / "configs" / name).read_text()
+    if "class_path: DPO" in text:
+        local.append(f"--data.validation={transcripts(tmp_path)}")
     if "query_key_value" in text:
         local.append("--model.policy.lora.target_modules=[q_proj, v_proj]")
     if "bf16" in text:

@@ -12,11 +12,11 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from test_refine import refine_all, refine_flags, run
 from test_resume import fit, short
 
-import lit_bilevel.policy.problem
-from lit_bilevel import Mixing, OneStep, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
+from lit_bilevel import SFT, Mixing, OneStep, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
 from lit_bilevel.guard import GuardSettings
+from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.generate import HFGenerate
 from lit_bilevel.policy.load import load_policy
 from lit_bilevel.ratios import Token
@@ -27,14 +27,13 @@ from lit_bilevel.weights import BMOWeights, NetworkWeights
 def poison(monkeypatch):
     """A set of row numbers whose loss is NaN from now on."""
     rows: set[int] = set()
-    original = lit_bilevel.policy.problem.example_nll
 
-    def example_nll(nll_K, batch):
-        loss_B = original(nll_K, batch)
+    def losses(self, nll_K, batch):
+        loss_B = example_nll(nll_K, batch)
         bad_B = torch.isin(batch.row_B, torch.tensor(sorted(rows), dtype=torch.int64))
         return loss_B * torch.where(bad_B, torch.nan, 1.0).to(loss_B)
 
-    monkeypatch.setattr(lit_bilevel.policy.problem, "example_nll", example_nll)
+    monkeypatch.setattr(SFT, "losses", losses)
     return rows
 
 

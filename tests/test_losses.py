@@ -9,7 +9,7 @@ from problems import normal
 from torch.autograd import forward_ad
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_bilevel import losses
+from lit_bilevel import SFT, losses
 from lit_bilevel.data.collate import collate
 from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.losses import OutputLayer, token_nll
@@ -195,5 +195,5 @@ def test_masked_logits_are_left_to_the_model():
 
 def test_a_mean_is_over_all_rows_or_not_a_number():
     batch = collate([Example(row, 0, [1, 2, 3], 1) for row in range(2)], 2)
-    metrics = Evaluation()("test", lambda batch: torch.tensor([1.0, 1.0, 1.0, torch.nan]), batch)
+    metrics = Evaluation(SFT(), SFT())("test", lambda batch: torch.tensor([1.0, 1.0, 1.0, torch.nan]), batch)
     assert all(metric.compute().isnan() for metric in metrics.values())

@@ -11,14 +11,15 @@ from problems import normal
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from lit_bilevel import BMOWeights, Implicit, Mixing, OneStep, Penalty, ValueFunction, losses
+from lit_bilevel import SFT, BMOWeights, Implicit, Mixing, OneStep, Penalty, ValueFunction, losses
 from lit_bilevel.data.collate import collate
 from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.compile import compile_layers
+from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.load import checkpoint_activations
 from lit_bilevel.policy.policy import Policy
-from lit_bilevel.policy.problem import Engine, PolicyProblem
+from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.policy.score import _derivatives
 from lit_bilevel.types import Example
 
@@ -73,6 +74,7 @@ def made(policy, size=ROWS, upper_weight=UPPER_WEIGHT, weigh=None, needs_loss=Fa
         upper_weight,
         optimizer or torch.optim.AdamW(policy.trainable(), lr=1e-3),
         ENGINE,
+        (SFT(), SFT()),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from conftest import TOY
+from conftest import TOY, read_jsonl, write_jsonl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 METHODS = {
@@ -22,6 +22,7 @@ METHODS = {
     "network": {"solver": "OneStep", "weights": "NetworkWeights"},
     "packed": {"solver": "OneStep", "packing": True},
     "accumulated": {"solver": "OneStep"},
+    "dpo": {"solver": "OneStep", "objective": "DPO", "lora": {"r": 2, "target_modules": ["query_key_value"]}},
 }
 STRATEGIES = {"ddp": list(METHODS), "fsdp2": [name for name in METHODS if name not in ("network", "accumulated")]}
 PAIRS = [(name, strategy) for strategy, names in STRATEGIES.items() for name in names]
@@ -29,12 +30,13 @@ TOLERANCES = {"64-true": {"one_step_differences": 1e-7}, "32-true": {"one_step_d
 
 
 def case(name: str, strategy: str, folder: Path, **settings) -> dict:
+    kind = "pairs_" if "objective" in METHODS[name] else ""
     common = {
         "name": f"{name} {strategy}",
         "strategy": strategy,
         "model": str(folder / "model"),
-        "pool": str(folder / "pool.jsonl"),
-        "validation": str(folder / "validation.jsonl"),
+        "pool": str(folder / f"{kind}pool.jsonl"),
+        "validation": str(folder / f"{kind}validation.jsonl"),
         "folder": str(folder / "run"),
         "rows": 8,
         "steps": 20,
@@ -50,8 +52,10 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     ranks.save_model(folder / "model")
     for name, size in {"pool": 60, "validation": 30}.items():
-        lines = (TOY / f"{name}.jsonl").read_text().splitlines(keepends=True)[:size]
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        records = read_jsonl(TOY / f"{name}.jsonl")[:size]
+        write_jsonl(folder / f"{name}.jsonl", records)
+        pairs = [{"id": r["id"], "prompt": r["prompt"], "chosen": r["response"], "rejected": "b"} for r in records]
+        write_jsonl(folder / f"pairs_{name}.jsonl", pairs)
     return folder
 
 
@@ -86,8 +90,7 @@ def test_two_processes_equal_one_in_float64(double, name, strategy):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "strategy"), PAIRS)
 def test_two_processes_equal_one_in_float32(single, name, strategy):
-    differences = name in ("one_step", "one_step_differences", "accumulated", "network")
-    same(single, name, strategy, 1e-2 if differences else 1e-4)
+    same(single, name, strategy, 1e-2 if METHODS[name]["solver"] == "OneStep" else 1e-4)  # takes differences
 
 
 ACCUMULATED = {
@@ -98,7 +101,8 @@ ACCUMULATED = {
 
 @pytest.mark.parametrize("name", ACCUMULATED)
 def test_four_micro_batches_of_two_equal_one_of_eight(folder, name):
-    common = case("penalty", "auto", folder) | ACCUMULATED[name] | {"steps": 8 if name == "implicit" else 15}
+    known = name if name in METHODS else "penalty"
+    common = case(known, "auto", folder) | ACCUMULATED[name] | {"steps": 8 if name == "implicit" else 15}
     found = []
     for batches in ({}, {"rows": 2, "accumulate": 4}):
         module, trainer = ranks.fitted(common | batches)

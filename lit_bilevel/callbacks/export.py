@@ -21,7 +21,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_bilevel.data.table import column
-from lit_bilevel.losses import example_nll
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.shard import whole_state
 from lit_bilevel.scoring import aurocs, flat, read_truth
@@ -153,7 +152,7 @@ def score_pool(trainer: Trainer, module: LitBilevel) -> None:
     loader = trainer.datamodule.evaluation_loader("pool")  # type: ignore[attr-defined]
     with evaluating(trainer, module) as made:
         for batch in map(made, loader):
-            loss_B = example_nll(module.policy(batch), batch)
+            loss_B = module.policy.losses(module.lower_objective, batch)
             table = torch.stack([batch.row_B, batch.source_B, batch.length_B, loss_B], dim=1).double()
             if trainer.world_size > 1:
                 table = module.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]

@@ -235,6 +235,10 @@ class SelfRefine(Callback):
     # ---- the run ----
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, LitBilevel) and pl_module.lower_objective.pairs:
+            raise UserError(
+                "`SelfRefine` replaces answers, and `model.lower_objective` learns from pairs; leave one of them out."
+            )
         if trainer.world_size > 1 and type(trainer.strategy) is not DDPStrategy:
             raise UserError(
                 f"`SelfRefine` scores different responses on every process, which `{type(trainer.strategy).__name__}`"

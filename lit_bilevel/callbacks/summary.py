@@ -81,7 +81,7 @@ def test_losses(trainer: Trainer, module: LitBilevel) -> dict[str, float]:
     limit = trainer.limit_test_batches
     loader = trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
     count = min(limit, len(loader)) if isinstance(limit, int) else int(limit * len(loader))
-    evaluation = Evaluation().to(module.device)
+    evaluation = Evaluation(module.lower_objective, module.upper_objective).to(module.device)
     with evaluating(trainer, module) as made:
         for window in itertools.islice(loader, count):
             metrics = evaluation("test", module.policy, made(window))
@@ -124,6 +124,9 @@ def _method(settings: dict[str, Plain], module: LitBilevel) -> str:
     for name, what in (("optimizer", "policy"), ("weight_optimizer", "weights")):
         if name in settings and (name == "optimizer" or module.learns_weights):
             parts.append(f"{what}: {settings[name]} at {settings[f'{name}.lr']:g}")
+    for level in ("upper", "lower"):
+        if settings[f"{level}_objective"] != "SFT":
+            parts.append(f"{level} objective: {settings[f'{level}_objective']}")
     if "refine" in settings:
         parts.append(f"self-refining: {settings['refine']}, {settings['refine.responses']} responses a row")
     return "; ".join(parts)

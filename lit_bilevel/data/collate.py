@@ -22,7 +22,7 @@ from lit_bilevel.types import PADDING_ROW, Batch, Example, Generated, Part, Resp
 def collate(
     examples: Sequence[Example], window_rows: int, call_cost: float = math.inf, pack_width: float | None = None
 ) -> Batch:
-    """One batch of examples: one sequence each, or one per response where an example has a group.
+    """One batch of examples: one sequence each, two of a preference pair, or one per response of a group.
 
     Args:
         examples: at least one; those with `PADDING_ROW` fill the shape and count nothing.
@@ -56,6 +56,7 @@ def collate(
         window_rows=window_rows,
         generated=_generated(examples, sequences),
         packing=None if pack_width is None else pack(every_ids, predicted, pack_width),
+        sign_K=_signs(examples, sequences),
     )
 
 
@@ -77,7 +78,10 @@ def _parts(sequences: list[_Sequence], call_cost: float) -> Iterator[Part]:
 
 
 class _Sequence(NamedTuple):
-    """One sequence of a batch; `response`, and its `number` in the batch, are set where it was sampled."""
+    """One sequence of a batch; `response`, and its `number` in the batch, are set where it was sampled.
+
+    `sign` is 1 for a chosen and −1 for a rejected answer of a pair, else 0.
+    """
 
     ids: list[int]
     start: int
@@ -86,6 +90,7 @@ class _Sequence(NamedTuple):
     earlier: Sequence[int] = ()
     response: Response | None = None
     number: int = -1
+    sign: int = 0
 
     @property
     def predicted(self) -> int:
@@ -95,14 +100,25 @@ class _Sequence(NamedTuple):
 
 def _sequences(example: Example, index: int, numbers: Iterator[int]) -> Iterator[_Sequence]:
     if example.group is None:
-        scale = 0.0 if example.row == PADDING_ROW else 1.0 / example.response_length
-        yield _Sequence(example.input_ids, example.response_start, index, scale, example.earlier)
+        real = example.row != PADDING_ROW
+        sign = int(real and example.rejected_ids is not None)
+        scale = 1.0 / example.response_length if real else 0.0
+        yield _Sequence(example.input_ids, example.response_start, index, scale, example.earlier, sign=sign)
+        if example.rejected_ids is not None:
+            yield _Sequence(example.rejected_ids, example.response_start, index, 0.0, sign=-sign)
         return
     responses = example.group.responses
     scale = 1.0 / (len(responses) * example.group.mean_length)  # a constant length, and 1/G′ once
     prompt = example.input_ids
     for response in responses:
         yield _Sequence(prompt + response.token_ids, len(prompt), index, scale, (), response, next(numbers))
+
+
+def _signs(examples: Sequence[Example], sequences: list[_Sequence]) -> torch.Tensor | None:
+    if all(example.rejected_ids is None for example in examples):
+        return None
+    lengths = [sequence.predicted for sequence in sequences]
+    return torch.from_numpy(np.repeat(np.array([sequence.sign for sequence in sequences], dtype=np.int64), lengths))
 
 
 def _generated(examples: Sequence[Example], sequences: list[_Sequence]) -> Generated | None:

@@ -35,12 +35,16 @@ class Encoded:
         response_start: position of the first token of the last response.
         truncated: whether `max_length` cut anything off.
         earlier: positions of the learned tokens of earlier responses.
+        dropped: how many tokens of the prompt were cut off.
+        rejected_ids: of a preference pair, the ids of prompt and rejected response.
     """
 
     input_ids: list[int]
     response_start: int
     truncated: bool
     earlier: list[int]
+    dropped: int = 0
+    rejected_ids: list[int] | None = None
 
 
 class Encoder:
@@ -249,7 +253,7 @@ class Encoder:
         earlier = [i for span in spans[:-1] for i in range(*span)] if self.train_on == "all" else []
         if len(ids) - start < 2:
             return ValueError("the tokenizer makes no token of the response")
-        excess = len(ids) - self.max_length
+        excess, drop = len(ids) - self.max_length, 0
         kept = 1  # token before the first that is predicted, BOS where there is one
         if excess > 0 and self.truncation == "left":
             head = 1 if ids[0] == self.tokenizer.bos_token_id else 0
@@ -262,7 +266,7 @@ class Encoder:
                 f"no response token fits into `data.max_length` {self.max_length}: the prompt alone has {start} tokens;"
                 " raise it or set `data.truncation: left`"
             )
-        return Encoded(ids[: self.max_length], start, excess > 0, [i for i in earlier if i >= kept])
+        return Encoded(ids[: self.max_length], start, excess > 0, [i for i in earlier if i >= kept], drop)
 
     def _render(self, turns: Iterable[tuple[str, str]], generation_prompt: bool) -> str:
         return self.tokenizer.apply_chat_template(

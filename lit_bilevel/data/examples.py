@@ -36,10 +36,12 @@ class Examples:
     Args:
         table: rows with their token ids.
         sources: the number of each source's name; others have −1.
+        pairs: whether the rows are preference pairs and both answers are wanted.
     """
 
-    def __init__(self, table: Any, sources: Mapping[str, int]):
-        self.table = table.select_columns(["source", "input_ids", "response_start", "earlier"])
+    def __init__(self, table: Any, sources: Mapping[str, int], pairs: bool = False):
+        names = ["source", "input_ids", "response_start", "earlier", *(["rejected_ids"] if pairs else [])]
+        self.table = table.select_columns(names)
         self.sources = sources
 
     def __call__(self, rows: Sequence[int]) -> list[Example]:
@@ -47,8 +49,8 @@ class Examples:
         columns = self.table[list(rows)]
         values = zip(rows, *(columns[name] for name in columns), strict=True)
         return [
-            Example(row, self.sources.get(source, -1), ids, start, earlier=earlier)
-            for row, source, ids, start, earlier in values
+            Example(row, self.sources.get(source, -1), ids, start, None, earlier, *rejected)
+            for row, source, ids, start, earlier, *rejected in values
         ]
 
 

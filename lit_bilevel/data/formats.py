@@ -1,11 +1,12 @@
 """What a record means: the columns of a file turned into the turns of a conversation.
 
-One small class a format; `detect` chooses by the columns that are there. Of a preference pair the rejected answer is
-read (`Preference.pair`) but not trained on, for that needs an objective of its own. Left out: tool calls and images.
+One small class a format; `detect` chooses by the columns that are there. Of a preference pair both answers are read;
+which are trained on is for the objective to say. Left out: tool calls and images.
 """
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ Turn = tuple[str, str]
 """Role and content."""
 ROLES = ("system", "user", "assistant")
 MAX_TEXT = 1 << 24
+SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
+"""What begins a turn in a transcript (Anthropic's hh-rlhf)."""
 
 
 class Format(ABC):
@@ -58,10 +61,11 @@ class ShareGPT(Format):
 
 
 class Preference(Format):
-    """`chosen` and `rejected`, two answers to one question; the chosen one is learned.
+    """`chosen` and `rejected`, two answers to one question, of which the better or both are learned.
 
     Both are strings or lists of messages: answers to the column `prompt` (a string or a list of messages), or, where
-    there is none or they begin with a user or system turn, whole conversations that differ in their last turn.
+    there is none or they begin with a user or system turn, whole conversations that differ in their last turn; as
+    strings these are transcripts ("\\n\\nHuman: …\\n\\nAssistant: …").
     """
 
     name = "preference"
@@ -87,6 +91,8 @@ class Preference(Format):
             answer = turns_field(record, name)
             if answer[0][0] != "assistant":
                 return conversation(answer, name)
+        elif "prompt" not in record and SPEAKER.match(text_field(record, name)):
+            return conversation([*system_turn(record), *transcript(record, name)], name)
         else:
             answer = [("assistant", text_field(record, name))]
         if isinstance(record.get("prompt"), list):
@@ -207,6 +213,21 @@ def turns_field(
         except ValueError as error:
             raise ValueError(f"turn {number} of `{name}`: {error}") from None
     return result
+
+
+def transcript(record: Mapping[str, Any], name: str) -> list[Turn]:
+    """The turns of a string field that holds a whole conversation.
+
+    Raises:
+        ValueError: naming the turn that is empty.
+    """
+    _, *pieces = SPEAKER.split(text_field(record, name))
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [(roles[speaker], text.strip()) for speaker, text in zip(pieces[::2], pieces[1::2], strict=True)]
+    for number, (_, text) in enumerate(turns, start=1):
+        if not text:
+            raise ValueError(f"turn {number} of `{name}` is empty")
+    return turns
 
 
 def conversation(turns: list[Turn], name: str) -> list[Turn]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lit_bilevel.data.checks import check_settings
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.examples import EvaluationWindows, Examples, Window, questions_of
@@ -32,8 +33,8 @@ from lit_bilevel.data.responses import ResponseStore
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.split import apart
 from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, unchanged
-from lit_bilevel.data.table import column, source_numbers
-from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.data.table import column, is_paired, source_numbers
+from lit_bilevel.errors import UserError
 from lit_bilevel.place import located
 from lit_bilevel.types import Batch
 
@@ -113,21 +114,11 @@ class BilevelDataModule(LightningDataModule):
         self.sets: dict[str, Dataset] = {}
         self.skipped: dict[str, list[str]] = {}
         self.responses = ResponseStore()
+        self.pair_levels: Collection[str] = ()
+        """The levels, `lower` or `upper`, whose objective learns from pairs; with a Trainer, its module says."""
         self._stream: PairedStream | None = None
         self._position = 0
-        self._check_settings()
-
-    def _check_settings(self) -> None:
-        names = ("batch_size", "upper_batch_size", "eval_batch_size", "max_length", "num_proc", "num_workers")
-        problems = [
-            f"`data.{name}` is {getattr(self, name)}; it must be at least {int(name != 'num_workers')}"
-            for name in names
-            if getattr(self, name) < (name != "num_workers")
-        ]
-        if not 0 < self.monitor_fraction < 1:
-            problems.append(f"`data.monitor_fraction` is {self.monitor_fraction}; it must lie between 0 and 1")
-        if problems:
-            raise gathered("bad settings", problems)
+        check_settings(self)
 
     # ---- reading ----
 
@@ -142,6 +133,8 @@ class BilevelDataModule(LightningDataModule):
         if self.truth is not None and not Path(self.truth).is_file():
             raise UserError(f"{self.truth} does not exist; check `data.truth`, or leave it out.")
         tokenizer = self._load_tokenizer()
+        if self.trainer is not None:
+            self.pair_levels = getattr(self.trainer.lightning_module, "pair_levels", ())
         self._preparation = Preparation(
             Encoder(tokenizer, self.max_length, **self.encoding),
             cache_folder(self.cache),
@@ -153,7 +146,7 @@ class BilevelDataModule(LightningDataModule):
         formats: dict[str, str] = {}
         for name, path in self.paths.items():
             if path is not None:
-                source = Source(path, **self.source_settings)
+                source = Source(path, **self.source_settings, pairs=self._pairs_in(name))
                 sets[name], self.skipped[name], found = self._preparation(name, source)
                 formats |= found
         sets, left_out = apart(sets, self.on_bad_row, self.monitor_fraction)
@@ -172,8 +165,16 @@ class BilevelDataModule(LightningDataModule):
             raise UserError("`data.tokenizer` is not set and there is no policy to take it from; give a folder or id.")
         return load_tokenizer(located(self.tokenizer))
 
+    def _pairs_in(self, file: str) -> Literal["ignored", "kept", "required"]:
+        """What becomes of the preference pairs of a file; in the test file there may be any rows."""
+        level = {"pool": "lower", "validation": "upper"}.get(file)
+        if level is None:
+            return "kept" if self.pair_levels else "ignored"
+        return "required" if level in self.pair_levels else "ignored"
+
     def _examples(self, name: str) -> Examples:
-        return Examples(self.sets[name], {source: number for number, source in enumerate(self.source_names)})
+        sources = {source: number for number, source in enumerate(self.source_names)}
+        return Examples(self.sets[name], sources, pairs=is_paired(self.sets[name]))
 
     @property
     def _process(self) -> tuple[int, int]:

@@ -115,6 +115,7 @@ class Preparation:
             "paths": source.paths,
             "format": source.format,
             "columns": dict(source.columns),
+            "pairs": source.pairs,
             "encoding": [encoder.max_length, encoder.truncation, encoder.train_on],
             "example": repr(encoder.rows([Row(0, "", "one?", "two!", "")])),  # a template may write the date
             "versions": [__version__, transformers.__version__, tokenizers.__version__],

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lit_bilevel.data.table import column
+from lit_bilevel.data.table import column, is_paired
 
 DIM, NORMAL = "\x1b[2m", "\x1b[0m"
 
@@ -52,7 +52,8 @@ def summary(sets: Mapping[str, Any], skipped: Mapping[str, Sequence[str]], forma
     for name, table in sets.items():
         longest = pyarrow.compute.max(column(table, "length")).as_py()
         truncated = pyarrow.compute.sum(column(table, "truncated")).as_py()
-        lines.append(f"{name}: {len(table):,} rows, longest {longest:,} tokens, {truncated:,} truncated")
+        pairs = "preference pairs, " if is_paired(table) else ""
+        lines.append(f"{name}: {len(table):,} rows, {pairs}longest {longest:,} tokens, {truncated:,} truncated")
     lines += [f"{name}: {len(problems)} rows skipped" for name, problems in skipped.items() if problems]
     return "\n".join(lines)
 

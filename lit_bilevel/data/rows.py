@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from lit_bilevel.data.files import records
-from lit_bilevel.data.formats import FORMATS, Format, detect
+from lit_bilevel.data.formats import FORMATS, Format, Preference, detect
 from lit_bilevel.errors import UserError
 from lit_bilevel.place import located
 from lit_bilevel.types import Row
@@ -39,11 +39,13 @@ class Source:
             several of these, one after the other: rows without a `source` then have the file's name.
         format: `auto` to detect from the columns, or a format's name.
         columns: renames, from the file's column name to ours.
+        pairs: whether the rejected answers of preference pairs are `ignored` or `kept`, or `required` of every record.
     """
 
     path: str | Sequence[str]
     format: str = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
+    pairs: Literal["ignored", "kept", "required"] = "ignored"
     formats: dict[str, str] = field(default_factory=dict, init=False)
     """The format of each file that was read."""
 
@@ -61,7 +63,7 @@ class Source:
         """Every record in the order of the source, as a row or as a problem.
 
         Raises:
-            UserError: if a file is missing, empty, unreadable, or of no known format.
+            UserError: if a file is missing, empty, unreadable, of no known format, or without pairs that it must have.
         """
         position = 0
         for path in self.paths:
@@ -91,6 +93,12 @@ class Source:
                     break
                 yield place, ValueError(f"the columns {_names(renamed)} fit no known format")
                 continue
+            if self.pairs == "required" and not isinstance(reader, Preference):
+                raise UserError(
+                    f"{place}: the format is {reader.name}, but the objective of this level learns from preference"
+                    " pairs; give a file with `chosen` and `rejected` (`data.columns` renames columns), or use the"
+                    " objective `SFT`."
+                )
             self.formats[path] = reader.name
             yield place, (reader, renamed)
         if reader is None and strangers:
@@ -119,7 +127,11 @@ class Source:
         if isinstance(item, Exception):
             raise item
         reader, record = item
-        turns = reader.read(record)
+        turns, rejected = reader.read(record), None
+        if self.pairs != "ignored" and isinstance(reader, Preference):
+            *_, chosen, rejected = reader.pair(record)
+            if chosen.strip() == rejected.strip():
+                raise ValueError("the fields `chosen` and `rejected` hold the same answer")
         source = _key(record, "source")
         if source is None:
             source = Path(path).stem if len(self.paths) > 1 else ""
@@ -133,6 +145,7 @@ class Source:
             source=source,
             history=tuple(turns[:-2]),
             place=place,
+            rejected=rejected,
         )
 
 

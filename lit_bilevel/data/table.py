@@ -18,6 +18,7 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from lit_bilevel.data.encode import Encoder
+from lit_bilevel.data.pairs import encoded_rows
 from lit_bilevel.data.rows import Problem, Source
 from lit_bilevel.types import Row
 
@@ -31,6 +32,7 @@ ROWS = Features(
         "source": Value("string"),
         "history": List(List(Value("string"))),
         "place": Value("string"),
+        "rejected": Value("large_string"),
     }
 )
 ENCODED = Features(
@@ -40,6 +42,8 @@ ENCODED = Features(
         "response_start": Value("int64"),
         "truncated": Value("bool"),
         "earlier": List(Value("int32")),
+        "rejected_ids": List(Value("int32")),
+        "pair": Value("bool"),
         "length": Value("int32"),
         "question": Value("binary"),
         "digest": Value("binary"),
@@ -97,7 +101,7 @@ class Repeats:
     def add(self, row: Row) -> None:
         """Take in the next row."""
         self._ids += _digest(row.id)
-        self._words += _digest(row.history, row.prompt, row.response)
+        self._words += _digest(row.history, row.prompt, row.response, *_rejected(row.rejected))
 
     def found(self) -> dict[int, tuple[str, int]]:
         """Position of each repetition → what it repeats (a text with a place for its id), and the position of that."""
@@ -121,6 +125,11 @@ def _as_array(digests: bytes | bytearray) -> np.ndarray:
 
 def _digest(*parts: Any) -> bytes:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
+
+
+def _rejected(answer: Any) -> list[Any]:
+    """Of a pair the other answer, to be put into a digest; other rows have the digest that they always had."""
+    return [] if answer is None else [answer]
 
 
 def _chunks(items: Iterable[Any]) -> Iterable[list[Any]]:
@@ -160,14 +169,16 @@ class _Encode:
     def __call__(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         rows = rows_of(columns)
         records: list[dict[str, Any]] = []
-        for row, encoded in zip(rows, self.encoder.rows(rows), strict=True):
+        for row, encoded in zip(rows, encoded_rows(self.encoder, rows), strict=True):
             record = {name: getattr(row, name) for name in ("row", "id", "prompt", "response", "source", "place")}
             record |= {"question": _digest(*question(row)), "problem": None, "length": 0}
+            record["pair"] = row.rejected is not None
             if isinstance(encoded, ValueError):
                 record |= {"problem": f"{row.place}, id {row.id!r}: {encoded}"}
             else:
-                record |= vars(encoded) | {"length": len(encoded.input_ids)}
-                record["digest"] = _digest(row.id, row.prompt, row.response, encoded.input_ids, encoded.earlier)
+                ids, other = encoded.input_ids, encoded.rejected_ids
+                record |= vars(encoded) | {"length": max(len(ids), len(other or ()))}
+                record["digest"] = _digest(row.id, row.prompt, row.response, ids, encoded.earlier, *_rejected(other))
             records.append(record)
         return {name: [record.get(name) for record in records] for name in ENCODED}
 
@@ -190,6 +201,13 @@ def question(row: Row) -> tuple[str, ...]:
 def column(table: Dataset, name: str) -> Any:
     """A whole column as a pyarrow `ChunkedArray`; read from the memory map unless rows were taken out."""
     return table.select_columns([name]).with_format("arrow")[:][name]
+
+
+def is_paired(table: Dataset) -> bool:
+    """Whether every row is a preference pair whose both answers were asked for."""
+    import pyarrow.compute
+
+    return pyarrow.compute.all(column(table, "pair")).as_py()
 
 
 def longest(tables: Iterable[Dataset]) -> int:

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lit_bilevel.errors import UserError
 from lit_bilevel.losses import OutputLayer, logits_nll, token_nll
+from lit_bilevel.objectives.base import Objective
 from lit_bilevel.policy.head import Shape, head_shape
 from lit_bilevel.policy.isolation import is_isolated, refusal
 from lit_bilevel.problem import Values
@@ -74,6 +77,21 @@ class Policy(nn.Module):
         layer = OutputLayer(head.weight, head.bias, *self.head_shape)
         return token_nll(outputs_K, layer, batch.target_K, temperature)
 
+    def losses(self, objective: Objective, batch: Batch) -> Tensor:
+        """Loss of each example under an objective, [B], with a graph where gradients are recorded."""
+        batch = self.prepared(objective, batch)
+        return objective.losses(self(batch), batch)
+
+    def prepared(self, objective: Objective, batch: Batch) -> Batch:
+        """The batch with the reference's token losses, where the objective needs them and they are not there yet.
+
+        They depend on no tuned value, so they hold for all passes of a step.
+        """
+        if not objective.needs_reference or batch.reference_K is not None:
+            return batch
+        with self.evaluating(), self.without_adapter():
+            return replace(batch, reference_K=self(batch))
+
     def outputs(self, ids_ST: Tensor, place_ST: Tensor | None = None) -> Tensor:
         """Last hidden states, [S, T, D]; where the output layer is not known, logits, [S, T, V].
 
@@ -95,7 +113,7 @@ class Policy(nn.Module):
         """On the device that the policy is on, which is why it is not done when it is loaded."""
         model = self.causal_lm
         with self.evaluating():
-            rows, device = 1 if self.takes_any_length else 2, self.trainable()[0].device
+            rows, device = 1 if self.takes_any_length else 2, next(self.parameters()).device
             self.isolated = is_isolated(self.outputs, model.config.get_text_config().vocab_size, rows, device)
         if not self.isolated:
             raise refusal(type(model).__name__, model.config._attn_implementation)
@@ -126,6 +144,29 @@ class Policy(nn.Module):
             for module, training in modes:
                 module.training = training
             torch.clear_autocast_cache()
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """The model that the adapter was put on, also while the tuned values are substituted."""
+        adapted = self.model.base_model  # peft's; `model.disable_adapter()` would look at every parameter each time
+        adapted.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            adapted.enable_adapter_layers()
+
+    def check_reference(self) -> None:
+        """Refuse a policy that is not its own start once its adapter is switched off.
+
+        Raises:
+            UserError: saying why.
+        """
+        remedy = "; tune a LoRA adapter (`model.policy.lora`) on a model without one, or use the objective `SFT`."
+        if not hasattr(self.model, "peft_config"):
+            raise UserError(f"the objective needs a reference, and the policy has no adapter to switch off{remedy}")
+        other = [name for name, parameter in self.named_parameters() if parameter.requires_grad != ("lora_" in name)]
+        if other:
+            raise UserError(f"without its adapter the policy is not the reference, because of {other[0]!r}{remedy}")
 
     @contextmanager
     def substituted(self, values: Values) -> Iterator[None]:

@@ -5,6 +5,8 @@
 The lower pass that a solver sees is the policy's own training pass, so `Penalty` costs nothing extra. Where ∇f is
 asked for by itself, the upper level gets its own backward pass first; otherwise its gradient is left to accumulate.
 
+What f and ℓ_i are is said by the objective of each level; a reference that one needs is computed once a step.
+
 Dropout: every pass over the lower rows starts from the same random state, so differences compare like with like.
 Left out: gradients of ∇f with respect to anything but θ.
 """
@@ -12,8 +14,7 @@ Left out: gradients of ∇f with respect to anything but θ.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -21,37 +22,13 @@ from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.losses import example_nll
+from lit_bilevel.objectives.base import Objective
+from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.randomness import random_states, restore_random_states
 from lit_bilevel.policy.shard import carrying
 from lit_bilevel.problem import BilevelProblem, Values, scaled
 from lit_bilevel.types import Batch, Features
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What a policy step needs of the machinery around it.
-
-    Args:
-        backward: runs the backward pass of a scalar loss (with loss scaling and averaging, if any).
-        unsynchronised: context in which `backward` leaves gradients local, because another pass follows.
-        average: replaces each tensor by its mean over processes.
-        world_size: number of processes over which gradients are averaged.
-        loss_scale: factor that `backward` puts on gradients (1 without loss scaling).
-        differences: whether losses keep float32's digits or better.
-        sharded: whether parameters are spread over processes; `backward` then averages on its way.
-        one_backward: whether a step may call `backward` once only.
-    """
-
-    backward: Callable[[Tensor], None]
-    unsynchronised: Callable[[], AbstractContextManager]
-    average: Callable[[Values], Values]
-    world_size: int = 1
-    loss_scale: float = 1.0
-    differences: bool = True
-    sharded: bool = False
-    one_backward: bool = False
 
 
 class PolicyProblem(BilevelProblem):
@@ -66,6 +43,7 @@ class PolicyProblem(BilevelProblem):
         upper_weight: λ.
         optimizer: the policy's optimizer.
         engine: the machinery around the step.
+        objectives: of the lower and of the upper level.
     """
 
     def __init__(
@@ -78,11 +56,13 @@ class PolicyProblem(BilevelProblem):
         upper_weight: float,
         optimizer: Optimizer,
         engine: Engine,
+        objectives: tuple[Objective, Objective],
     ):
         super().__init__(upper_weight, optimizer.param_groups[0]["lr"], engine.differences)
         self.policy, self.lower, self.upper = policy, lower, upper
         self.weigh, self.needs_loss = weigh, needs_loss
         self.optimizer, self.engine = optimizer, engine
+        self.lower_objective, self.upper_objective = objectives
         self.parameters = policy.trainable()
         self._weights: Tensor | None = None
         self._lower_losses: Tensor | None = None
@@ -108,6 +88,13 @@ class PolicyProblem(BilevelProblem):
             self._weights = torch.cat([self.weigh(known) for known in features])
         return self._weights
 
+    def _prepare(self, objective: Objective, batches: list[Batch]) -> None:
+        """Put into the batches what their losses need and does not change within the step; once."""
+        batches[:] = [self.policy.prepared(objective, batch) for batch in batches]
+
+    def _lower_losses_of(self, batch: Batch) -> Tensor:
+        return self.policy.losses(self.lower_objective, batch)
+
     # ---- the upper level ----
 
     def upper_gradient(self) -> Values:
@@ -123,10 +110,11 @@ class PolicyProblem(BilevelProblem):
 
     def _backward_upper(self, factor: float, last: bool) -> None:
         losses = []
+        self._prepare(self.upper_objective, self.upper)
         for index, batch in enumerate(self.upper):
             final = last and index == len(self.upper) - 1
             with nullcontext() if final else self.engine.unsynchronised():
-                loss_B = example_nll(self.policy(batch), batch)
+                loss_B = self.policy.losses(self.upper_objective, batch)
                 loss = loss_B.sum() * (self.engine.world_size / batch.window_rows)
                 if self.engine.one_backward and not last:
                     self._waiting = loss * factor
@@ -140,10 +128,10 @@ class PolicyProblem(BilevelProblem):
     def lower_losses(self) -> Tensor:
         if self._lower_losses is None:
             self._finish_upper()
-            self._replay_dropout()
+            self._begin_lower_pass()
             single = len(self.lower) == 1 and self.upper_weight < 1  # its graph waits for `complete`
             with nullcontext() if single else torch.no_grad():
-                losses = [example_nll(self.policy(batch), batch) for batch in self.lower]
+                losses = [self._lower_losses_of(batch) for batch in self.lower]
             self._graph = losses[0] if single else None
             self._lower_losses = torch.cat(losses).detach()
         return self._lower_losses
@@ -155,12 +143,12 @@ class PolicyProblem(BilevelProblem):
 
     def _backward_lower(self) -> None:
         """(1−λ)·∇ mean_i w_i·ℓ_i, with the weights as they are now."""
-        self._replay_dropout()
+        self._begin_lower_pass()
         losses = []
         for index, batch in enumerate(self.lower):
             final = index == len(self.lower) - 1
             with nullcontext() if final else self.engine.unsynchronised():
-                loss_B = self._graph if self._graph is not None else example_nll(self.policy(batch), batch)
+                loss_B = self._graph if self._graph is not None else self._lower_losses_of(batch)
                 weight_B = self.weigh(batch.features.with_loss(loss_B.detach())).to(loss_B.dtype)
                 share = (1 - self.upper_weight) * self.engine.world_size / batch.window_rows
                 objective = (weight_B * loss_B).sum() * share
@@ -169,17 +157,17 @@ class PolicyProblem(BilevelProblem):
         self._graph, self._waiting, self._lower_losses = None, None, torch.cat(losses)
 
     def lower_losses_at(self, values: Values) -> Tensor:
-        self._replay_dropout()
+        self._begin_lower_pass()
         with self.policy.substituted(values), torch.no_grad():
-            return torch.cat([example_nll(self.policy(batch), batch) for batch in self.lower])
+            return torch.cat([self._lower_losses_of(batch) for batch in self.lower])
 
     def lower_gradient_at(self, values: Values) -> tuple[Tensor, Values]:
         weights_B = self.weights()
         losses, totals, start = [], [torch.zeros_like(value) for value in values], 0
-        self._replay_dropout()
+        self._begin_lower_pass()
         with self.policy.substituted(values):
             for batch in self.lower:
-                loss_B = example_nll(self.policy(batch), batch)
+                loss_B = self._lower_losses_of(batch)
                 weight_B = weights_B[start : start + batch.size].to(loss_B.dtype)
                 objective = (weight_B * loss_B).sum() * (self.engine.world_size / batch.window_rows)
                 torch._foreach_add_(totals, self._derivative(objective))
@@ -188,25 +176,27 @@ class PolicyProblem(BilevelProblem):
         return torch.cat(losses), self.engine.average(totals)
 
     def lower_jvp(self, direction: Values) -> Tensor:
-        self._replay_dropout()
+        self._begin_lower_pass()
         tangents = []
         with torch.no_grad(), forward_ad.dual_level(), self.policy.as_written(), carrying(self.policy, direction):
             for batch in self.lower:
-                dual_B = example_nll(self.policy(batch), batch)
+                dual_B = self._lower_losses_of(batch)
                 tangents.append(forward_ad.unpack_dual(dual_B).tangent)
         return torch.cat(tangents)
 
     def hessian_vector_product(self, vector: Values) -> Values:
         weights_B = self.weights()
         totals, start = [torch.zeros_like(value) for value in vector], 0
-        self._replay_dropout()  # the same operator at every call
+        self._prepare(self.upper_objective, self.upper)
+        self._begin_lower_pass()  # the same operator at every call
         with self.policy.as_written():
             for batch in self.upper:
-                loss = example_nll(self.policy(batch), batch).sum() * (self.upper_weight / batch.window_rows)
+                loss = self.policy.losses(self.upper_objective, batch).sum()
+                loss = loss * (self.upper_weight / batch.window_rows)
                 torch._foreach_add_(totals, self._second_order(loss, vector))
             for batch in self.lower:
                 weight_B = weights_B[start : start + batch.size]
-                loss_B = example_nll(self.policy(batch), batch)
+                loss_B = self._lower_losses_of(batch)
                 loss = (weight_B.to(loss_B.dtype) * loss_B).sum() * ((1 - self.upper_weight) / batch.window_rows)
                 torch._foreach_add_(totals, self._second_order(loss, vector))
                 start += batch.size
@@ -274,8 +264,9 @@ class PolicyProblem(BilevelProblem):
                 known[parameter] = slope / (second / correction).sqrt_().add_(group["eps"])
         return [known[parameter] for parameter in self.parameters]
 
-    def _replay_dropout(self) -> None:
+    def _begin_lower_pass(self) -> None:
         """Start every pass over the lower rows from the random state of the first."""
+        self._prepare(self.lower_objective, self.lower)
         if not self.policy.has_dropout:
             return
         if self._random is None:
