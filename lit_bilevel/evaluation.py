@@ -11,7 +11,9 @@ Left out: metrics that need generated answers; `predict` writes those.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -19,6 +21,20 @@ from lit_bilevel.losses import example_nll
 from lit_bilevel.objectives.base import Objective
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.types import Batch
+
+
+class Mean(MeanMetric):
+    """A running mean whose sums stay in float32 or better, also in a module of lower precision.
+
+    In bfloat16 a sum of losses stops growing at a few hundred rows.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        def precise(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved.to(torch.promote_types(moved.dtype, torch.float32)) if moved.is_floating_point() else moved
+
+        return super()._apply(precise, exclude_state)
 
 
 class Evaluation(nn.Module):
@@ -34,10 +50,10 @@ class Evaluation(nn.Module):
         self.upper = upper
         self.preference = next((one for one in (upper, lower) if one.pairs), None)
         # the mean over all rows or none: by default those without a finite loss would be left out
-        self.monitor_loss, self.test_loss, self.test_loss_per_token = (MeanMetric(math.nan) for _ in range(3))
-        self.preference_loss, self.accuracy = MeanMetric(math.nan), MeanMetric(math.nan)
+        self.monitor_loss, self.test_loss, self.test_loss_per_token = (Mean(math.nan) for _ in range(3))
+        self.preference_loss, self.accuracy = Mean(math.nan), Mean(math.nan)
 
-    def forward(self, name: str, policy: Policy, batch: Batch) -> dict[str, MeanMetric]:
+    def forward(self, name: str, policy: Policy, batch: Batch) -> dict[str, Mean]:
         """Take in a batch of the set `name`; returns what to log."""
         if name == "monitor":
             loss_B = policy.losses(self.upper, batch)
@@ -54,7 +70,7 @@ class Evaluation(nn.Module):
         found = {"test/loss": self.test_loss, "test/loss_per_token": self.test_loss_per_token}
         return found if ranked is None else found | self._ranked(ranked, nll_K, batch, real_B)
 
-    def _ranked(self, objective: Objective, nll_K: Tensor, batch: Batch, real_B: Tensor) -> dict[str, MeanMetric]:
+    def _ranked(self, objective: Objective, nll_K: Tensor, batch: Batch, real_B: Tensor) -> dict[str, Mean]:
         self.preference_loss.update(objective.losses(nll_K, batch), real_B)
         right_B = (objective.margins(nll_K, batch).sign() + 1) / 2  # a tie, as before any training, is half right
         self.accuracy.update(right_B, real_B)

@@ -197,3 +197,12 @@ def test_a_mean_is_over_all_rows_or_not_a_number():
     batch = collate([Example(row, 0, [1, 2, 3], 1) for row in range(2)], 2)
     metrics = Evaluation(SFT(), SFT())("test", lambda batch: torch.tensor([1.0, 1.0, 1.0, torch.nan]), batch)
     assert all(metric.compute().isnan() for metric in metrics.values())
+
+
+def test_a_mean_keeps_its_digits_in_a_bfloat16_module():
+    batch = collate([Example(row, 0, [1, 2, 3], 1) for row in range(2)], 2)
+    evaluation = Evaluation(SFT(), SFT()).to(torch.bfloat16)
+    for _ in range(1000):
+        metrics = evaluation("test", lambda batch: torch.full((4,), 3.5), batch)
+    assert all(metric.compute() == 3.5 for metric in metrics.values())
+    assert evaluation.to(torch.float64).test_loss.mean_value.dtype == torch.float64
