@@ -13,7 +13,7 @@ budget=(--subset 2000 --max_steps 200 --model.upper_weight 0.25 --model.upper_we
 core=(mixing value_function@sigmoid weighted:contrast oracle validation_only perplexity_difference mixing@0.1 mixing@0.5
     best:mixing,mixing@0.1,mixing@0.5)
 others=(pool_only constant_mixing random lowest_loss highest_loss ngram_importance gradient_similarity seal
-    one_step@sigmoid one_step@softmax one_step@network one_step@source penalty@sigmoid value_function@softmax
+    one_step@sigmoid one_step@softmax one_step@network penalty@sigmoid value_function@softmax
     value_function@network bmo two_stage:value_function@sigmoid weighted:value_function@sigmoid)
 
 compare() { # compare TABLE PREFIX_OF_FILES OPTIONS...

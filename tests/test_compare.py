@@ -25,6 +25,7 @@ from lit_bilevel.comparison.results import Results
 from lit_bilevel.comparison.rows import copy_records, stratified
 from lit_bilevel.comparison.run import Runner
 from lit_bilevel.comparison.significance import interval, permutation_test
+from lit_bilevel.comparison.table import difference, gap_closed, slower
 from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
 from lit_bilevel.module import LitBilevel
@@ -236,6 +237,21 @@ def test_the_interval_is_students():
     assert half == pytest.approx(4.303 / 3**0.5, rel=1e-6)
     assert np.isnan(interval([1.0])[1])
     assert np.isnan(interval([])[0])
+
+
+def test_differences_are_over_the_seeds_that_both_have():
+    losses = {
+        "mixing": {0: np.array([2.0, 2.0]), 1: np.array([9.0, 9.0])},  # an unlucky seed
+        "oracle": {0: np.array([1.0, 1.0]), 1: np.array([9.0, 9.0])},
+        "mine": {0: np.array([1.5, 1.5])},
+        "other": {2: np.array([1.0, 1.0])},
+    }
+    assert difference("mine", losses).startswith("-0.5000 (")
+    assert gap_closed("mine", losses) == "0.50"
+    assert (difference("other", losses), gap_closed("other", losses)) == ("–", "–")
+    assert (difference("mixing", losses), gap_closed("mixing", losses)) == ("0", "0.00")
+    times = [[{"seed": seed, "seconds": seconds} for seed, seconds in part] for part in ([(0, 3)], [(0, 2), (1, 50)])]
+    assert slower(*times) == "1.50"
 
 
 # ---- answers ----

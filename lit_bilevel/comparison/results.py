@@ -17,6 +17,8 @@ import numpy as np
 from lit_bilevel.errors import UserError
 
 Result = dict[str, Any]
+Losses = dict[str, dict[int, np.ndarray]]
+"""[n] losses of the test rows, by method and seed."""
 
 
 class Results:
@@ -78,17 +80,17 @@ class Results:
         """Folder of a run."""
         return self.folder / method.replace(":", "-").replace(",", "_") / f"seed{seed}"
 
-    def write_losses(self) -> dict[str, np.ndarray]:
+    def write_losses(self) -> Losses:
         """Write `test_losses.parquet`: `id`, `tokens`, and each method's loss of the row, averaged over its seeds.
 
         Returns:
-            [n] losses by method, in the order of the file.
+            [n] losses by method and seed, in the order of the file.
         """
         import pyarrow
         import pyarrow.parquet
 
         table: Any = None
-        sums: dict[str, list[np.ndarray]] = {}
+        losses: Losses = {}
         for row in self.rows:
             path = self.run_folder(str(row.get("chosen") or row["method"]), row["seed"]) / "test_losses.parquet"
             if not path.is_file():
@@ -96,10 +98,9 @@ class Results:
             found = pyarrow.parquet.read_table(path)
             if table is None:
                 table = found.select(["id", "tokens"])
-            sums.setdefault(row["method"], []).append(found["loss"].to_numpy())
-        losses = {method: np.mean(parts, axis=0) for method, parts in sums.items()}
-        for method, loss_n in losses.items():
-            table = table.append_column(method, pyarrow.array(loss_n))
+            losses.setdefault(row["method"], {})[row["seed"]] = found["loss"].to_numpy()
+        for method, parts in losses.items():
+            table = table.append_column(method, pyarrow.array(np.mean(list(parts.values()), axis=0)))
         partial = self.folder / "test_losses.partial"
         pyarrow.parquet.write_table(table, partial)
         os.replace(partial, self.folder / "test_losses.parquet")

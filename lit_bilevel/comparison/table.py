@@ -3,6 +3,7 @@
     gap closed     (mixing − method) / (mixing − oracle), of mean test losses
     Δ mixing       mean over test rows of the paired difference to mixing, losses averaged over seeds, and its p
 
+Both over the seeds that all of the methods in question have, or a luckier seed would look like a better method.
 Left out: ranking by anything but the test loss.
 """
 
@@ -12,39 +13,37 @@ import importlib.util
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lit_bilevel.comparison.results import Result
+from lit_bilevel.comparison.results import Losses, Result
 from lit_bilevel.comparison.significance import interval, permutation_test
 
 HIDDEN = ("method", "seed", "chosen", "steps", "seconds")
 
 
-def markdown(rows: Sequence[Result], losses: Mapping[str, np.ndarray], command: str) -> str:
+def markdown(rows: Sequence[Result], losses: Losses, command: str) -> str:
     """The table, best test loss first, and how it came about.
 
     Args:
         rows: all results.
-        losses: [n] losses of the test rows by method, averaged over seeds.
+        losses: of the test rows, by method and seed.
         command: what made it.
     """
     methods = by_method(rows)
     mean = {name: interval(values(part, "test_loss"))[0] for name, part in methods.items()}
-    gap = mean["mixing"] - mean["oracle"] if {"mixing", "oracle"} <= mean.keys() else 0.0
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in HIDDEN]
     names.sort(key=lambda name: (name != "test_loss", name.startswith("auroc/")))
     shown: list[tuple[str, Any]] = [(name, lambda method, name=name: cell(methods[method], name)) for name in names]
     if "mixing" in methods:
         extra = [("Δ mixing (p)", lambda method: difference(method, losses))]
-        if gap > 0:
-            extra.append(("gap closed", lambda method: f"{(mean['mixing'] - mean[method]) / gap:.2f}"))
+        if "oracle" in methods:
+            extra.append(("gap closed", lambda method: gap_closed(method, losses)))
         shown[1:1] = extra
-        base = interval(values(methods["mixing"], "seconds"))[0]
-        shown.append(("time / mixing", lambda method: f"{interval(values(methods[method], 'seconds'))[0] / base:.2f}"))
+        shown.append(("time / mixing", lambda method: slower(methods[method], methods["mixing"])))
     shown.append(("seconds", lambda method: cell(methods[method], "seconds")))
     shown.append(("seeds", lambda method: str(len(methods[method]))))
     lines = ["| method | " + " | ".join(title for title, _ in shown) + " |", "|---" * (len(shown) + 1) + "|"]
@@ -53,32 +52,55 @@ def markdown(rows: Sequence[Result], losses: Mapping[str, np.ndarray], command: 
     return "\n".join([*lines, "", *notes(rows, losses, command)]) + "\n"
 
 
-def notes(rows: Sequence[Result], losses: Mapping[str, np.ndarray], command: str) -> list[str]:
+def notes(rows: Sequence[Result], losses: Losses, command: str) -> list[str]:
     """What the table has to say about itself."""
     import torch
 
-    count = len(next(iter(losses.values())))
+    count = len(next(iter(next(iter(losses.values())).values())))
     chosen = sorted({f"{row['method']}: {row['chosen']} (seed {row['seed']})" for row in rows if "chosen" in row})
     seeds = sorted({row["seed"] for row in rows})
     steps = int(max(row["steps"] for row in rows))
     lines = [
         f"Mean ± half of the 95 % interval over seeds {', '.join(map(str, seeds))} (none for a single seed); {count:,}"
         f" test rows; {steps:,} policy steps a run (fewer where it was stopped early), each at its monitor-best"
-        " checkpoint. Δ mixing: mean paired difference over the test rows, losses averaged over seeds, and p of a"
-        " permutation test over rows, which says nothing of other seeds. Seconds include the runs a method needs.",
+        " checkpoint. Δ mixing: mean paired difference over the test rows, losses averaged over the seeds that both"
+        " have, and p of a permutation test over rows, which says nothing of other seeds. Seconds include the runs a"
+        " method needs.",
         f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}.",
         f"`{command}`",
     ]
     return [*([f"Chosen by monitor loss: {'; '.join(chosen)}."] if chosen else []), *lines]
 
 
-def difference(method: str, losses: Mapping[str, np.ndarray]) -> str:
+def averaged(methods: Sequence[str], losses: Losses) -> list[np.ndarray]:
+    """[n] losses of each method, averaged over the seeds that all of them have; nothing where there is none."""
+    seeds = sorted(set.intersection(*(set(losses[method]) for method in methods)))
+    return [np.mean([losses[method][seed] for seed in seeds], axis=0) for method in methods] if seeds else []
+
+
+def difference(method: str, losses: Losses) -> str:
     """Paired difference to mixing, with its p."""
-    if method == "mixing":
-        return "0"
-    difference_n = losses[method] - losses["mixing"]
+    found = averaged([method, "mixing"], losses)
+    if method == "mixing" or not found:
+        return "0" if found else "–"
+    difference_n = found[0] - found[1]
     p = permutation_test(difference_n)
     return f"{difference_n.mean():+.4f} ({'<0.001' if p < 0.001 else f'{p:.3f}'})"
+
+
+def gap_closed(method: str, losses: Losses) -> str:
+    """Share of the gap between mixing and the oracle; a dash where there is none."""
+    found = [loss_n.mean() for loss_n in averaged([method, "mixing", "oracle"], losses)]
+    if not found or found[1] <= found[2]:
+        return "–"
+    return f"{(found[1] - found[0]) / (found[1] - found[2]):.2f}"
+
+
+def slower(rows: Sequence[Result], others: Sequence[Result]) -> str:
+    """The time of some runs over that of others, over the seeds that both have."""
+    mine, theirs = ({row["seed"]: row["seconds"] for row in part} for part in (rows, others))
+    seeds = mine.keys() & theirs.keys()
+    return f"{sum(mine[seed] for seed in seeds) / sum(theirs[seed] for seed in seeds):.2f}" if seeds else "–"
 
 
 def by_method(rows: Sequence[Result]) -> dict[str, list[Result]]:
