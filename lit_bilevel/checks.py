@@ -36,7 +36,6 @@ def check_settings(module: Any) -> None:
             continue
         for name, value, wrong in (
             ("upper_weight", module.initial_upper_weight, module.initial_upper_weight == 0),
-            ("upper_weight_decay", module.upper_weight_decay, module.upper_weight_decay > 0),
             ("upper_weight_start", module.upper_weight_start, module.upper_weight_start > 0),
         ):
             if wrong:
@@ -115,7 +114,7 @@ def check_run(module: Any, stage: str) -> None:
         UserError: naming each of them.
     """
     strategy = module.trainer.strategy
-    problems = _of_kernels(module) + _of_context(module)
+    problems = _of_kernels(module) + _of_context(module) + (_of_decay(module) if stage == "fit" else [])
     if module.trainer.precision == "16-true":
         problems.append(
             "`trainer.precision` is 16-true, in which small gradients become 0 and large ones overflow; use bf16-true,"
@@ -137,6 +136,18 @@ def check_run(module: Any, stage: str) -> None:
         problems += _of_deepspeed(module)
     if problems:
         raise gathered("this combination cannot run", problems)
+
+
+def _of_decay(module: Any) -> list[str]:
+    names = [type(part).__name__ for part in (module.solver, module.weights) if part.needs_upper_weight]
+    decay, epochs = module.upper_weight_decay, module.trainer.max_epochs
+    if not names or decay == 0 or (epochs > 0 and decay * (epochs - 1) < module.initial_upper_weight):
+        return []
+    last = f"in epoch {int(module.initial_upper_weight / decay) + 1}" if epochs > 0 else "after some epochs"
+    return [
+        f"`model.upper_weight_decay` is {decay}, so λ is 0 {last}, where `{names[0]}` has no meaning; lower it, set"
+        " `trainer.max_epochs` where it is not, or use `OneStep` with `SoftmaxWeights`"
+    ]
 
 
 def _of_context(module: Any) -> list[str]:

@@ -241,6 +241,11 @@ def test_settings_without_meaning_are_refused(flags, capsys):
     assert "`model.upper_weight` is 0.0, so λ is 0 in some step, where `Penalty` has no meaning" in refusal(
         ["fit", *flags, "--model.solver=Penalty", "--model.upper_weight=0"], capsys
     )
+    falling = ["fit", *flags, "--model.solver=Penalty", "--model.upper_weight_decay=0.25"]
+    assert "so λ is 0 in epoch 3, where `Penalty`" in refusal([*falling, "--trainer.max_epochs=3"], capsys)
+    open_end = [*falling, "--trainer.max_epochs=-1", "--trainer.max_steps=2"]
+    assert "so λ is 0 after some epochs, where `Penalty`" in refusal(open_end, capsys)
+    assert main([*falling, "--trainer.max_epochs=2", "--trainer.max_steps=2"]) == 0  # λ stays above 0
     assert "the pool has 90 rows and a policy step takes 128" in refusal(
         ["fit", *flags, "--data.batch_size=128"], capsys
     )
