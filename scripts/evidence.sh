@@ -10,7 +10,7 @@ data=$1 model=$2 out=$3
 shift 3
 python=${PYTHON:-python}
 budget=(--subset 2000 --max_steps 200 --model.upper_weight 0.25 --model.upper_weight_start 0)
-core=(mixing value_function@sigmoid weighted:contrast oracle validation_only perplexity_difference mixing@0.1 mixing@0.5
+core=(mixing value_function@sigmoid weighted:contrast_375 oracle validation_only perplexity_difference mixing@0.1 mixing@0.5
     best:mixing,mixing@0.1,mixing@0.5)
 others=(pool_only constant_mixing random lowest_loss highest_loss ngram_importance gradient_similarity seal
     one_step@sigmoid one_step@softmax one_step@network penalty@sigmoid value_function@softmax
@@ -31,9 +31,9 @@ for table in "$@"; do
     arith) compare arith math/arith_ --methods "${core[@]}" --seeds 0 1 2 "${budget[@]}" ;;
     safety) compare safety safety/ --methods "${core[@]}" --answers --model.max_new_tokens 48 "${budget[@]}" ;;
     others)
-        mapfile -t ablations < <(sed -n 's/^\([A-Za-z_0-9.]*\): .*/\1/p' scripts/variants.yaml)
+        mapfile -t ablations < <(sed -n '/^# What follows/,$s/^\([A-Za-z_0-9.]*\): .*/\1/p' scripts/variants.yaml)
         compare others math/arith_ --methods mixing oracle value_function@sigmoid "${others[@]}" "${ablations[@]}" "${budget[@]}"
         ;;
-    full) compare full quality/ --methods mixing one_step oracle validation_only ;;
+    full) compare full quality/ --methods mixing one_step weighted:contrast oracle validation_only ;;
     esac
 done

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from collections import Counter
 
 import pyarrow.parquet
 import pytest
-from conftest import TOY, read_jsonl
+from conftest import ROOT, TOY, read_jsonl
 from test_compare import compare, table_of
 
 from lit_bilevel.comparison.methods import Method
@@ -105,3 +107,16 @@ def test_variants_in_a_table(small, tmp_path, file, capsys):
     assert compare(small, tmp_path / "out", *asked) == 2
     assert "other settings (variant slow)" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["variant few"].startswith("Variant(")
+
+
+def test_the_script_of_the_results_names_methods_that_there_are():
+    script = (ROOT / "scripts" / "evidence.sh").read_text()
+    assert subprocess.run(["bash", "-n", str(ROOT / "scripts" / "evidence.sh")], check=False).returncode == 0
+    variants = read_variants(str(ROOT / "scripts" / "variants.yaml"))
+    lists = re.findall(r"^(?:core|others)=\((.*?)\)", script, flags=re.S | re.M)
+    given = re.findall(r"--methods ((?:[\w@:]+ )+)", script)
+    names = [name for part in (*lists, *given) for name in part.split()] + list(variants)
+    assert len(lists) == len(given) == 2
+    assert len(names) > 60
+    for name in names:
+        Method.parse(name, variants)
