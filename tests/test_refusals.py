@@ -40,7 +40,8 @@ def module(strategy, *, solver=None, weights=None, precision="32-true", clip=Non
     """As much of a `LitBilevel` as its settings."""
     solver, weights = solver or OneStep(), weights or SoftmaxWeights()
     return SimpleNamespace(
-        trainer=SimpleNamespace(strategy=strategy, precision=precision),
+        trainer=SimpleNamespace(strategy=strategy, precision=precision, max_epochs=1),
+        upper_weight_decay=0.0,
         solver=solver,
         weights=weights,
         learns_weights=solver.learns and weights.learnable,
