@@ -4,7 +4,7 @@
 #   scripts/evidence.sh DATA MODEL OUT [quality|arith|others|safety|full ...]
 #
 # DATA has the folders quality, math and safety, each file as jsonl (pool, validation, test, truth); MODEL is a
-# from_pretrained folder; OUT gets a folder a table. About three hours on two cores with a model of 4M parameters.
+# from_pretrained folder; OUT gets a folder a table. It takes some hours on two cores with a model of 4M parameters.
 set -euo pipefail
 data=$1 model=$2 out=$3
 shift 3

@@ -1,7 +1,7 @@
 """Methods under names of one's own: a method, settings that only it has, and perhaps a part of the data of its own.
 
     contrast:                                      a row of the table; also two_stage:contrast, best:contrast,mixing
-      method: value_function@sigmoid               any method, or a variant defined above it
+      method: value_function@sigmoid               any method that is no variant itself
       flags: {model.optimizer.lr: 1.0e-5}          settings of `lit-bilevel fit`, after those of the method
       pool_rows: 1300                              so many rows of the pool …
       corrupted: 0.8                               … with this share of corrupted ones, by the truth file
