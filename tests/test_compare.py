@@ -301,7 +301,7 @@ def compare(small, output, *more):
     return main(["--config=configs/quickstart.yaml", "--output", str(output), *paths, *settings, *more])
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """Stands for whatever ends a process."""
 
 
@@ -342,6 +342,22 @@ def test_a_table_survives_a_kill_and_is_not_run_twice(small, tmp_path, monkeypat
     capsys.readouterr()
     assert compare(small, tmp_path / "a", *asked[:-1], "50") == 2
     assert "other settings (subset)" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_stops_no_others(small, tmp_path, capsys):
+    variants = tmp_path / "variants.yaml"
+    wrong = "{method: one_step, flags: {model.upper_weight: 2}}"
+    missing = "{method: one_step, flags: {model.no_such_setting: 2}}"
+    variants.write_text(f"wrong: {wrong}\nmissing: {missing}\n")
+    output = tmp_path / "out"
+    asked = ["--methods", "wrong", "missing", "two_stage:wrong", "mixing", "--variants", str(variants)]
+    assert compare(small, output, *asked) == 2
+    assert list(table_of(output)) == ["mixing"]
+    shown = capsys.readouterr()
+    assert "3 of the runs failed: wrong (seed 0), missing (seed 0), two_stage:wrong (seed 0)." in shown.err
+    assert "failed: UserError: " in shown.out
+    for name, what in (("wrong", "`model.upper_weight` is 2.0"), ("missing", "no_such_setting")):
+        assert what in (output / name / "seed0" / "log.txt").read_text()
 
 
 def test_the_best_share_is_chosen_on_monitor(small, tmp_path):

@@ -1,6 +1,7 @@
 """The command: run what is missing, then write the tables.
 
-Left out: running methods side by side; give each call a part of the seeds and an `--output` of its own.
+A run that fails stops no others. Left out: running methods side by side; give each call a part of the seeds and an
+`--output` of its own.
 """
 
 from __future__ import annotations
@@ -92,24 +93,43 @@ def _compare(options: argparse.Namespace, shared: list[str], given: list[str]) -
         variants,
         say,
     )
-    names = list(dict.fromkeys([*options.methods, *(options.pairs or ())]))
-    table = ""
-    for number, (seed, name) in enumerate(((seed, name) for seed in options.seeds for name in names), start=1):
-        known = results.find(name, seed) is not None
-        say(f"[{number}/{len(names) * len(options.seeds)}] {name}, seed {seed}{': known' if known else ''}")
-        runner.row(name, seed)
-        if not known or not table:
-            losses = results.write_losses()
-            table = markdown(results.rows, losses, shlex.join(["python", "scripts/compare.py", *given]))
-            replace_text(output / "results.md", table)
-    say("\n" + table)
-    drawn = draw(results.rows, output / "results.png")
-    say(f"written to {output}: results.csv, results.md, test_losses.parquet{', results.png' if drawn else ''}")
-    if not drawn:
-        say("no figure, since matplotlib is missing (install the extra `figures`)")
-    if options.pairs:
+    failed = _fill(runner, options, shlex.join(["python", "scripts/compare.py", *given]))
+    if options.pairs and not failed:
         seed, (first, second) = options.seeds[0], options.pairs
         folders = [results.run_folder(runner.row(name, seed).get("chosen", name), seed) for name in options.pairs]
         path = output / "pairs.jsonl"
         count = write_pairs(folders[0], folders[1], (first, second), path)
         say(f"{count:,} pairs of answers of {first} and {second}, seed {seed}: {path}")
+    if failed:
+        raise UserError(
+            f"{len(failed)} of the runs failed: {', '.join(failed)}. The tables have the others; mend the causes, which"
+            " are given above, and call the same command again: finished runs are kept."
+        )
+
+
+def _fill(runner: Runner, options: argparse.Namespace, command: str) -> list[str]:
+    """Run what is missing and write the tables after each run; returns the runs that failed, which stop no others."""
+    results, failed, table = runner.results, [], ""
+    names = list(dict.fromkeys([*options.methods, *(options.pairs or ())]))
+    for number, (seed, name) in enumerate(((seed, name) for seed in options.seeds for name in names), start=1):
+        known = results.find(name, seed) is not None
+        say(f"[{number}/{len(names) * len(options.seeds)}] {name}, seed {seed}{': known' if known else ''}")
+        try:
+            runner.row(name, seed)
+        except (Exception, SystemExit) as error:  # of any library: one method must not cost the night of the others
+            if isinstance(error, SystemExit) and error.code != 2:  # 2: a refused setting; else a signal
+                raise
+            failed.append(f"{name} (seed {seed})")
+            say(f"    failed: {type(error).__name__}: {error}")
+            continue
+        if not known or not table:
+            table = markdown(results.rows, results.write_losses(), command)
+            replace_text(results.folder / "results.md", table)
+    if results.rows:
+        say("\n" + table)
+        drawn = draw(results.rows, results.folder / "results.png")
+        files = f"results.csv, results.md, test_losses.parquet{', results.png' if drawn else ''}"
+        say(f"written to {results.folder}: {files}")
+        if not drawn:
+            say("no figure, since matplotlib is missing (install the extra `figures`)")
+    return failed

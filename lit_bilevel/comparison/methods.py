@@ -202,7 +202,8 @@ class Method:
             own = (self.variant.refine if self.variant else None) or {}
             chosen.append({**callback, "init_args": {**callback.get("init_args", {}), **own}})
         chosen += [EARLY_STOPPING] if self.stopped_early else []
-        if self.weighted and earlier is not None:
+        if self.weighted:
+            assert earlier is not None
             chosen.append({"class_path": "WarmStart", "init_args": {"weights": str(earlier / "weights.parquet")}})
         return f"--trainer.callbacks={json.dumps([*chosen, STOPWATCH])}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def say(text: str) -> None:
 
 @contextlib.contextmanager
 def quiet(path: Path) -> Iterator[None]:
-    """Send everything that is printed to a file, native code too; show its place where the block ends early."""
+    """Send all that is printed to a file, native code too, and a traceback; show the place of the file on a failure."""
     sys.stdout.flush(), sys.stderr.flush()
     kept = os.dup(1), os.dup(2)
     with path.open("a", encoding="utf-8") as log:
@@ -28,6 +29,7 @@ def quiet(path: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
+            log.write(traceback.format_exc())
             os.dup2(kept[0], 1), os.dup2(kept[1], 2)
             say(f"ended early; its output is in {path}")
             raise

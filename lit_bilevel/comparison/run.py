@@ -121,17 +121,17 @@ class Runner:
 
     def _run(self, name: str, method: Method, seed: int) -> Result:
         before = self.row(method.needs, seed)["seconds"] if method.needs else 0.0
+        earlier = self.results.run_folder(method.needs, seed) if method.needs else None
         self.say(f"{name}, seed {seed} …")
         folder = self.results.run_folder(name, seed)
         parts = self._parts(method.variant, folder.parent / "rows") if method.variant else []
         flags = [*method.flags, *parts, f"--seed_everything={seed}"]
-        earlier = self.results.run_folder(method.needs, seed) if method.needs else None
         flags.append(method.callbacks(self._callbacks(), earlier))
         prepare(folder, [*self.shared, *flags])
         row: Result = {"method": name, "seed": seed}
         if method.filter is not None:
             with quiet(folder / "filter.txt"):
-                chosen, scores, seconds = self._chosen(method, parts, folder, seed)
+                chosen, scores, seconds = self._chosen(method, parts, folder, earlier, seed)
             flags += [data_flag("pool", chosen), "--data.truth=null", "--data.cache=false"]
             flags += [f"--trainer.max_steps={self.steps}", "--trainer.max_epochs=-1"]
             before += seconds
@@ -187,12 +187,13 @@ class Runner:
         found = own if isinstance(own, list) else [own] if own else []
         return [callback.as_dict() if isinstance(callback, Namespace) else dict(callback) for callback in found]
 
-    def _chosen(self, method: Method, parts: list[str], folder: Path, seed: int) -> tuple[Any, Result, float]:
+    def _chosen(
+        self, method: Method, parts: list[str], folder: Path, earlier: Path | None, seed: int
+    ) -> tuple[Any, Result, float]:
         """Files with the rows that a filter keeps, AUROC of its scores, and the time it took."""
         assert method.filter is not None
         started = time.perf_counter()
         cli = built(self.config, [*self.shared, *parts, f"--seed_everything={seed}"])
-        earlier = self.results.run_folder(method.needs, seed) if method.needs else None
         scores = method.filter.scores(Evidence(cli, earlier, seed))
         mask = method.filter.chosen(scores, self.keep, seed)
         pool, data = cli.datamodule.sets["pool"], cli.config.data
