@@ -6,9 +6,16 @@ Left out: settings of the data, which the data module checks itself.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
 
 from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
@@ -31,9 +38,12 @@ def check_settings(module: Any) -> None:
         )
     if module.upper_weight_decay < 0:
         problems.append(f"`model.upper_weight_decay` is {module.upper_weight_decay}; it must be at least 0")
-    for part in (module.solver, module.weights):
-        if not part.needs_upper_weight:
-            continue
+    if module.solver.learns and not module.weights.learnable:
+        problems.append(
+            f"`model.weights` is `{type(module.weights).__name__}`, which learns nothing from scores, so `model.solver:"
+            f" {type(module.solver).__name__}` would do nothing; use `Mixing`, or weights that learn"
+        )
+    for part in _need_upper_weight(module):
         for name, value, wrong in (
             ("upper_weight", module.initial_upper_weight, module.initial_upper_weight == 0),
             ("upper_weight_start", module.upper_weight_start, module.upper_weight_start > 0),
@@ -59,6 +69,12 @@ def check_settings(module: Any) -> None:
     problems += _out_of_range(module) + module.guard.settings.problems()
     if problems:
         raise gathered("bad settings", problems)
+
+
+def _need_upper_weight(module: Any) -> list[Any]:
+    """What has no meaning where λ is 0; one of each class."""
+    parts = (module.refinement.template, module.weights, module.solver)
+    return list({type(part): part for part in parts if part.needs_upper_weight}.values())
 
 
 def _out_of_range(module: Any) -> list[str]:
@@ -114,7 +130,14 @@ def check_run(module: Any, stage: str) -> None:
         UserError: naming each of them.
     """
     strategy = module.trainer.strategy
-    problems = _of_kernels(module) + _of_context(module) + (_of_decay(module) if stage == "fit" else [])
+    problems = _of_kernels(module) + _of_context(module)
+    if stage == "fit":
+        problems += _of_decay(module) + _of_length(module)
+    if isinstance(strategy, SingleDeviceStrategy) and strategy.root_device.type == "mps":
+        problems.append(
+            "`trainer.accelerator` is (or chose) MPS, which has no float64, and the weights are summed in it; use"
+            " `trainer.accelerator: cpu`"
+        )
     if module.trainer.precision == "16-true":
         problems.append(
             "`trainer.precision` is 16-true, in which small gradients become 0 and large ones overflow; use bf16-true,"
@@ -139,14 +162,27 @@ def check_run(module: Any, stage: str) -> None:
 
 
 def _of_decay(module: Any) -> list[str]:
-    names = [type(part).__name__ for part in (module.solver, module.weights) if part.needs_upper_weight]
+    names = [type(part).__name__ for part in _need_upper_weight(module)]
     decay, epochs = module.upper_weight_decay, module.trainer.max_epochs
     if not names or decay == 0 or (epochs > 0 and decay * (epochs - 1) < module.initial_upper_weight):
         return []
-    last = f"in epoch {int(module.initial_upper_weight / decay) + 1}" if epochs > 0 else "after some epochs"
+    last = (
+        f"in epoch {math.ceil(module.initial_upper_weight / decay - 1e-9) + 1}" if epochs > 0 else "after some epochs"
+    )
     return [
         f"`model.upper_weight_decay` is {decay}, so λ is 0 {last}, where `{names[0]}` has no meaning; lower it, set"
         " `trainer.max_epochs` where it is not, or use `OneStep` with `SoftmaxWeights`"
+    ]
+
+
+def _of_length(module: Any) -> list[str]:
+    if module.trainer.max_epochs != -1 or module.trainer.max_steps != -1:
+        return []
+    return [
+        f"`model.{name}` is {getattr(module, name)}, a share of a run whose length is not known; set"
+        " `trainer.max_steps` or `trainer.max_epochs`"
+        for name in ("upper_weight_start", "weight_start")
+        if getattr(module, name) > 0
     ]
 
 
@@ -165,13 +201,17 @@ def _of_kernels(module: Any) -> list[str]:
     """Derivatives along a direction need forward mode below float32, and fused kernels do not have it."""
     settings = module.policy_settings
     problems: list[str] = []
-    if not (module.solver.directional and module.learns_weights):
+    directional = _aligned(module)
+    if module.solver.directional and module.learns_weights:
+        directional.insert(0, module.solver)
+    if not directional:
         return problems
-    name = f"`{type(module.solver).__name__}`"
+    name = f"`{type(directional[0]).__name__}`"
     if settings.quantization is not None:
         problems.append(
             f"{name} needs derivatives along a direction, and `model.policy.quantization` has kernels without forward"
-            " mode and too few digits for differences; use `ValueFunction`, or `BMOWeights` with `Mixing`"
+            " mode and too few digits for differences; use `ValueFunction`, or `BMOWeights` with `Mixing`, and other"
+            " `model.response_weights` than `Aligned`"
         )
     if "flash" in (settings.attn_implementation or ""):
         problems.append(
@@ -179,6 +219,11 @@ def _of_kernels(module: Any) -> list[str]:
             f" {settings.attn_implementation}` has no forward mode; use `sdpa`"
         )
     return problems
+
+
+def _aligned(module: Any) -> list[Any]:
+    """The rule of the response weights where it asks for ∇f and derivatives along it."""
+    return [module.refinement.rule] if module.refinement.rule.needs_alignment else []
 
 
 def check_precision(asked: Any, trainer: Any) -> None:
@@ -216,11 +261,11 @@ def _of_sharding(module: Any, stage: str) -> list[str]:
 
 def _of_deepspeed(module: Any) -> list[str]:
     problems = []
-    name = f"`{type(module.solver).__name__}`"
-    if module.solver.substitutes and module.learns_weights:
+    takes_apart = [module.solver] if module.solver.substitutes and module.learns_weights else []
+    for part in [*takes_apart, *_aligned(module)]:
         problems.append(
-            f"{name} evaluates the policy at other parameter values or takes gradients apart, which DeepSpeed does not"
-            f" allow; use `Penalty`, or FSDP2 ({SHARDING})"
+            f"`{type(part).__name__}` evaluates the policy at other parameter values or takes gradients apart, which"
+            f" DeepSpeed does not allow; use `Penalty`, or FSDP2 ({SHARDING})"
         )
     if module.trainer.strategy.zero_stage_3:
         problems.append(

@@ -33,10 +33,15 @@ def lightning_engine(module: Any) -> Engine:
         average=(lambda values: values) if sharded else functools.partial(averaged, strategy=strategy),
         world_size=trainer.world_size,
         loss_scale=1.0 if scaler is None else scaler.get_scale(),
-        differences=trainer.precision in ("32-true", "64-true") and module.policy.precise,
+        differences=_keeps_digits(trainer.precision) and module.policy.precise,
         sharded=sharded,
         one_backward=isinstance(strategy, DeepSpeedStrategy),
     )
+
+
+def _keeps_digits(precision: str) -> bool:
+    """Whether losses have the digits of their type: products of float32 matrices may be rounded to TF32 or bfloat16."""
+    return precision == "64-true" or (precision == "32-true" and torch.get_float32_matmul_precision() == "highest")
 
 
 def averaged(values: Values, strategy: Any) -> Values:
@@ -77,6 +82,7 @@ def gathered_scores(
         table = table[table[:, 0] >= 0]
     ordered = table[:, 0].argsort(descending=True)  # padding comes last
     row, source, length, loss, weight, s = table[ordered if refined else ordered[:rows]].unbind(1)
+    # the weights are those before the weight step
     losses = {"lower/loss": loss.mean(), "lower/weighted_loss": (weight * loss).sum() / rows}
     if upper is not None:
         losses["upper/loss"] = upper

@@ -16,13 +16,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.data.collate import collate
 from lit_bilevel.errors import UserError
-from lit_bilevel.policy.generate import GenerationBackend, Request, Sample, Sampling
+from lit_bilevel.policy.generate import GenerationBackend, Request, Sample, Sampling, batches_by_length
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.score import response_logprobs
 from lit_bilevel.types import Example, Group, Response
 
 log = logging.getLogger(__name__)
 Found = list[tuple[int, Response]]
+SCORED_TOKENS = 1 << 14  # of a pass that scores, as many as `HFGenerate` generates at once
 MEMORY_MESSAGES = ("out of memory", "can't allocate memory")
 
 
@@ -33,15 +34,20 @@ class GenerationFailed(RuntimeError):
 def score(
     policy: Policy, requests: Sequence[Request], samples: Sequence[Sample], temperature: float, device: torch.device
 ) -> list[Response]:
-    """Responses with their behaviour log-probabilities, by the pass that training uses."""
+    """Responses with their behaviour log-probabilities, by the pass that training uses, some rows at a time."""
     examples = []
     for request, sample in zip(requests, samples, strict=True):
         unscored = Response(sample.token_ids, [0.0] * len(sample.token_ids), sample.finished)
         group = Group((unscored,), 1.0, temperature)
         examples.append(Example(0, 0, request.prompt_ids, len(request.prompt_ids), group))
-    batch = collate(examples, len(examples)).to(device)
-    parts = response_logprobs(policy, batch).float().cpu().split([len(sample.token_ids) for sample in samples])
-    return [Response(s.token_ids, part.tolist(), s.finished) for s, part in zip(samples, parts, strict=True)]
+    scored: dict[int, Response] = {}
+    for chosen in batches_by_length(requests, SCORED_TOKENS):
+        batch = collate([examples[i] for i in chosen], len(chosen)).to(device)
+        lengths = [len(samples[i].token_ids) for i in chosen]
+        parts = response_logprobs(policy, batch).float().cpu().split(lengths)
+        for i, part in zip(chosen, parts, strict=True):
+            scored[i] = Response(samples[i].token_ids, part.tolist(), samples[i].finished)
+    return [scored[i] for i in range(len(samples))]
 
 
 def respond(

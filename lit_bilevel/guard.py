@@ -110,11 +110,11 @@ class Guard:
         if self.reason is not None:
             raise UserError(self.reason)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"skipped": self.skipped}
+    def state_dict(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "told": sorted(self._told)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skipped = state["skipped"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.skipped, self._told = state["skipped"], set(state["told"])
 
     # ---- the rules ----
 
@@ -123,7 +123,8 @@ class Guard:
         module.log("skipped_steps", float(self.skipped))
         if scaler is not None and scaler.get_scale() > 1:
             # an overflow of the scale, not of the numbers: it is lowered, and no fault is counted
-            scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+            lower = scaler.get_scale() * scaler.get_backoff_factor()
+            scaler.load_state_dict({**scaler.state_dict(), "scale": lower, "_growth_tracker": 0})
             return
         self.in_a_row += 1
         where = _step(module)
@@ -131,9 +132,9 @@ class Guard:
         if self.in_a_row >= self.settings.max_skipped_steps:
             self.reason = (
                 f"{self.in_a_row} policy steps in a row had a gradient that is not finite (the last is {where}), so the"
-                " run was stopped; lower the learning rate, set `model.gradient_clip_val`, or look at the rows named in"
-                " the warnings above, then continue from the last checkpoint (`model.guard.max_skipped_steps` is"
-                f" {self.settings.max_skipped_steps})."
+                " run was stopped; look at the rows named in the warnings above, or set `model.gradient_clip_val`, and"
+                " continue from the last checkpoint; or start anew with a lower learning rate, as a continued run keeps"
+                f" that of its checkpoint (`model.guard.max_skipped_steps` is {self.settings.max_skipped_steps})."
             )
 
     def _look_at_weights(self, module: Any, rows: float) -> None:
@@ -168,8 +169,8 @@ class Guard:
             rank_zero_warn(f"{fact}. The run goes on; {remedy}.")
         else:
             self.reason = (
-                f"{fact}, so the run was stopped; {remedy}, and continue from the last checkpoint or start anew"
-                " (`model.guard.on_limit: warn` goes on)."
+                f"{fact}, so the run was stopped; {remedy}, and start anew (a continued run keeps the learning rates of"
+                " its checkpoint, and goes on without telling this again)."
             )
 
 

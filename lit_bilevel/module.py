@@ -138,6 +138,7 @@ class LitBilevel(LightningModule):
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)
+        self.guard.reason = None  # of an earlier run of this object
         if self.weights.pool_rows == 0:
             sources = getattr(getattr(self.trainer, "datamodule", None), "pool_sources", None)
             if sources is None:
@@ -212,7 +213,7 @@ class LitBilevel(LightningModule):
         found = followed(found, self.refinement.rule, self.trainer)
         if self.guard.admits(self, features, statistics.get("effective_size"), found):
             inner.step()
-        self.lr_schedulers().step()  # type: ignore[union-attr]
+            self.lr_schedulers().step()  # type: ignore[union-attr]
         self._log_step(losses | measures(found) | {f"weights/{name}": value for name, value in statistics.items()})
 
     def _optimizers(self) -> tuple[Any, Optimizer | None]:
@@ -251,6 +252,8 @@ class LitBilevel(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self.weights.refresh()
+        if self.refinement.weights is not None:
+            self.refinement.weights.refresh()
         table = self.weights.table()
         self.guard.look(self, table)
         extremes = {"weights/max": table.max().float(), "weights/min": table.min().float()}
@@ -275,6 +278,19 @@ class LitBilevel(LightningModule):
         return answers(self.policy, self.tokenizer, batch, self.max_new_tokens)
 
     # ---- checkpoints ----
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a checkpoint holds numbers only, neither the settings nor the base model.
+
+        Raises:
+            UserError: always, with what to do instead.
+        """
+        raise UserError(
+            "a checkpoint of `LitBilevel` holds no settings and no frozen parameters, so it cannot be loaded by itself;"
+            " load `policy/` of the run folder with `from_pretrained`, or build the module and give the checkpoint to"
+            " `trainer.test(model, data, ckpt_path=…)`, `validate`, `predict` or `fit`."
+        )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         save_own(self, checkpoint)

@@ -42,7 +42,8 @@ class ExponentiatedGradient(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Apply one update."""
-        loss = None if closure is None else closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 gradient = parameter.grad
@@ -68,7 +69,8 @@ def check_optimizer(weights: ExampleWeights, optimizer: Optimizer) -> None:
         return
     name = f"`{type(optimizer).__name__}`"
     title = f"{name} is not safe for `{type(weights).__name__}`"
-    remedy = "use `ExponentiatedGradient`" + (", `SGD` or `SparseAdam`" if weights.sparse else ", `SGD` or `AdamW`")
+    others = [f"`{known}`" for known in ("SGD", "SparseAdam" if weights.sparse else "AdamW")]
+    remedy = f"use {' or '.join(['`ExponentiatedGradient`', *(known for known in others if known != name)])}"
     kinds: tuple[type[Optimizer], ...] = (SGD, SparseAdam) if weights.sparse else (SGD, Adam, AdamW)
     if not isinstance(optimizer, kinds):
         moves = "it moves rows that were not visited, or rescales" if weights.sparse else "it rescales"
@@ -82,7 +84,7 @@ def check_optimizer(weights: ExampleWeights, optimizer: Optimizer) -> None:
         if group.get("eps", SAFE_EPS) < SAFE_EPS:
             problems.append(
                 f"its `eps` is {group['eps']}, which rescales the rounding noise of equal scores to full steps;"
-                f" set `eps` to {SAFE_EPS:g} or more, or {remedy.replace(f', `{type(optimizer).__name__}`', '')}"
+                f" set `eps` to {SAFE_EPS:g} or more, or {remedy}"
             )
     if problems:
         raise gathered(title, problems)

@@ -174,7 +174,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 def _json_lines(path: Path) -> list[bytes]:
     try:
         records = json.loads(path.read_bytes().decode("utf-8-sig").strip() or "[]")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); for one record a line name it .jsonl.") from error
     if not isinstance(records, list):
         raise UserError(f"{path} holds a {type(records).__name__}, not a list of records.")

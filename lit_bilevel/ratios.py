@@ -159,12 +159,16 @@ class LengthNormalised(ResponseWeights):
 class _Relative(ResponseWeights):
     """Scores ≥ 0 divided by their mean in the group; those of a lone response by a running mean of earlier steps.
 
-    The running mean takes in a step only after it, so that micro-batches of a step change nothing; before there is one,
-    a lone response with a score above 0 counts 1.
+    The running mean, of scores above 0, takes in a step only after it, so that micro-batches of a step change nothing;
+    before there is one, a lone response with a score above 0 counts 1.
+
+    Args:
+        most: largest weight of a lone response.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: float = math.inf) -> None:
         self.mean: float | None = None
+        self._most = most
 
     @abstractmethod
     def score(self, ratios: Ratios) -> Tensor:
@@ -178,11 +182,14 @@ class _Relative(ResponseWeights):
         if self.mean is not None:
             mean_R = torch.where(ratios.alone_R, torch.full_like(mean_R, self.mean), mean_R)
         weight_R = torch.where(sum_R > 0, score_R / mean_R.clamp_min(torch.finfo(mean_R.dtype).tiny), 0.0)
-        return weight_R[ratios.response_J], torch.zeros_like(ratios.response_J, dtype=torch.bool)
+        clipped_R = ratios.alone_R & (weight_R > self._most)
+        weight_R = torch.where(clipped_R, self._most, weight_R)
+        return weight_R[ratios.response_J], clipped_R[ratios.response_J]
 
     def singles(self, ratios: Ratios) -> Tensor:
-        alone_R = ratios.alone_R
-        return torch.stack([(self.score(ratios) * alone_R).sum(), alone_R.sum()])
+        score_R = self.score(ratios)
+        counted_R = ratios.alone_R & (score_R > 0)
+        return torch.stack([(score_R * counted_R).sum(), counted_R.sum()])
 
     def follow(self, sums: Tensor) -> None:
         total, count = sums.tolist()
@@ -222,9 +229,16 @@ class SelfNormalised(_Relative):
 class Aligned(_Relative):
     """r ∝ max(0, ⟨∇f, ∇ℓ⟩) over the group, mean 1: the closed form of L2RW (arXiv 1803.09050) on generations. Moves
     the policy towards those of its responses whose imitation lowers the validation loss; a group without one counts 0.
+
+    Args:
+        clip: largest r of a response that is alone in its group, and so compared with those of earlier steps.
     """
 
     needs_alignment = True
+
+    def __init__(self, clip: float = 10.0):
+        super().__init__(_checked(clip))
+        self.clip = clip
 
     def score(self, ratios: Ratios) -> Tensor:
         assert ratios.alignment_R is not None

@@ -3,7 +3,9 @@
     a refined row contributes   κ·w_i·ℓ_i + (1−κ)·w̃_i·ℓ̃_i        w̃ mean 1 over the refined rows, 1 at each refresh
 
 w̃ is a second set of weights: in closed form (`BMOWeights`: e^{−ℓ̃/τ} over its running mean), or learned by a copy of
-the weight optimizer. The refined rows' offline weights are frozen, and stay in the pool's normaliser. In a batch, an
+the weight optimizer. The refined rows' offline weights take no more steps, and stay in the pool's normaliser: those of
+a table are frozen, while weights that rows share or that follow from losses (`SourceWeights`, `NetworkWeights`,
+`BMOWeights`) move on with what they follow from. In a batch, an
 offline example of pool row i has row number i < N, the group at position m of the refined rows has N + m, so both pass
 through one batched step.
 

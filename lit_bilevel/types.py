@@ -79,7 +79,7 @@ class Group:
 
     Args:
         responses: G′ responses, at least one.
-        mean_length: L̄, the mean length in tokens of all responses of their round.
+        mean_length: L̄, the mean length in tokens of the usable responses of their round.
         temperature: at which they were sampled.
     """
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
+from lit_bilevel import generation
 from lit_bilevel.errors import UserError
 from lit_bilevel.generation import score
 from lit_bilevel.policy.backends import VLLM, ContinuousBatching, ended
@@ -97,6 +98,21 @@ def test_scores_are_the_models_log_probabilities(name, temperature, cut):
         expected = [logprobs[start + t - 1, token].item() for t, token in enumerate(sample.token_ids)]
         assert response.token_logprobs == pytest.approx(expected, abs=1e-5)
         assert response.token_ids == sample.token_ids
+
+
+def test_scoring_goes_through_some_rows_at_a_time(monkeypatch):
+    policy, requests = make("llama"), ask()
+    samples = HFGenerate().generate(policy, requests, Sampling(12), ENDS)
+    whole = score(policy, requests, samples, 1.0, torch.device("cpu"))
+    passes = []
+    scored = generation.response_logprobs
+    monkeypatch.setattr(generation, "response_logprobs", lambda *given: passes.append(1) or scored(*given))
+    monkeypatch.setattr(generation, "SCORED_TOKENS", 1)  # which no row fits into, so each has a pass of its own
+    parts = score(policy, requests, samples, 1.0, torch.device("cpu"))
+    assert len(passes) == len(requests) > 2
+    for one, other in zip(whole, parts, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.token_logprobs == pytest.approx(other.token_logprobs, abs=1e-5)
 
 
 class Broken(Exception):
@@ -255,6 +271,15 @@ def test_vllm_is_handed_the_adapter_at_every_refresh(fake_vllm):
         names.append(FakeEngine.called[2][:2])
     assert samples == [Sample([11, 12, 7], True)] * len(requests)
     assert names == [("policy-1", 1), ("policy-2", 2)]
+    assert backend._engine.settings["max_lora_rank"] == 8
+    for rank, taken in ((12, 16), (600, None)):
+        policy = Policy(get_peft_model(make("llama").model, LoraConfig(r=rank, target_modules=["q_proj"])))
+        if taken is None:
+            with pytest.raises(UserError, match="up to rank 512"):
+                VLLM().generate(policy, requests, Sampling(4), ENDS)
+        else:
+            (other := VLLM()).generate(policy, requests, Sampling(4), ENDS)
+            assert other._engine.settings["max_lora_rank"] == taken
     seeds = [settings["seed"] for settings in FakeEngine.called[1]]
     assert len(set(seeds)) == len(requests)
 

@@ -60,6 +60,19 @@ def test_a_row_twice_in_a_window_takes_both_steps():
     assert logits[1] == -5
 
 
+def test_a_closure_gets_a_gradient():
+    logits = torch.nn.Parameter(torch.zeros(3))
+    optimizer = ExponentiatedGradient([logits], lr=1.0)
+
+    def closure():
+        loss = logits.sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 0
+    assert logits.tolist() == [-1, -1, -1]
+
+
 def test_a_negative_step_is_refused():
     with pytest.raises(UserError, match="`lr` is -1"):
         ExponentiatedGradient([torch.nn.Parameter(torch.zeros(1))], lr=-1)
@@ -79,6 +92,7 @@ def test_which_optimizers_are_accepted(name):
             message = str(error)
             assert f"`{type(made).__name__}` is not safe for `{type(weights).__name__}`" in message
             assert "ExponentiatedGradient" in message or "set both to 0" in message
+            assert f"`{type(made).__name__}`" not in message.partition("or more, or use")[2]
     assert accepted == ACCEPTED[weights.sparse]
 
 

@@ -170,6 +170,30 @@ def test_an_optimizer_without_second_moments_is_refused():
         OneStep("forward")(problem)
 
 
+def test_an_optimizer_with_other_moments_is_refused():
+    policy = tiny_policy()
+    optimizer = torch.optim.Adamax(policy.trainable())
+    for parameter in policy.trainable():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with pytest.raises(UserError, match="`Adamax` keeps no second moments as Adam does"):
+        OneStep("forward")(made(policy, optimizer=optimizer))
+
+
+def test_a_scaled_loss_changes_no_answer():
+    policy, found = tiny_policy(), []
+    direction = direction_of(policy)
+    for scale in (1.0, 1024.0):
+        problem = made(policy, 3)
+        engine = replace(ENGINE, loss_scale=scale, backward=lambda loss, scale=scale: (loss * scale).backward())
+        problem.engine = engine
+        upper, (_, gradient) = flat(problem.upper_gradient()), problem.lower_gradient_at(problem.values())
+        product = flat(problem.hessian_vector_product(direction))
+        found.append([upper, flat(gradient), problem.lower_jvp(direction), product])
+    for plain, scaled in zip(*found, strict=True):
+        assert distance(plain, scaled) < 1e-12 * plain.abs().max()
+
+
 def test_lower_jvp_is_exact():
     policy = tiny_policy()
     lower, direction = reference(policy, 1)[1], direction_of(policy)

@@ -118,7 +118,25 @@ def test_unclipped_sequence_ratios_teach_nothing_in_expectation():
     assert expected(Sequence(1.2)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("make", [lambda: Token(1.0), lambda: SelfNormalised(0.0)])
+def test_steps_without_alignment_do_not_blow_up_the_next_lone_response():
+    rule = Aligned(clip=4.0)
+
+    def lone(alignment: float) -> Ratios:
+        first = torch.zeros(1, dtype=torch.int64)
+        return Ratios(torch.zeros(1).double(), first, first, 1, torch.tensor([alignment]).double())
+
+    for _ in range(40):
+        rule.follow(rule.singles(lone(-1.0)))
+    assert rule.weigh(lone(1e-3))[0].item() == 1
+    rule.follow(rule.singles(lone(2.0)))
+    for _ in range(40):
+        rule.follow(rule.singles(lone(-1.0)))
+    assert rule.weigh(lone(2.0))[0].item() == 1
+    weight, clipped = rule.weigh(lone(20.0))
+    assert (weight.item(), clipped.item()) == (4, True)
+
+
+@pytest.mark.parametrize("make", [lambda: Aligned(1.0), lambda: Token(1.0), lambda: SelfNormalised(0.0)])
 def test_wrong_settings_are_refused(make):
     with pytest.raises(UserError, match="it must be above"):
         make()

@@ -18,7 +18,6 @@ from lit_bilevel import (
     LitBilevel,
     Mixing,
     NetworkWeights,
-    OneStep,
     PolicySettings,
     SoftmaxWeights,
     SourceWeights,
@@ -80,10 +79,18 @@ def test_groups_in_closed_form():
 
 def test_groups_that_could_never_learn_are_refused():
     policy = PolicySettings(str(TOY / "model"))
-    for weights, solver in ((BMOWeights(), Mixing()), (UniformWeights(), OneStep())):
+    for weights in (BMOWeights(), UniformWeights()):
         with pytest.raises(UserError, match=r"`model.refined_weights` is `SoftmaxWeights`.*use `BMOWeights`"):
-            LitBilevel(policy, weights, solver, refined_weights=SoftmaxWeights())
-        LitBilevel(policy, weights, solver, refined_weights=BMOWeights())
+            LitBilevel(policy, weights, Mixing(), refined_weights=SoftmaxWeights())
+        LitBilevel(policy, weights, Mixing(), refined_weights=BMOWeights())
+
+
+def test_groups_are_gated_at_the_end_of_an_epoch(small, tmp_path):
+    refine = refine_all(choose=RandomFraction(0.6))
+    model = run(small, tmp_path, refine, steps=24, refined_weights=SoftmaxWeights(keep=0.5, cap=2.5))
+    weight = model.refinement.table()[1]
+    assert (weight == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert weight.max() <= 2.5 + 1e-6
 
 
 def test_closed_form_groups_in_a_run(small, tmp_path):

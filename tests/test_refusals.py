@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -16,14 +17,27 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
-from lit_bilevel import BMOWeights, Implicit, LoraSettings, Mixing, OneStep, Penalty, PolicySettings, SoftmaxWeights
+from lit_bilevel import (
+    BMOWeights,
+    Implicit,
+    LitBilevel,
+    LoraSettings,
+    Mixing,
+    OneStep,
+    Penalty,
+    PolicySettings,
+    SoftmaxWeights,
+    UniformWeights,
+)
 from lit_bilevel.checks import check_flags, check_precision, check_run
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
+from lit_bilevel.exchange import _keeps_digits
 from lit_bilevel.policy import compile as compiling
 from lit_bilevel.policy import load
 from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.load import load_policy
+from lit_bilevel.ratios import Aligned
 
 PATH = str(TOY / "model")
 LORA = LoraSettings(r=2)
@@ -36,19 +50,16 @@ def deepspeed(stage: int) -> DeepSpeedStrategy:
     return strategy
 
 
-def module(strategy, *, solver=None, weights=None, precision="32-true", clip=None, accumulate=1, **policy):
-    """As much of a `LitBilevel` as its settings."""
-    solver, weights = solver or OneStep(), weights or SoftmaxWeights()
-    return SimpleNamespace(
-        trainer=SimpleNamespace(strategy=strategy, precision=precision, max_epochs=1),
-        upper_weight_decay=0.0,
-        solver=solver,
-        weights=weights,
-        learns_weights=solver.learns and weights.learnable,
-        policy_settings=PolicySettings(PATH, **policy),
-        gradient_clip_val=clip,
-        accumulate_grad_batches=accumulate,
-    )
+LENGTH = {"max_epochs": 1, "max_steps": -1}
+POLICY = {"lora", "quantization", "attn_implementation", "compile"}
+
+
+def module(strategy, *, solver=None, weights=None, precision="32-true", length=LENGTH, **settings):
+    """A `LitBilevel` under as much of a Trainer as its settings."""
+    policy = PolicySettings(PATH, **{name: settings.pop(name) for name in POLICY & settings.keys()})
+    made = LitBilevel(policy, weights or SoftmaxWeights(), solver or OneStep(), **settings)
+    made.trainer = SimpleNamespace(strategy=strategy, precision=precision, **length)
+    return made
 
 
 ONE = SingleDeviceStrategy("cpu")
@@ -69,9 +80,12 @@ REFUSED = {
         lambda: module(deepspeed(3), solver=Penalty()),
         r"stage 3 would split .*; use stage 2",
     ),
-    "clipping under zero": (lambda: module(deepspeed(2), solver=Penalty(), clip=1.0), r"`gradient_clipping` in"),
+    "clipping under zero": (
+        lambda: module(deepspeed(2), solver=Penalty(), gradient_clip_val=1.0),
+        r"`gradient_clipping` in",
+    ),
     "accumulation under zero": (
-        lambda: module(deepspeed(2), solver=Penalty(), accumulate=2),
+        lambda: module(deepspeed(2), solver=Penalty(), accumulate_grad_batches=2),
         r"raise `data.batch_size`",
     ),
     "compiled under zero": (lambda: module(deepspeed(2), solver=Penalty(), compile=True), r"`model.policy.compile`"),
@@ -83,6 +97,21 @@ REFUSED = {
         lambda: module(ONE, attn_implementation="flash_attention_2"),
         r"no forward mode; use `sdpa`",
     ),
+    "aligned responses on four bits": (
+        lambda: module(
+            ONE, solver=Mixing(), weights=BMOWeights(), response_weights=Aligned(), lora=LORA, quantization="4bit"
+        ),
+        r"`Aligned` needs derivatives .*`model.response_weights` than `Aligned`",
+    ),
+    "aligned responses under zero": (
+        lambda: module(deepspeed(2), solver=Penalty(), response_weights=Aligned()),
+        r"`Aligned` evaluates",
+    ),
+    "a start in a run without an end": (
+        lambda: module(ONE, upper_weight_start=0.5, length={"max_epochs": -1, "max_steps": -1}),
+        r"`model.upper_weight_start` is 0.5, a share of a run whose length is not known; set `trainer.max_steps`",
+    ),
+    "mps": (lambda: module(SingleDeviceStrategy("mps")), r"no float64.*use `trainer.accelerator: cpu`"),
     "half precision": (lambda: module(ONE, precision="16-true"), r"`trainer.precision` is 16-true.*use bf16-true"),
 }
 
@@ -108,9 +137,54 @@ def test_what_can_run_is_not(name):
     check_run(ACCEPTED[name](), "fit")
 
 
+BAD = {
+    "a solver that is not asked": (
+        {"weights": UniformWeights(), "solver": OneStep()},
+        r"`UniformWeights`, which learns nothing from scores, so `model.solver: OneStep` would do nothing; use",
+    ),
+    "closed form at λ = 0": (
+        {"weights": SoftmaxWeights(), "solver": OneStep(), "upper_weight": 0.0, "refined_weights": BMOWeights()},
+        r"`model.upper_weight` is 0.0, so λ is 0 in some step, where `BMOWeights` has no meaning",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_settings_that_would_do_nothing_are_refused(name):
+    settings, message = BAD[name]
+    with pytest.raises(UserError, match=message):
+        LitBilevel(PolicySettings(PATH), **settings)
+
+
+def test_the_epoch_in_which_the_upper_level_vanishes_is_named():
+    made = module(ONE, solver=Penalty(), upper_weight=0.3, upper_weight_decay=0.1, length=LENGTH | {"max_epochs": 9})
+    with pytest.raises(UserError, match="λ is 0 in epoch 4, where `Penalty` has no meaning"):
+        check_run(made, "fit")
+
+
+def test_a_checkpoint_is_not_loaded_by_itself():
+    with pytest.raises(UserError, match="`policy/` of the run folder with `from_pretrained`"):
+        LitBilevel.load_from_checkpoint("last.ckpt")
+
+
+def test_an_attention_whose_package_is_missing():
+    if importlib.util.find_spec("flash_attn") is None:
+        with pytest.raises(UserError, match=r"no causal language model could be loaded .*[Ff]lash"):
+            load_policy(PolicySettings(PATH, attn_implementation="flash_attention_2"), torch.float32)
+
+
+def test_differences_need_products_with_all_digits():
+    found = {}
+    for precision in ("highest", "high", "medium"):
+        torch.set_float32_matmul_precision(precision)
+        found[precision] = [_keeps_digits(name) for name in ("32-true", "64-true", "bf16-mixed")]
+    torch.set_float32_matmul_precision("highest")
+    assert found == {"highest": [True, True, False], "high": [False, True, False], "medium": [False, True, False]}
+
+
 def test_all_problems_come_in_one_message():
     with pytest.raises(UserError, match="4 problems"):
-        check_run(module(deepspeed(3), clip=1.0, accumulate=2), "fit")
+        check_run(module(deepspeed(3), gradient_clip_val=1.0, accumulate_grad_batches=2), "fit")
 
 
 @pytest.mark.parametrize(("flag", "value"), [("gradient_clip_val", 1.0), ("accumulate_grad_batches", 2)])

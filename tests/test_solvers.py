@@ -98,6 +98,20 @@ def test_one_step_averages_its_direction():
     assert distance(solver(problem), expected) < 1e-12
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_an_overflowed_gradient_takes_no_part_in_the_direction(decay):
+    problem, solver = ridge_problem(0.0), OneStep("forward", direction_decay=decay)
+    gradient = problem.upper_gradient()
+    overflowed = [gradient[0].clone()]
+    overflowed[0][0] = torch.inf  # the largest entry; the others would point elsewhere
+    problem.upper_gradient = lambda: overflowed
+    assert torch.equal(solver(problem), torch.zeros(12).double())
+    problem.upper_gradient = lambda: gradient
+    first = solver(problem)
+    problem.upper_gradient = lambda: overflowed
+    assert torch.equal(solver(problem), first)
+
+
 def test_one_step_refuses_differences_without_digits():
     problem = ridge_problem(0.0)
     problem.differences = False

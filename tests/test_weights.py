@@ -257,6 +257,12 @@ def test_precision_is_kept_when_the_module_is_cast(name):
     assert {key: value.dtype for key, value in weights.state_dict().items()} == before
 
 
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_what_is_logged_follows_the_weights_to_another_device(name):
+    weights = built(name).to("meta")
+    assert {value.device.type for value in (weights.visits, *weights.statistics().values())} == {"meta"}
+
+
 # ---- gradients ----
 
 
@@ -460,7 +466,9 @@ def test_the_network_is_the_same_on_every_process():
     second = built("network").state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first if "weight" in key)
     torch.set_rng_state(state)
-    built("network")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(torch, "manual_seed")  # which would also seed accelerators, and these stay so
+        built("network")
     assert torch.equal(torch.get_rng_state(), state)
     assert isinstance(built("network"), NetworkWeights)
 

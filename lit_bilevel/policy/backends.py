@@ -22,6 +22,7 @@ from lit_bilevel.policy.generate import GenerationBackend, Request, Sample, Samp
 from lit_bilevel.policy.policy import Policy
 
 VLLM_OLDEST, VLLM_NEWEST = (0, 10), (1, 0)
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the largest ranks it can be made for
 CHUNK = 1024  # requests that are handed to an engine at once
 
 
@@ -161,11 +162,17 @@ class VLLM(GenerationBackend):
                 " use `HFGenerate`."
             )
         config = next(iter(configs.values()))
+        rank = next((rank for rank in VLLM_RANKS if rank >= config.r), None)
+        if rank is None:
+            raise UserError(
+                f"`model.policy.lora.r` is {config.r} and `VLLM` takes adapters up to rank {VLLM_RANKS[-1]}; lower it,"
+                " or use `HFGenerate`."
+            )
         if self._engine is None:
             self._engine = vllm.LLM(
                 model=config.base_model_name_or_path,
                 enable_lora=True,
-                max_lora_rank=max(8, config.r),
+                max_lora_rank=rank,
                 gpu_memory_utilization=self.gpu_memory_utilization,
                 max_model_len=self.max_model_len,
                 **self.options,

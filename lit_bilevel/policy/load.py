@@ -115,7 +115,7 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
             use_safetensors=None if settings.allow_pickle else True,
             **quantized,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last where the package of an attention is missing
         raise _unloadable("causal language model", settings.path, error) from error
     if settings.activation_checkpointing:
         checkpoint_activations(model)
@@ -171,8 +171,9 @@ def _with_lora(model: Any, settings: PolicySettings) -> Any:
 
 
 def _unloadable(what: str, path: str, error: Exception) -> UserError:
+    said = "".join(f": {line}" for line in str(error).strip().splitlines()[:1])
     return UserError(
-        f"no {what} could be loaded from {path!r} ({type(error).__name__}: {str(error).strip().splitlines()[0]});"
+        f"no {what} could be loaded from {path!r} ({type(error).__name__}{said});"
         " give `model.policy.path` a folder written by `save_pretrained`, with safetensors, or a hub id"
         " (`model.policy.allow_pickle: true` reads `.bin` files, `trust_remote_code: true` runs code that is there)."
     )

@@ -27,7 +27,7 @@ from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.randomness import random_states, restore_random_states
 from lit_bilevel.policy.shard import carrying
-from lit_bilevel.problem import BilevelProblem, Values, scaled
+from lit_bilevel.problem import BilevelProblem, Values, norm, scaled
 from lit_bilevel.types import Batch, Features
 
 
@@ -132,6 +132,8 @@ class PolicyProblem(BilevelProblem):
             single = len(self.lower) == 1 and self.upper_weight < 1  # its graph waits for `complete`
             with nullcontext() if single else torch.no_grad():
                 losses = [self._lower_losses_of(batch) for batch in self.lower]
+            if not single:  # or autocast gives its casts, which know no gradient, to the passes that follow
+                torch.clear_autocast_cache()
             self._graph = losses[0] if single else None
             self._lower_losses = torch.cat(losses).detach()
         return self._lower_losses
@@ -178,11 +180,16 @@ class PolicyProblem(BilevelProblem):
     def lower_jvp(self, direction: Values) -> Tensor:
         self._begin_lower_pass()
         tangents = []
+        length: Tensor | float = 1.0
+        if self.engine.loss_scale != 1:  # float16: entries far from 1 would vanish in the tangents
+            length = norm(direction) / sum(value.numel() for value in direction) ** 0.5
+            direction = scaled(direction, 1 / length)
         with torch.no_grad(), forward_ad.dual_level(), self.policy.as_written(), carrying(self.policy, direction):
             for batch in self.lower:
                 dual_B = self._lower_losses_of(batch)
                 tangents.append(forward_ad.unpack_dual(dual_B).tangent)
-        return torch.cat(tangents)
+        torch.clear_autocast_cache()
+        return torch.cat(tangents) * length
 
     def hessian_vector_product(self, vector: Values) -> Values:
         weights_B = self.weights()
@@ -211,11 +218,15 @@ class PolicyProblem(BilevelProblem):
         """Gradient of a scalar; zeros for parameters that it does not depend on."""
         if self.engine.sharded:
             return self._derivative_by_backward(scalar)
-        return list(
-            torch.autograd.grad(
-                scalar, self.parameters, create_graph=create_graph, allow_unused=True, materialize_grads=True
-            )
+        scale = self.engine.loss_scale
+        gradients = torch.autograd.grad(
+            scalar if scale == 1 else scalar * scale,
+            self.parameters,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
         )
+        return list(gradients) if scale == 1 else [gradient / scale for gradient in gradients]
 
     def _derivative_by_backward(self, scalar: Tensor) -> Values:
         """The same, averaged over processes, where only a backward pass gathers parameters and reduces gradients."""
@@ -248,14 +259,14 @@ class PolicyProblem(BilevelProblem):
     def preconditioned(self, direction: Values) -> Values:
         known = dict(zip(self.parameters, direction, strict=True))
         for group in self.optimizer.param_groups:
-            if "betas" not in group or "eps" not in group:
+            states = [self.optimizer.state.get(parameter, {}) for parameter in group["params"]]
+            if "betas" not in group or "eps" not in group or any(s and "exp_avg_sq" not in s for s in states):
                 raise UserError(
-                    f"`{type(self.optimizer).__name__}` keeps no second moments, so the direction cannot be"
-                    " preconditioned; use AdamW as `model.optimizer`, or set `preconditioned: false`."
+                    f"`{type(self.optimizer).__name__}` keeps no second moments as Adam does, so the direction cannot"
+                    " be preconditioned; use AdamW as `model.optimizer`, or set `preconditioned: false`."
                 )
             decay = group["betas"][1]
-            for parameter in group["params"]:
-                moments = self.optimizer.state.get(parameter, {})
+            for parameter, moments in zip(group["params"], states, strict=True):
                 slope = known[parameter]
                 second = (1 - decay) * slope**2
                 if moments:

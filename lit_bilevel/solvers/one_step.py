@@ -87,14 +87,17 @@ class OneStep(BilevelSolver):
         if self.derivative != "forward" and not problem.differences:
             raise UserError(
                 f"`OneStep(derivative={self.derivative!r})` takes differences of losses, which vanish in the rounding"
-                " of bfloat16 or float16; use `derivative: forward` (or `auto`), or `trainer.precision: 32-true`."
+                " of bfloat16, float16 or TF32; use `derivative: forward` (or `auto`), or `trainer.precision: 32-true`"
+                " with `torch.set_float32_matmul_precision('highest')`."
             )
         return self.derivative
 
     def _direction(self, problem: BilevelProblem) -> Values:
         if self._average is None or self._steps % self.direction_every == 0:
-            # one overflow would spoil the mean for the rest of the run
-            gradient = [g.nan_to_num(0.0, 0.0, 0.0) for g in problem.upper_gradient()]
+            gradient = problem.upper_gradient()
+            finite = torch.isfinite(norm(gradient))  # one overflow would spoil the mean for the rest of the run
+            instead = self._average or [torch.zeros_like(g) for g in gradient]
+            gradient = [torch.where(finite, g, other) for g, other in zip(gradient, instead, strict=True)]
             if self._average is None:
                 self._average = gradient
             else:

@@ -44,7 +44,7 @@ class NetworkWeights(RunningWeights):
         super().create(source_N, dtype)
         device = self.loss_N.device
         with torch.random.fork_rng(devices=[]):  # the same network on every process, and no random number used up
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)  # that of the CPU alone, which is put back
             self.source_embedding = nn.Embedding(int(source_N.max()) + 1, self.source_size)
             last = nn.Linear(self.hidden_size, 1)
             self.network = nn.Sequential(nn.Linear(2 + self.source_size, self.hidden_size), nn.Tanh(), last)

@@ -25,8 +25,8 @@ class UniformWeights(ExampleWeights):
         raise UserError("`UniformWeights` cannot be learned; choose another `model.weights`, or the `Mixing` solver.")
 
     def table(self) -> Tensor:
-        return torch.ones(self.pool_rows, dtype=torch.float64)
+        return torch.ones(self.pool_rows, dtype=torch.float64, device=self.visits.device)
 
     def statistics(self) -> dict[str, Tensor]:
-        rows = torch.tensor(float(self.pool_rows), dtype=torch.float64)
+        rows = torch.full((), float(self.pool_rows), dtype=torch.float64, device=self.visits.device)
         return {"effective_size": rows, "entropy": rows.log()}
