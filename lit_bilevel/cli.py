@@ -41,7 +41,7 @@ from lit_bilevel.callbacks import (
     Summary,
     WeightInspector,
 )
-from lit_bilevel.callbacks.export import is_rehearsal
+from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.callbacks.progress import Bar, Lines
 from lit_bilevel.checks import check_precision
 from lit_bilevel.data.module import BilevelDataModule
@@ -75,11 +75,24 @@ def _described(command: str, text: str) -> dict[str, str]:
 
 
 class FitConfig(SaveConfigCallback):
-    """Writes `config.yaml`, the merged settings of a fit, into the run folder."""
+    """Writes `config.yaml`, the merged settings of a fit, into the run folder, whatever the logger.
+
+    Without `ckpt_path`: a fit with these settings is a new run.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not is_rehearsal(trainer):
             super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        path = run_folder(trainer) / self.config_filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config = self.config.clone()
+        if "ckpt_path" in config:
+            config.ckpt_path = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # `skip_none` is the name that all versions know
+            self.parser.save(config, path, skip_none=False, overwrite=True, multifile=self.multifile)
 
 
 class BilevelCLI(LightningCLI):
@@ -90,7 +103,7 @@ class BilevelCLI(LightningCLI):
             LitBilevel,
             BilevelDataModule,
             save_config_callback=FitConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"save_to_log_dir": False},
             auto_configure_optimizers=False,
             seed_everything_default=0,
             parser_class=Parser,
@@ -147,7 +160,8 @@ class BilevelCLI(LightningCLI):
         config = self.config_init[self.subcommand] if self.subcommand else self.config_init
         if config["trainer"].get("logger") in (None, True):
             folder = config["trainer"]["default_root_dir"]
-            kwargs["logger"] = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
+            board = TensorBoardLogger(folder, name="", version="", default_hp_metric=False)
+            kwargs["logger"] = board if self.subcommand in (None, "fit") else False  # or they write into a fit's curves
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:

@@ -14,7 +14,7 @@ import numpy as np
 
 from lit_bilevel.curves import Curve, read_curves
 from lit_bilevel.errors import UserError
-from lit_bilevel.inspection import read_lines
+from lit_bilevel.inspection import lines, read_lines
 
 Records = list[dict[str, Any]]
 
@@ -106,8 +106,7 @@ def _refinements(run: Path, limit: int = 20) -> Records:
         record["row"]: record | {"rounds": {}} for record in read_lines(run / "inspection" / "refined.jsonl")[:limit]
     }
     if known:
-        with (run / "responses.jsonl").open(encoding="utf-8") as file:
-            for record in map(json.loads, file):
-                if record["row"] in known:
-                    known[record["row"]]["rounds"].setdefault(record["round"], []).append(record["response"])
+        for record in lines(run / "responses.jsonl"):
+            if record["row"] in known:
+                known[record["row"]]["rounds"].setdefault(record["round"], []).append(record["response"])
     return [record for record in known.values() if record["rounds"]]

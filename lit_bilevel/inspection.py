@@ -2,7 +2,8 @@
 
     settings.json     settings of the run that differ between runs, as in the tab HParams
     epochs.jsonl      one line an epoch: step, quantiles, mass of the sources, histogram, weights of sampled rows, and
-                      with a truth file AUROC, precision and recall, kinds of the sampled rows
+                      with a truth file AUROC, precision and recall, kinds of the sampled rows; where the weights are
+                      those of an earlier run, a line before (epoch -1, step 0)
     rows.jsonl        the rows at both ends of the weights now, with their texts
     refined.jsonl     questions and offline answers of some refined rows; `responses.jsonl` has the new ones
     *.md              the tables as they are in TensorBoard
@@ -15,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,11 @@ def arrow(places: int) -> str:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Records of a file of JSON lines; empty where there is none."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    return list(lines(path))
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The same, one after the other; a last line that is still being written is left out."""
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if line.endswith("\n"))

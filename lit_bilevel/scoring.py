@@ -25,18 +25,16 @@ def read_truth(path: str, ids: Sequence[str]) -> list[str]:
         ids: ids of the pool rows, in the order of the weight table.
 
     Raises:
-        UserError: if the file is missing, has neither flag, or lacks a row of the pool.
+        UserError: if the file is missing, has a line that cannot be read, or lacks a row of the pool.
     """
     if not Path(path).is_file():
         raise UserError(f"the truth file {path} does not exist; check `data.truth`.")
     kinds: dict[str, str] = {}
-    with Path(path).open(encoding="utf-8") as file:
+    with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
-            record = json.loads(line)
-            flag = record.get("corrupted", record.get("harmful"))
-            if flag is None:
-                raise UserError(f"{path} line {number}: neither `corrupted` nor `harmful` is there; add one of them.")
-            kinds[str(record["id"])] = str(record.get("kind") or "corrupted") if flag else ""
+            if line.strip():
+                key, kind = _judged(line, f"{path} line {number}")
+                kinds[key] = kind
     missing = [key for key in ids if key not in kinds]
     if missing:
         raise UserError(
@@ -44,6 +42,24 @@ def read_truth(path: str, ids: Sequence[str]) -> list[str]:
             " pool, or none (`--data.truth null`)."
         )
     return [kinds[key] for key in ids]
+
+
+def _judged(line: str, place: str) -> tuple[str, str]:
+    """Id and kind of a line."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place} is not JSON ({error}); the truth file has one object a line.") from error
+    if not isinstance(record, dict) or "id" not in record:
+        raise UserError(f"{place}: `id` is missing; the truth of a row is joined to the pool by it, so add it.")
+    flag = record.get("corrupted", record.get("harmful"))
+    if flag is None:
+        raise UserError(f"{place}: neither `corrupted` nor `harmful` is there; add one of them.")
+    if flag not in (0, 1):  # so are true and false
+        raise UserError(
+            f"{place}: {flag!r} says neither that the row is corrupted nor that it is not; write true or false."
+        )
+    return str(record["id"]), str(record.get("kind") or "corrupted") if flag else ""
 
 
 def aurocs(weight_N: Tensor, kinds: Sequence[str]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import torch
+import yaml
 from conftest import ROOT, TOY, read_jsonl, write_jsonl
 from lightning.pytorch import Trainer, seed_everything
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,6 +27,9 @@ from lit_bilevel import (
     SoftmaxWeights,
 )
 from lit_bilevel.cli import BilevelCLI, main
+from lit_bilevel.curves import read_curves
+from lit_bilevel.errors import UserError
+from lit_bilevel.scoring import read_truth
 
 STEP_TAGS = ["upper/loss", "lower/loss", "lower/weighted_loss", "weights/effective_size", "weights/entropy"]
 
@@ -112,8 +116,54 @@ def test_the_exported_policy_is_the_monitor_best(finished, small):
 def test_the_written_config_runs_again_and_test_agrees(finished, capsys):
     best = finished / "checkpoints" / "best.ckpt"
     expected = json.loads((finished / "metrics.json").read_text())["test/loss"]
-    assert main(["test", f"--config={finished / 'config.yaml'}", f"--ckpt_path={best}"]) == 0
+    curves = read_curves(finished)
+    for command in ("test", "validate"):
+        assert main([command, f"--config={finished / 'config.yaml'}", f"--ckpt_path={best}"]) == 0
     assert json.loads((finished / "metrics.json").read_text())["test/loss"] == pytest.approx(expected, abs=1e-7)
+    assert read_curves(finished) == curves  # those of the fit stay as they are
+
+
+def test_the_config_is_in_the_run_folder_whatever_the_logger_and_begins_a_new_run(flags, tmp_path):
+    board = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'elsewhere'}"]
+    assert main(["fit", *flags, *board, "--trainer.max_steps=1"]) == 0
+    assert main(["fit", *flags, *board, "--trainer.max_steps=2", "--ckpt_path=last"]) == 0
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["ckpt_path"] is None
+    assert not list((tmp_path / "elsewhere").rglob("config.yaml"))
+    assert not (tmp_path / "run" / "checkpoints" / "earlier-last.ckpt").exists()  # the second call continued the first
+
+
+def test_a_new_run_in_the_folder_of_an_earlier_one_leaves_nothing_of_it(flags, tmp_path):
+    assert main(["fit", *flags, "--trainer.max_steps=2", "--trainer.max_epochs=-1"]) == 0
+    (tmp_path / "run" / "predictions.jsonl").touch()
+    earlier = set((tmp_path / "run").glob("events.*"))
+    assert main(["fit", *flags, "--trainer.max_steps=1", "--trainer.max_epochs=-1"]) == 0  # by the same process
+    assert not earlier & set((tmp_path / "run").glob("events.*"))
+    assert len(read_curves(tmp_path / "run")["lower/loss"]) == 1
+    assert not (tmp_path / "run" / "predictions.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2 is not JSON"),
+        ("[]", "line 2: `id` is missing"),
+        ('{"id": "x"}', "line 2: neither `corrupted` nor `harmful`"),
+        ('{"id": "x", "corrupted": "false"}', "line 2: 'false' says neither"),
+        ("", "lacks 1 rows of the pool"),
+    ],
+)
+def test_a_bad_truth_file_is_told_with_its_line(tmp_path, line, message):
+    path = tmp_path / "truth.jsonl"
+    path.write_text(f'{{"id": 1, "harmful": 0}}\n{line}\n{{"id": 2, "corrupted": true, "kind": "k"}}\n')
+    with pytest.raises(UserError, match=message):
+        read_truth(str(path), ["1", "2", "3"])
+
+
+def test_a_bad_truth_file_is_told_before_the_first_step(flags, tmp_path, monkeypatch, capsys):
+    path = write_jsonl(tmp_path / "truth.jsonl", [{"id": "other", "corrupted": 1}])
+    monkeypatch.setattr(LitBilevel, "training_step", lambda *_: pytest.fail("a step was taken"))
+    assert main(["fit", *flags, f"--data.truth={path}"]) == 2
+    assert "lacks 90 rows of the pool" in capsys.readouterr().err
 
 
 def fit(flags: list[str], *more: str) -> LitBilevel:

@@ -72,10 +72,17 @@ class BilevelCheckpoint(ModelCheckpoint):
     # ---- the run ----
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.dirpath is None:  # Lightning's choice would be the first logger's folder
-            self.dirpath = os.path.join(run_folder(trainer), "checkpoints")
+        self._place(trainer)
         super().setup(trainer, pl_module, stage)
         install(trainer.strategy)
+
+    def _place(self, trainer: Trainer) -> None:
+        if self.dirpath is None:  # Lightning's choice would be the first logger's folder
+            self.dirpath = os.path.join(run_folder(trainer), "checkpoints")
+
+    def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
+        self._place(trainer)  # `--ckpt_path last` is looked up before `setup`
+        return super()._find_last_checkpoints(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal = self._agreed = 0

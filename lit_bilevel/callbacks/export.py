@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_bilevel.data.table import column
@@ -34,7 +35,10 @@ class Export(Callback):
         policy: whether to write `policy/`, a `save_pretrained` folder.
     """
 
-    FILES = ("weights.parquet", "metrics.json", "policy", "responses.jsonl", "inspection", "figures", "inspect.html")
+    FILES = (
+        *("weights.parquet", "metrics.json", "policy", "responses.jsonl", "predictions.jsonl"),
+        *("inspection", "figures", "inspect.html"),
+    )
 
     def __init__(self, policy: bool = True):
         self.policy = policy
@@ -49,8 +53,10 @@ class Export(Callback):
             folder = run_folder(trainer)
             for name in self.FILES:
                 _remove(folder / name)
+            boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+            own = {Path(board._get_file_writer().event_writer._file_name).name for board in boards}
             for path in folder.glob("events.out.tfevents.*"):  # or TensorBoard draws both runs into one curve
-                if f".{os.getpid()}." not in path.name:
+                if path.name not in own:
                     _remove(path)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

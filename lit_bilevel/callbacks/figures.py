@@ -141,12 +141,15 @@ def _trajectories(figure: Any, run: Path) -> bool:
     if not epochs:
         return False
     axes = figure.subplots()
-    steps = [0, *(epoch["step"] for epoch in epochs)]
+    same = [epoch for epoch in epochs if epoch["rows"] == epochs[-1]["rows"]]  # `inspect.sampled` may have changed
+    begun = [1] if len(same) == len(epochs) and epochs[0]["step"] > 0 else []  # else they began as something else
+    epochs = same
+    steps = [*(0 for _ in begun), *(epoch["step"] for epoch in epochs)]
     kinds = epochs[-1].get("kinds", [CLEAN] * len(epochs[-1]["weights"]))
     for kind, *weights in zip(kinds, *(epoch["weights"] for epoch in epochs), strict=True):
         colour = CORRUPTED if kind not in ("", CLEAN) else "tab:blue"
-        axes.plot(steps, [1, *(max(weight, LEAST) for weight in weights)], color=colour, alpha=0.35, linewidth=0.8)
-    median = [1, *(max(epoch["weights_quantile/50"], LEAST) for epoch in epochs)]
+        axes.plot(steps, [*begun, *(max(weight, LEAST) for weight in weights)], color=colour, alpha=0.35, linewidth=0.8)
+    median = [*begun, *(max(epoch["weights_quantile/50"], LEAST) for epoch in epochs)]
     axes.plot(steps, median, color="black", label="median of the pool")
     if any(kind not in ("", CLEAN) for kind in kinds):
         axes.plot([], [], color="tab:blue", label="clean rows")

@@ -57,25 +57,39 @@ class WeightInspector(Callback):
         self._settings: dict[str, Plain] = {}
         self._data: Any = None
         self._auroc: dict[str, float] = {}
+        self._kinds: list[str] = []
+        """Kind of corruption of every row; empty where no truth is given."""
 
     # ---- when ----
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note what the run is, also where nothing is left to train; every process reads, and refuses, the truth."""
+        assert isinstance(pl_module, LitBilevel)
+        self._data = trainer.datamodule  # type: ignore[attr-defined]
+        for name in ("_source_N", "_corrupted", "_sample"):  # of an earlier fit
+            self.__dict__.pop(name, None)
+        self._kinds = read_truth(self._data.truth, self._data.sets["pool"]["id"][:]) if self._data.truth else []
+        self._settings = run_settings(trainer, pl_module)
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitBilevel)
-        self._data = trainer.datamodule  # type: ignore[attr-defined]
-        for name in ("_source_N", "_kinds", "_corrupted", "_sample"):  # of an earlier fit
-            self.__dict__.pop(name, None)
-        self._settings = run_settings(trainer, pl_module)
         if not is_rehearsal(trainer):
             text = json.dumps(self._settings, indent=2, ensure_ascii=False)
             Inspection(run_folder(trainer) / "inspection").write_text("settings.json", text + "\n")
         for logger in boards(trainer):
             logger.experiment.add_custom_scalars(LAYOUT)
+        table = pl_module.weights.table().detach().cpu().double()
+        if trainer.global_step == 0 and table.max() > table.min():  # the weights of an earlier run
+            if not is_rehearsal(trainer):
+                records = self._ends(table, pl_module.weights.visits.cpu())
+                self._write(trainer, table, {"step": 0, "epoch": -1, **self._scalars(table)}, records)
+            self._before = table.float()
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitBilevel)
+        pl_module.weights.refresh()  # as the module does after this, so what is shown here is what is exported
         table = pl_module.weights.table().detach().cpu().double()
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         scalars = self._scalars(table)
@@ -93,10 +107,12 @@ class WeightInspector(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the rows once more where the export scored them under the final policy."""
+        """Look once more: the export may have scored the rows under the final policy."""
         assert isinstance(pl_module, LitBilevel)
+        table = pl_module.weights.table().detach().cpu().double()
+        self._scored(table)
         if pl_module.weights.needs_scoring and not is_rehearsal(trainer):
-            records = self._ends(pl_module.weights.table().detach().cpu().double(), pl_module.weights.visits.cpu())
+            records = self._ends(table, pl_module.weights.visits.cpu())
             Inspection(run_folder(trainer) / "inspection").write("rows.jsonl", records)
 
     @rank_zero_only
@@ -126,11 +142,6 @@ class WeightInspector(Callback):
         return self._data.pool_sources
 
     @functools.cached_property
-    def _kinds(self) -> list[str]:
-        """Kind of corruption of every row; empty where no truth is given."""
-        return read_truth(self._data.truth, self._data.sets["pool"]["id"][:]) if self._data.truth else []
-
-    @functools.cached_property
     def _sample(self) -> list[int]:
         rows = len(self._data.sets["pool"])
         return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[: self.sampled].sort().values.tolist()
@@ -142,9 +153,13 @@ class WeightInspector(Callback):
         if self._before is not None and len(self._before) == len(table):
             rho = correlation(ranks(table), ranks(self._before))
             found |= {} if rho is None else {"weights/rank_correlation": rho}
+        return found | self._scored(table)
+
+    def _scored(self, table: Tensor) -> dict[str, float]:
+        """AUROC, of which that of all rows is kept for the tab HParams."""
         scores = flat(aurocs(table, self._kinds)) if self._kinds else {}
         self._auroc = {name: value for name, value in scores.items() if name == "auroc/all"}
-        return found | scores
+        return scores
 
     def _ends(self, table: Tensor, visits: Tensor) -> list[dict[str, Any]]:
         """Records of the rows at both ends; equal weights in the order of the pool."""
