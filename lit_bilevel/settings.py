@@ -24,7 +24,8 @@ def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
     found |= own_settings("solver", module.solver) | own_settings("weights", module.weights)
     for level in ("upper_objective", "lower_objective"):
         found |= own_settings(level, getattr(module, level))
-    for name, optimizer in zip(("optimizer", "weight_optimizer"), trainer.optimizers, strict=False):
+    own = [] if module.own_optimizer is None else [module.own_optimizer]  # the strategy takes one optimizer
+    for name, optimizer in zip(("optimizer", "weight_optimizer"), [*trainer.optimizers, *own], strict=False):
         found[name] = type(optimizer).__name__
         found[f"{name}.lr"] = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])
     found["upper_weight"] = module.initial_upper_weight
@@ -37,7 +38,7 @@ def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
     for name in ("batch_size", "upper_batch_size", "max_length", "seed"):
         found[f"data.{name}"] = getattr(data, name)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if type(callback).__name__ == "SelfRefine":
+        if any(kind.__name__ == "SelfRefine" for kind in type(callback).__mro__):
             found |= own_settings("refine", callback.choose) | {"refine.responses": callback.responses}
             found |= own_settings("response_weights", module.refinement.rule)
     found["precision"] = str(trainer.precision)

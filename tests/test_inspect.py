@@ -24,12 +24,15 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lit_bilevel import BilevelDataModule, LitBilevel, OneStep, PolicySettings, SoftmaxWeights
 from lit_bilevel.arguments import nearest
-from lit_bilevel.callbacks import WeightInspector
+from lit_bilevel.callbacks import SelfRefine, WeightInspector
+from lit_bilevel.callbacks.figures import _trajectories
 from lit_bilevel.callbacks.progress import Bar, GenerationBar, Lines, Rate
 from lit_bilevel.cli import main
 from lit_bilevel.curves import read_curves, thinned
+from lit_bilevel.inspection import Inspection
 from lit_bilevel.page import escaped
 from lit_bilevel.report import main as inspect
+from lit_bilevel.settings import run_settings
 from lit_bilevel.statistics import correlation, precision_recall, quantile, quantiles, ranks, source_mass
 
 FIGURES = ("weights", "kinds", "trajectories", "losses", "refinement", "overview")
@@ -215,6 +218,48 @@ def test_text_from_the_data_cannot_be_markup(refined, tmp_path):
     assert "&lt;script&gt;" in text
     assert "\x1b" not in text
     assert escaped("a" * 2000).endswith(" …")
+
+
+def test_a_run_that_is_writing_its_responses_can_be_looked_at(refined, tmp_path, capsys):
+    shutil.copytree(refined / "inspection", tmp_path / "inspection")
+    whole = (refined / "responses.jsonl").read_text()
+    (tmp_path / "responses.jsonl").write_text(whole[: -len(whole.splitlines()[-1]) // 2])
+    assert inspect(["inspect", str(tmp_path)]) == 0
+    assert "refined:" in capsys.readouterr().out
+    (tmp_path / "responses.jsonl").unlink()
+    assert inspect(["inspect", str(tmp_path)]) == 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib (the extra `figures`)")
+def test_weights_are_drawn_where_other_rows_were_sampled_before(tmp_path):
+    from matplotlib.figure import Figure
+
+    def axes_of(*epochs):
+        files = Inspection(tmp_path / str(len(list(tmp_path.iterdir()))) / "inspection")
+        files.write("epochs.jsonl", [{"weights_quantile/50": 1.0, "epoch": 0, **epoch} for epoch in epochs])
+        figure = Figure()
+        assert _trajectories(figure, files.folder.parent)
+        return figure.axes[0].lines[0].get_data()
+
+    first, second = {"step": 4, "rows": [1, 2], "weights": [0.5, 2.0]}, {"step": 8, "rows": [1], "weights": [0.7]}
+    assert [list(part) for part in axes_of(first)] == [[0, 4], [1, 0.5]]
+    assert [list(part) for part in axes_of(first, second)] == [[8], [0.7]]
+    start = {"step": 0, "rows": [1], "weights": [0.6]}  # weights of an earlier run
+    assert [list(part) for part in axes_of(start, second)] == [[0, 8], [0.6, 0.7]]
+
+
+def test_settings_know_subclasses_and_optimizers_of_the_module():
+    class Mine(SelfRefine):
+        pass
+
+    model = LitBilevel(PolicySettings("lit_bilevel/toy/model"), SoftmaxWeights(), OneStep())
+    policy, weights = (torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=lr) for lr in (0.1, 0.2))
+    model.own_optimizer = weights
+    data = SimpleNamespace(batch_size=1, upper_batch_size=1, max_length=1, seed=0)
+    trainer = SimpleNamespace(optimizers=[policy], callbacks=[Mine(responses=3)], datamodule=data)
+    trainer.precision, trainer.world_size = "32-true", 1
+    found = run_settings(trainer, model)
+    assert (found["optimizer.lr"], found["weight_optimizer.lr"], found["refine.responses"]) == (0.1, 0.2, 3)
 
 
 def test_inspect_refuses_what_is_no_run(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 
@@ -11,6 +12,8 @@ import torch
 from conftest import ROOT
 
 from lit_bilevel.cli import main
+from lit_bilevel.curves import read_curves
+from lit_bilevel.inspection import read_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
@@ -49,6 +52,22 @@ def test_a_run_exports_weights_of_mean_one(name, flags, tmp_path):
     assert len(weights.unique()) > 10
 
 
+def test_what_was_seen_at_the_end_is_what_is_exported(flags, tmp_path):
+    weights = fitted(flags, tmp_path, "--model.weights.keep=0.5")["weight"]
+    (*_, last) = read_lines(tmp_path / "run" / "inspection" / "epochs.jsonl")
+    assert last["weights"] == pytest.approx([weights[row] for row in last["rows"]], abs=1e-12)
+
+
+def test_a_finished_fit_with_weights_from_losses_is_continued(flags, tmp_path):
+    """As after a kill in the test that ends a run."""
+    first = fitted(flags, tmp_path, *RUNS["bmo"])
+    (tmp_path / "run" / "metrics.json").unlink()
+    assert fitted(flags, tmp_path, *RUNS["bmo"], "--ckpt_path=last") == first
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    curves = read_curves(tmp_path / "run")  # where the tab HParams takes its metrics from
+    assert curves["auroc/all"][-1][1] == pytest.approx(metrics["auroc/all"], abs=1e-6)
+
+
 def test_accumulation_changes_nothing_for_bmo(flags, tmp_path):
     common = [*RUNS["bmo"], "--trainer.precision=64-true"]
     whole = fitted(flags, tmp_path, *common, "--data.batch_size=8", name="whole")
@@ -65,6 +84,11 @@ def test_warm_start_takes_weights_by_id(flags, tmp_path, capsys):
     ]
     second = fitted(flags, tmp_path, *again, name="second")
     assert second["weight"] == pytest.approx(first["weight"], rel=1e-5)
+    start, end = read_lines(tmp_path / "second" / "inspection" / "epochs.jsonl")
+    assert (start["step"], start["weights"]) == (0, pytest.approx(end["weights"], rel=1e-5))
+    assert start["weights"] == pytest.approx([first["weight"][row] for row in start["rows"]], rel=1e-5)
+    rows = read_lines(tmp_path / "second" / "inspection" / "rows.jsonl")
+    assert all(row["moved"] == 0 and row["before"] == pytest.approx(row["weight"], rel=1e-5) for row in rows)
     again[1] = "--trainer.callbacks.weights=nowhere.parquet"
     assert main(["fit", *flags, *again]) == 2
     assert "nowhere.parquet does not exist" in capsys.readouterr().err

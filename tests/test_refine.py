@@ -270,6 +270,11 @@ def test_choosers():
     assert one == two
     assert len(set(one)) == 3
     assert LowestFraction(0.001).rows(weight, 0).tolist() == [1]
+    tied = torch.cat([torch.zeros(50), torch.ones(50)])
+    drawn = [LowestFraction(0.1).rows(tied, seed).tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert max(drawn[0]) < 50
+    assert sorted(drawn[0]) != list(range(10))  # not simply the first ones
     with pytest.raises(UserError, match="`fraction`"):
         LowestFraction(0)
 

@@ -38,7 +38,7 @@ def _checked(fraction: float) -> float:
 
 
 class LowestFraction(Choose):
-    """The lowest-weighted share of the pool, chosen anew at each refresh.
+    """The lowest-weighted share of the pool, chosen anew at each refresh; equal weights at the cut are drawn by lot.
 
     Args:
         fraction: share of the pool.
@@ -48,7 +48,8 @@ class LowestFraction(Choose):
         self.fraction = _checked(fraction)
 
     def rows(self, weight_N: Tensor, seed: int) -> Tensor:
-        return weight_N.argsort(stable=True)[: _count(self.fraction, len(weight_N))]
+        lot = torch.randperm(len(weight_N), generator=torch.Generator().manual_seed(seed))
+        return lot[weight_N[lot].argsort(stable=True)[: _count(self.fraction, len(weight_N))]]
 
 
 class RandomFraction(Choose):

@@ -122,6 +122,8 @@ class SelfRefine(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.by_steps and self.should_refine(trainer.current_epoch + 1) and not _is_last_epoch(trainer):
+            assert isinstance(pl_module, LitBilevel)
+            pl_module.weights.refresh()  # as the module does after this
             self.refine(trainer, pl_module)
 
     # ---- a refresh ----
