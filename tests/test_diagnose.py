@@ -47,9 +47,10 @@ def test_advice_depends_on_what_disagrees(halves, seeds, words):
 
 def test_the_command_fits_five_times_and_advises(flags, tmp_path, capsys):
     output = tmp_path / "out"
-    asked = ["diagnose", *flags[:-1], "--output", str(output), "--trainer.max_steps=3", "--figures.enabled=false"]
+    asked = ["diagnose", *flags, "--output", str(output), "--trainer.max_steps=3", "--figures.enabled=false"]
     asked += ["--trainer.val_check_interval=1"]
     assert main(asked) == 0
+    assert not (tmp_path / "run").exists()  # the folder of the fit whose flags these are
     found = json.loads((output / "diagnosis.json").read_text())
     assert found["validation_rows"] == 30
     assert -1 <= found["halves"] <= 1
