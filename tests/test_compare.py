@@ -25,7 +25,8 @@ from lit_bilevel.comparison.results import Results
 from lit_bilevel.comparison.rows import copy_records, stratified
 from lit_bilevel.comparison.run import Runner
 from lit_bilevel.comparison.significance import interval, permutation_test
-from lit_bilevel.comparison.table import difference, gap_closed, slower
+from lit_bilevel.comparison.table import difference, gap_closed, markdown, slower
+from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
 from lit_bilevel.module import LitBilevel
@@ -64,6 +65,11 @@ def test_names_of_methods():
         ("mixing@2", "not a number between 0 and 1"),
         ("two_stage:mixing", "learns no weights"),
         ("best:mixing,x", "unknown method 'x'"),
+        ("one_step+refin", "unknown method 'one_step.refin'"),
+        ("one_step+refine@softmax", "unknown method 'one_step.refine@softmax'"),
+        ("bmo@softmax", "unknown method 'bmo@softmax'"),
+        ("oracle@x", "unknown method 'oracle@x'"),
+        ("best_mixing+refine", "unknown method 'best_mixing.refine'"),
     ],
 )
 def test_names_that_mean_nothing_are_refused(name, message):
@@ -235,6 +241,7 @@ def test_the_interval_is_students():
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2
     assert half == pytest.approx(4.303 / 3**0.5, rel=1e-6)
+    assert interval([0.0, 1.0] * 16)[1] == pytest.approx(2.0395 * (8 / 31 / 32) ** 0.5, rel=2e-3)
     assert np.isnan(interval([1.0])[1])
     assert np.isnan(interval([])[0])
 
@@ -376,6 +383,14 @@ def test_mistakes_are_told_before_anything_runs(small, tmp_path, capsys):
     assert "unknown method 'mixin'" in capsys.readouterr().err
     assert compare(small, tmp_path, "--methods", "mixing", "--keep", "2") == 2
     assert "`--keep` is 2" in capsys.readouterr().err
+    assert compare(small, tmp_path / "none", "--methods", "mixing", "--trainer.limit_train_batches=0.5") == 2
+    assert "`trainer.limit_train_batches` is 0.5" in capsys.readouterr().err
+    kept = tmp_path / "of_a_user" / "precious.txt"
+    kept.parent.mkdir()
+    kept.touch()
+    assert compare(small, kept.parent, "--methods", "mixing", "--fresh") == 2
+    assert "`--fresh` removes earlier comparisons" in capsys.readouterr().err
+    assert kept.exists()
     with pytest.raises(UserError, match="another `--output`"):
         Results(tmp_path, {"keep": 0.5})
 
@@ -385,6 +400,7 @@ def test_losses_of_rows_have_the_precision_of_the_run_and_belong_to_its_data(sma
     pool.write_text(Path(small["pool"]).read_text())
     monkeypatch.chdir(tmp_path)
     asked = ["--methods", "mixing", f"--data.pool={pool}", "--trainer.precision=bf16-mixed"]
+    asked += ["--data.truth=lit_bilevel/toy/truth.jsonl", "--subset=80"]  # found in any folder
     assert compare(small, tmp_path / "out", *asked) == 0
     losses = pyarrow.parquet.read_table(tmp_path / "out" / "test_losses.parquet")["mixing"].to_numpy()
     assert np.mean(losses) == pytest.approx(float(table_of(tmp_path / "out")["mixing"]["test_loss"]), rel=1e-6)
@@ -392,6 +408,73 @@ def test_losses_of_rows_have_the_precision_of_the_run_and_belong_to_its_data(sma
     capsys.readouterr()
     assert compare(small, tmp_path / "out", *asked) == 2
     assert "other settings (data)" in capsys.readouterr().err
+
+
+def runner_of(rows=(), **known):
+    """A runner that knows these things, and these finished runs."""
+    runner = Runner.__new__(Runner)
+    runner.variants, runner.sets = {}, {"pool": range(100)}
+    runner.settings = SimpleNamespace(
+        data=SimpleNamespace(batch_size=8), model=SimpleNamespace(accumulate_grad_batches=2)
+    )
+    runner.results = SimpleNamespace(find=lambda name, seed: dict(rows)[name])
+    runner.__dict__.update(known)
+    return runner
+
+
+def test_every_run_takes_the_steps_of_the_shortest_limit():
+    def steps(max_steps, max_epochs):
+        trainer = SimpleNamespace(max_steps=max_steps, max_epochs=max_epochs, limit_train_batches=1.0)
+        return runner_of()._run_steps(trainer)
+
+    assert [steps(-1, 2), steps(5000, 2), steps(5, 2), steps(5000, -1), steps(5000, None)] == [14, 14, 5, 5000, 5000]
+    with pytest.raises(UserError, match="no run would end by its steps"):
+        steps(-1, None)
+
+
+def test_steps_that_a_variant_sets_are_its_own():
+    flags = {None: ["max_steps=14", "max_epochs=-1"], "max_steps": ["max_epochs=-1"], "max_epochs": []}
+    for own, wanted in flags.items():
+        variant = Variant("oracle", flags={f"trainer.{own}": 3}) if own else None
+        assert runner_of(steps=14)._as_many_steps(variant) == [f"--trainer.{flag}" for flag in wanted]
+
+
+def test_a_filter_scores_under_the_settings_of_its_method(monkeypatch, tmp_path):
+    asked = []
+
+    def built(config, flags):
+        asked.extend(flags)
+        raise Killed
+
+    monkeypatch.setattr("lit_bilevel.comparison.run.built", built)
+    method = Method.parse("mine", {"mine": Variant("lowest_loss", flags={"data.max_length": 9})})
+    with pytest.raises(Killed):
+        runner_of(config="c", shared=["--a"])._chosen(method, ["--b"], tmp_path, None, 0)
+    assert asked[0] == "--a"
+    assert asked[-3:] == ["--data.max_length=9", "--b", "--seed_everything=0"]
+
+
+def test_a_run_that_several_need_is_timed_once():
+    seconds = {"one_step": 10.0, "two_stage:one_step": 14.0, "weighted:one_step": 15.0, "mixing": 2.0}
+    rows = [(name, {"method": name, "seconds": value, "monitor_loss": value}) for name, value in seconds.items()]
+    name = f"best:{','.join(seconds)}"
+    found = runner_of(rows)._best(name, Method.parse(name), 0)
+    assert (found["chosen"], found["seconds"]) == ("mixing", 10 + 4 + 5 + 2)
+
+
+def test_a_table_says_how_many_steps_where_they_differ():
+    losses = {name: {0: np.ones(3)} for name in ("mixing", "slow")}
+
+    def text(steps):
+        rows = [{"method": n, "seed": 0, "test_loss": 1.0, "seconds": 1.0, "steps": s} for n, s in steps.items()]
+        return markdown(rows, losses, "command")
+
+    assert "200 policy steps a run" in text({"mixing": 200, "slow": 200})
+    assert "| steps |" not in text({"mixing": 200, "slow": 200})
+    different = text({"mixing": 200, "slow": 375})
+    assert "| steps |" in different
+    assert "| 375 |" in different
+    assert "policy steps a run" not in different
 
 
 def test_the_best_of_runs_that_never_looked_is_refused():

@@ -25,6 +25,10 @@ few:
   pool_rows: 40
   corrupted: 0.25
   validation_rows: 20
+part:
+  method: one_step@sigmoid
+  flags: {model.weight_optimizer.lr: 0.3}
+  pool_rows: 40
 """
 
 
@@ -45,6 +49,9 @@ def test_a_variant_is_its_method_with_settings(file):
         assert method.needs == "slow"
         assert not method.learns
         assert "--model.weight_optimizer.lr=0.1" not in method.flags  # the second stage is trained as the others are
+    for name in ("two_stage:part", "weighted:part"):  # it has the weights of these rows alone
+        assert Method.parse(name, variants).variant == Variant("one_step@sigmoid", pool_rows=40)
+        assert "--model.weight_optimizer.lr=0.3" not in Method.parse(name, variants).flags
     refined = Method.parse("more", {"more": Variant("one_step+refine", refine={"responses": 8})})
     mine = {"class_path": "SelfRefine", "init_args": {"responses": 2, "start": 5}}
     (callback, _) = json.loads(refined.callbacks([mine]).partition("=")[2])
@@ -77,6 +84,14 @@ def test_rows_of_a_variant():
         ("a: {method: best_mixing}", "it can only be one of a method"),
         ("a: {method: mixing, refine: {responses: 1}}", "no `.refine`"),
         ("a: {method: a}", "unknown method 'a'"),
+        ("a: {method: [mixing]}", "unknown method"),
+        ("a: {method: mixing, flags: [b]}", "'a': `flags: .*` is no table"),
+        ("a: {method: mixing, pool_rows: '700'}", "`pool_rows: '700'` is no number of rows"),
+        ("a: {method: mixing, pool_rows: 0}", "`pool_rows: 0` is no number of rows"),
+        ("a: {method: mixing, validation_rows: true}", "`validation_rows: True` is no number of rows"),
+        ("a: {method: mixing, pool_rows: 9, corrupted: x}", "`corrupted: 'x'` is no share"),
+        ("a: {method: perplexity_difference, validation_rows: 9}", "needs a run of 'validation_only'"),
+        ("a: {method: 'weighted:one_step', pool_rows: 9}", "needs a run of 'one_step'"),
     ],
 )
 def test_bad_variants_are_refused(tmp_path, text, message):
@@ -88,11 +103,18 @@ def test_bad_variants_are_refused(tmp_path, text, message):
         read_variants(str(tmp_path / "none.yaml"))
 
 
+def test_a_variant_takes_no_methods_name():
+    with pytest.raises(UserError, match="'mixing' has the name of a method"):
+        Method.parse("mixing", {"mixing": Variant("mixing", flags={"model.upper_weight": 0.1})})
+
+
 def test_variants_in_a_table(small, tmp_path, file, capsys):
-    asked = ["--variants", file, "--methods", "few", "slow", "weighted:slow"]
+    asked = ["--variants", file, "--methods", "few", "slow", "weighted:slow", "two_stage:part"]
     assert compare(small, tmp_path / "out", *asked) == 0
     table = table_of(tmp_path / "out")
-    assert {name: int(float(row["steps"])) for name, row in table.items()} == {"few": 2, "slow": 3, "weighted:slow": 2}
+    steps = {name: int(float(row["steps"])) for name, row in table.items()}
+    assert steps == {"few": 2, "slow": 3, "weighted:slow": 2, "part": 2, "two_stage:part": 2}
+    assert len(read_jsonl(tmp_path / "out" / "two_stage-part" / "seed0" / "pool" / "pool.jsonl")) == 24  # of 40 rows
     corrupted = {row["id"] for row in read_jsonl(TOY / "truth.jsonl") if row["corrupted"]}
     pool = [row["id"] for row in read_jsonl(tmp_path / "out" / "few" / "rows" / "pool" / "pool.jsonl")]
     assert (len(pool), len(corrupted & set(pool))) == (40, 10)

@@ -74,8 +74,8 @@ def _compare(options: argparse.Namespace, shared: list[str], given: list[str]) -
     if not Path(options.config).is_file():
         raise UserError(f"{options.config} does not exist; check `--config`.")
     output = Path(options.output)
-    if options.fresh and output.exists():
-        shutil.rmtree(output)
+    if options.fresh:
+        _forget(output)
     answers = options.answers or options.pairs is not None
     config = hashlib.sha256(Path(options.config).read_bytes()).hexdigest()
     settings = {name: getattr(options, name) for name in ("subset", "max_steps", "keep")}
@@ -104,6 +104,21 @@ def _compare(options: argparse.Namespace, shared: list[str], given: list[str]) -
         raise UserError(
             f"{len(failed)} of the runs failed: {', '.join(failed)}. The tables have the others; mend the causes, which"
             " are given above, and call the same command again: finished runs are kept."
+        )
+
+
+def _forget(output: Path) -> None:
+    """Remove an earlier comparison, and nothing else.
+
+    Raises:
+        UserError: if there is something else.
+    """
+    if output.is_dir() and ((output / "comparison.json").is_file() or not any(output.iterdir())):
+        shutil.rmtree(output)
+    elif output.exists():
+        raise UserError(
+            f"`--fresh` removes earlier comparisons, and {output} is none (it has no comparison.json); give another"
+            " `--output`, or remove it yourself."
         )
 
 

@@ -59,7 +59,7 @@ class Evidence:
         """The policy, ready to score.
 
         Args:
-            tuned: with the parameters that the earlier run ended with.
+            tuned: with the parameters that the earlier run had at its best monitor loss.
             adapter: put on a policy that is tuned whole.
         """
         settings = self.settings

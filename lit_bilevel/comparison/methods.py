@@ -10,7 +10,8 @@
     weighted:METHOD                         a fresh policy trained on all rows under METHOD's weights, which stay
     …+refine[:RULE]                         with `SelfRefine`: one_step@sigmoid+refine:token
 
-A file of `--variants` gives further names to methods with settings of their own. Left out: tuning.
+A file of `--variants` gives further names to methods with settings of their own; a method that is built on a variant
+sees the variant's rows, and has none of its settings. Left out: tuning.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Method:
         stopped_early: whether it ends when the monitor loss has not fallen for 15 looks. For methods that memorise the
             validation rows and never recover.
         weighted: whether every row keeps the weight that it has after the run that the method needs.
-        variant: what the method is a variant of, and the rows that it sees.
+        variant: what the method is a variant of, and the rows that it sees, which may be those of the run it needs.
     """
 
     flags: tuple[str, ...] = ()
@@ -129,14 +130,7 @@ class Method:
         """
         variants = variants or {}
         if name in variants:
-            variant = variants[name]
-            others = {key: value for key, value in variants.items() if key != name}
-            method = cls.parse(variant.method, others)
-            if method.best_of or method.variant:
-                raise UserError(f"the variant {name!r} is one of {variant.method!r}; it can only be one of a method.")
-            if variant.refine and not method.refine:
-                raise UserError(f"the variant {name!r} has `refine` and {variant.method!r} no `+refine`; add it.")
-            return replace(method, flags=(*method.flags, *variant.options()), variant=variant)
+            return cls._variant(name, variants[name], {k: v for k, v in variants.items() if k != name})
         kind, _, rest = name.partition(":")
         if name == "best_mixing":
             return cls(best_of=SHARES)
@@ -149,17 +143,41 @@ class Method:
         return cls._trained(name)
 
     @classmethod
+    def _variant(cls, name: str, variant: Variant, others: Mapping[str, Variant]) -> Method:
+        method = cls.parse(variant.method, others)
+        if means(name, others):
+            raise UserError(
+                f"the variant {name!r} has the name of a method, whose place it would take; give it another."
+            )
+        if method.best_of or method.variant:
+            raise UserError(f"the variant {name!r} is one of {variant.method!r}; it can only be one of a method.")
+        if variant.rows and method.needs:
+            raise UserError(
+                f"the variant {name!r} has rows of its own, and {variant.method!r} needs a run of {method.needs!r},"
+                " which sees all; leave `pool_rows` and `validation_rows` out, or give them to a variant that learns"
+                " weights and name `two_stage:` or `weighted:` of it."
+            )
+        if variant.refine and not method.refine:
+            raise UserError(f"the variant {name!r} has `refine` and {variant.method!r} no `+refine`; add it.")
+        return replace(method, flags=(*method.flags, *variant.options()), variant=variant)
+
+    @classmethod
     def _second_stage(cls, name: str, first: str, weighted: bool, variants: Mapping[str, Variant]) -> Method:
         method = cls.parse(first, variants)
         if not method.learns:
             raise UserError(f"{name!r}: {first!r} learns no weights; name a solver, or bmo.")
+        rows = method.variant.rows if method.variant else None
         if not weighted:
-            return cls(UNIFORM, LearnedWeights(), needs=first)
-        return cls(("--model.weights=SigmoidWeights", "--model.solver=Mixing"), needs=first, weighted=True)
+            return cls(UNIFORM, LearnedWeights(), needs=first, variant=rows)
+        flags = ("--model.weights=SigmoidWeights", "--model.solver=Mixing")
+        return cls(flags, needs=first, weighted=True, variant=rows)
 
     @classmethod
     def _trained(cls, name: str) -> Method:
-        base, refine, rule = re.fullmatch(r"([^+:]*)(\+refine)?(?::(.*))?", name).groups()  # type: ignore[union-attr]
+        parts = re.fullmatch(r"([^+:]*)(\+refine)?(?::(.*))?", name)
+        if parts is None:
+            raise unknown(name)
+        base, refine, rule = parts.groups()
         filter, flags, stopped_early = None, list(UNIFORM), False
         if base in BASELINES:
             flags += BASELINES[base]
@@ -173,7 +191,8 @@ class Method:
             flags = ["--model.weights=BMOWeights", "--model.solver=Mixing", *CONSTANT]
         else:
             solver, _, weights = base.partition("@")
-            known(solver, [*BASELINES, "mixing@SHARE", "best_mixing", *FILTERS, "bmo", *SOLVERS, "two_stage:METHOD"])
+            if solver not in SOLVERS:
+                raise unknown(name)
             flags = [f"--model.solver={SOLVERS[solver]}", *(CONSTANT if solver in NEEDS_VALIDATION else ())]
             flags += [f"--model.weights={WEIGHTS[known(weights, WEIGHTS, 'weights')]}"] if weights else []
         if rule is not None:
@@ -224,7 +243,23 @@ def share(name: str) -> float:
     return value
 
 
-def known(name: str, names: Sequence[str] | Mapping[str, str], what: str = "method") -> str:
+def means(name: str, variants: Mapping[str, Variant]) -> bool:
+    """Whether a name is a method's."""
+    try:
+        Method.parse(name, variants)
+    except UserError:
+        return False
+    return True
+
+
+def unknown(name: str) -> UserError:
+    """The error for a name that is no method's."""
+    names = [*BASELINES, "mixing@SHARE", "best_mixing", *FILTERS, "bmo", *(f"{solver}[@WEIGHTS]" for solver in SOLVERS)]
+    names += ["two_stage:METHOD", "weighted:METHOD", "best:METHOD,METHOD", "seal", "METHOD+refine[:RULE]"]
+    return UserError(f"unknown method {name!r}; there are: {', '.join(names)}.")
+
+
+def known(name: str, names: Sequence[str] | Mapping[str, str], what: str) -> str:
     """The name itself.
 
     Raises:

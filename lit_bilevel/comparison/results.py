@@ -94,7 +94,10 @@ class Results:
         for row in self.rows:
             path = self.run_folder(str(row.get("chosen") or row["method"]), row["seed"]) / "test_losses.parquet"
             if not path.is_file():
-                raise UserError(f"{path} is missing, though its run is in results.csv; start again with `--fresh`.")
+                raise UserError(
+                    f"{path} is missing, though its run is in results.csv; remove that line there, and the run is"
+                    " repeated."
+                )
             found = pyarrow.parquet.read_table(path)
             if table is None:
                 table = found.select(["id", "tokens"])

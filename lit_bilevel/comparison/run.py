@@ -85,15 +85,12 @@ class Runner:
                 f"a comparison runs in one process and the settings ask for {cli.trainer.world_size}; set"
                 " `--trainer.devices 1` (and start one comparison a device, each with an `--output` of its own)."
             )
-        self.sets = cli.datamodule.sets
+        self.sets, self.truth = cli.datamodule.sets, cli.datamodule.truth
         self.kinds = self._kinds(self.sets["pool"])
         if "test" not in self.sets:
             raise UserError("there is nothing to compare on; give `--data.test`, a file of held-out rows.")
         results.require({"data": data_digests(cli)})
-        self.steps = self.settings.trainer.max_steps
-        if self.steps < 0:
-            window = self.settings.data.batch_size * self.settings.model.accumulate_grad_batches
-            self.steps = math.ceil(len(self.sets["pool"]) / window) * self.settings.trainer.max_epochs
+        self.steps = self._run_steps(cli.trainer)
 
     # ---- a row of the table ----
 
@@ -115,9 +112,21 @@ class Runner:
                 " `trainer.val_check_interval`, or give `--max_steps`."
             )
         best = min(rows, key=lambda row: row["monitor_loss"])
-        seconds = sum(row["seconds"] for row in rows)
+        seconds = sum(self._own_seconds(run, seed) for run in sorted(self._runs(name)))
         chosen = best.get("chosen", best["method"])
         return {**best, "method": name, "chosen": chosen, "seconds": seconds}
+
+    def _runs(self, name: str) -> set[str]:
+        """The runs behind a row of the table, those that others need among them."""
+        method = Method.parse(name, self.variants)
+        if method.best_of:
+            return set().union(*(self._runs(other) for other in method.best_of))
+        return {name, method.needs} - {""}
+
+    def _own_seconds(self, name: str, seed: int) -> float:
+        """Time of a run without the one that it needs."""
+        needs = Method.parse(name, self.variants).needs
+        return self.row(name, seed)["seconds"] - (self.row(needs, seed)["seconds"] if needs else 0.0)
 
     def _run(self, name: str, method: Method, seed: int) -> Result:
         before = self.row(method.needs, seed)["seconds"] if method.needs else 0.0
@@ -133,7 +142,7 @@ class Runner:
             with quiet(folder / "filter.txt"):
                 chosen, scores, seconds = self._chosen(method, parts, folder, earlier, seed)
             flags += [data_flag("pool", chosen), "--data.truth=null", "--data.cache=false"]
-            flags += [f"--trainer.max_steps={self.steps}", "--trainer.max_epochs=-1"]
+            flags += self._as_many_steps(method.variant)
             before += seconds
             row |= scores
         with quiet(folder / "log.txt"):
@@ -149,12 +158,39 @@ class Runner:
 
     # ---- parts of a run ----
 
+    def _run_steps(self, trainer: Any) -> int:
+        """Policy steps of a run on the whole pool.
+
+        Raises:
+            UserError: where they cannot be told.
+        """
+        if trainer.limit_train_batches != 1.0:
+            raise UserError(
+                f"`trainer.limit_train_batches` is {trainer.limit_train_batches}, and methods on fewer rows would see"
+                " another part of them; give `--max_steps` or `--subset`."
+            )
+        window = self.settings.data.batch_size * self.settings.model.accumulate_grad_batches
+        epoch = math.ceil(len(self.sets["pool"]) / window)
+        ends = [trainer.max_steps, -1 if trainer.max_epochs is None else epoch * trainer.max_epochs]
+        ends = [steps for steps in ends if steps >= 0]
+        if not ends:
+            raise UserError("no run would end by its steps; set `trainer.max_epochs` or `--max_steps`.")
+        return min(ends)
+
+    def _as_many_steps(self, variant: Variant | None) -> list[str]:
+        """Flags for a run on fewer rows, which takes as many steps as the others where its variant sets none."""
+        own = {name.removeprefix("trainer.") for name in (variant and variant.flags) or {}}
+        steps = {"max_steps": self.steps} if not own & {"max_steps", "max_epochs"} else {}
+        steps |= {"max_epochs": -1} if "max_epochs" not in own else {}
+        return [f"--trainer.{name}={value}" for name, value in steps.items()]
+
     def _subset(self, cli: Any, count: int) -> Any:
         """Files with a part of the pool, stratified by source and, where there is a truth, by kind of corruption."""
         data: Any = cli.config.data
         pool = cli.datamodule.sets["pool"]
         ids = pool["id"][:]
-        kinds = read_truth(data.truth, ids) if data.truth else [""] * len(ids)
+        truth = cli.datamodule.truth
+        kinds = read_truth(truth, ids) if truth else [""] * len(ids)
         rows = stratified(list(zip(pool["source"][:], kinds, strict=True)), count, seed=0).tolist()
         positions = pool["row"][:]
         chosen = {positions[row]: ids[row] for row in rows}
@@ -162,7 +198,7 @@ class Runner:
 
     def _kinds(self, pool: Any) -> list[str] | None:
         """Kind of corruption of every row of a pool, where there is a truth."""
-        return read_truth(self.settings.data.truth, pool["id"][:]) if self.settings.data.truth else None
+        return read_truth(self.truth, pool["id"][:]) if self.truth else None
 
     def _parts(self, variant: Variant, folder: Path) -> list[str]:
         """Flags for files with the rows that a variant sees, where these are not all."""
@@ -172,7 +208,7 @@ class Runner:
             rows = variant.pool(pool["source"][:], self.kinds)
             chosen = dict(zip(pool.select(rows)["row"][:], pool.select(rows)["id"][:], strict=True))
             flags.append(data_flag("pool", copy_records(data.pool, data.columns or {}, chosen, folder / "pool")))
-            flags += [f"--trainer.max_steps={self.steps}", "--trainer.max_epochs=-1"]
+            flags += self._as_many_steps(variant)
         if variant.validation_rows:
             both = [self.sets[name] for name in ("upper", "monitor")]
             position, key, source = ([v for part in both for v in part[name][:]] for name in ("row", "id", "source"))
@@ -193,7 +229,7 @@ class Runner:
         """Files with the rows that a filter keeps, AUROC of its scores, and the time it took."""
         assert method.filter is not None
         started = time.perf_counter()
-        cli = built(self.config, [*self.shared, *parts, f"--seed_everything={seed}"])
+        cli = built(self.config, [*self.shared, *method.flags, *parts, f"--seed_everything={seed}"])
         scores = method.filter.scores(Evidence(cli, earlier, seed))
         mask = method.filter.chosen(scores, self.keep, seed)
         pool, data = cli.datamodule.sets["pool"], cli.config.data
@@ -232,7 +268,6 @@ class Runner:
     def _answered(self, cli: Any, folder: Path) -> Result:
         """Measures on greedy answers to the test prompts, which stay in `predictions.jsonl`."""
         test, data = cli.datamodule.sets["test"], self.settings.data
-        cli.trainer.callbacks = [c for c in cli.trainer.callbacks if "Progress" not in type(c).__name__]
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
         answers = [record["response"] for record in read_lines(folder / "predictions.jsonl")]
         paths = [data.test] if isinstance(data.test, str) else data.test

@@ -19,7 +19,7 @@ STUDENT = (
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
     *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-"""97.5 % quantiles of Student's t by degrees of freedom, from 1."""
+"""97.5 % quantiles of Student's t by degrees of freedom, from 1; beyond 30 about 1.96 + 2.4 / freedom."""
 ROUNDS = 9_999
 
 
@@ -32,7 +32,7 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     if freedom < 1:
         return mean, math.nan
     error = math.sqrt(sum((value - mean) ** 2 for value in values) / freedom / len(values))
-    return mean, error * (STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96)
+    return mean, error * (STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom)
 
 
 def permutation_test(difference_n: np.ndarray, rounds: int = ROUNDS, seed: int = 0) -> float:

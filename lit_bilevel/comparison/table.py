@@ -44,6 +44,8 @@ def markdown(rows: Sequence[Result], losses: Losses, command: str) -> str:
             extra.append(("gap closed", lambda method: gap_closed(method, losses)))
         shown[1:1] = extra
         shown.append(("time / mixing", lambda method: slower(methods[method], methods["mixing"])))
+    if len({row["steps"] for row in rows}) > 1:
+        shown.append(("steps", lambda method: f"{interval(values(methods[method], 'steps'))[0]:.0f}"))
     shown.append(("seconds", lambda method: cell(methods[method], "seconds")))
     shown.append(("seeds", lambda method: str(len(methods[method]))))
     lines = ["| method | " + " | ".join(title for title, _ in shown) + " |", "|---" * (len(shown) + 1) + "|"]
@@ -59,13 +61,13 @@ def notes(rows: Sequence[Result], losses: Losses, command: str) -> list[str]:
     count = len(next(iter(next(iter(losses.values())).values())))
     chosen = sorted({f"{row['method']}: {row['chosen']} (seed {row['seed']})" for row in rows if "chosen" in row})
     seeds = sorted({row["seed"] for row in rows})
-    steps = int(max(row["steps"] for row in rows))
+    steps = {row["steps"] for row in rows}
+    many = f" {int(max(steps)):,} policy steps a run, each" if len(steps) == 1 else " each run"
     lines = [
         f"Mean ± half of the 95 % interval over seeds {', '.join(map(str, seeds))} (none for a single seed); {count:,}"
-        f" test rows; {steps:,} policy steps a run (fewer where it was stopped early), each at its monitor-best"
-        " checkpoint. Δ mixing: mean paired difference over the test rows, losses averaged over the seeds that both"
-        " have, and p of a permutation test over rows, which says nothing of other seeds. Seconds include the runs a"
-        " method needs.",
+        f" test rows;{many} at its monitor-best checkpoint. Δ mixing: mean paired difference over the test rows, losses"
+        " averaged over the seeds that both have, and p of a permutation test over rows, which says nothing of other"
+        " seeds. Seconds include the runs a method needs.",
         f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}.",
         f"`{command}`",
     ]

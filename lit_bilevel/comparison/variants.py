@@ -1,6 +1,7 @@
 """Methods under names of one's own: a method, settings that only it has, and perhaps a part of the data of its own.
 
-    contrast:                                      a row of the table; also two_stage:contrast, best:contrast,mixing
+    contrast:                                      a row of the table; also two_stage:contrast, best:contrast,mixing,
+                                                   of which the first sees the rows of `contrast` under its own settings
       method: value_function@sigmoid               any method that is no variant itself
       flags: {model.optimizer.lr: 1.0e-5}          settings of `lit-bilevel fit`, after those of the method
       pool_rows: 1300                              so many rows of the pool …
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,26 @@ class Variant:
     refine: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("flags", "refine"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise UserError(
+                    f"`{name}: {getattr(self, name)}` is no table of settings; write `{name}: {{NAME: VALUE}}`."
+                )
+        for name in ("pool_rows", "validation_rows"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"`{name}: {value!r}` is no number of rows; give one from 1, or leave it out for all.")
+        if not isinstance(self.corrupted, int | float | None):
+            raise UserError(f"`corrupted: {self.corrupted!r}` is no share; give a number such as 0.5.")
         if self.corrupted is not None and not (self.pool_rows and 0 <= self.corrupted < 1):
             raise UserError(f"`corrupted: {self.corrupted}` must be in [0, 1) and needs `pool_rows`.")
+
+    @property
+    def rows(self) -> Variant | None:
+        """The same rows under no settings, for a method that is built on this one; `None` where it sees all rows."""
+        if self.pool_rows is None and self.validation_rows is None:
+            return None
+        return replace(self, flags=None, refine=None)
 
     def options(self) -> tuple[str, ...]:
         """The settings as flags."""
@@ -107,5 +126,8 @@ def read_variants(path: str) -> dict[str, Variant]:
             raise UserError(
                 f"{path}: {name!r} must have `method` and may have {', '.join(names[1:])}, and nothing else."
             )
-        variants[str(name)] = Variant(**settings)
+        try:
+            variants[str(name)] = Variant(**settings | {"method": str(settings["method"])})
+        except UserError as error:
+            raise UserError(f"{path}: {name!r}: {error}") from error
     return variants
