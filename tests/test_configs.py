@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
+import yaml
 from conftest import ROOT, TOY, read_jsonl, write_jsonl
 
+from lit_bilevel import checks
 from lit_bilevel.cli import BilevelCLI, main
 
 COMPLETE = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -38,6 +42,22 @@ def test_partial_configurations_parse_on_top_of_a_complete_one(name):
     with pytest.raises(SystemExit) as end:
         BilevelCLI(["--config=configs/quickstart.yaml", f"--config={name}", "--print_config"], run=False)
     assert end.value.code == 0
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_the_command_of_a_partial_configuration_is_not_refused(name, tmp_path):
+    """Checked are its settings; libraries and devices that it needs are not there."""
+    (base,) = re.findall(rf"--config (\S+) (?:\\\n# +)?--config {name}", (ROOT / name).read_text())
+    here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.logger=false"]
+    place = f"--trainer.default_root_dir={tmp_path}"
+    model = BilevelCLI(
+        [f"--config={base}", f"--config={name}", *here, "--trainer.precision=32-true", place], run=False
+    ).model
+    assert checks._of_kernels(model) == []
+    if "deepspeed" in name:
+        stage = yaml.safe_load((ROOT / name).read_text())["trainer"]["strategy"]["init_args"]["stage"]
+        model._trainer = SimpleNamespace(strategy=SimpleNamespace(zero_stage_3=stage == 3))
+        assert checks._of_deepspeed(model) == []
 
 
 @pytest.mark.parametrize("name", COMPLETE)
