@@ -233,7 +233,12 @@ def _labelled(dataset: Any, step: int, size: int) -> dict[str, Tensor]:
 
 
 def datamodule(options: argparse.Namespace, model: str, data: Data) -> BilevelDataModule:
-    """The rows as a data module."""
+    """The rows as a data module, which keeps nothing: the files are temporary."""
     return BilevelDataModule(
-        data["pool"], data["validation"], tokenizer=model, batch_size=options.batch_size, max_length=options.tokens + 8
+        data["pool"],
+        data["validation"],
+        tokenizer=model,
+        batch_size=options.batch_size,
+        max_length=options.tokens + 8,
+        cache=False,
     )

@@ -61,7 +61,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="compile the policy of this package")
     parser.add_argument("--activation_checkpointing", action="store_true", help="for all of them")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
-    parser.add_argument("--only", nargs="+", default=[], metavar="METHOD", help="besides mixing: " + ", ".join(METHODS))
+    parser.add_argument(
+        *("--only",),
+        nargs="+",
+        default=[],
+        choices=METHODS,
+        metavar="METHOD",
+        help=f"besides mixing: {', '.join(METHODS)}",
+    )
     parser.add_argument("--peak_tflops", type=float, help="of the device, for FLOP utilisation")
     options = parser.parse_args(arguments)
     for name, value in DEFAULTS[options.accelerator].items():

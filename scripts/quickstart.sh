@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Everything from nothing: install, learn data weights on the embedded toy data, compare with the baselines.
-source "$(dirname "$0")/setup.sh" test
+source "$(dirname "$0")/setup.sh" figures
 "$VENV/bin/python" scripts/compare.py --config configs/quickstart.yaml \
-    --methods mixing validation_only one_step oracle --seeds 0 --output runs/quickstart --fresh --exact_match
+    --methods mixing validation_only one_step oracle --seeds 0 --output runs/quickstart_comparison --fresh --exact_match
 cat <<TXT
 
-The learned weights are in runs/quickstart/one_step/seed0/weights.parquet, one per training row.
-Look at the run:   $VENV/bin/tensorboard --logdir runs/quickstart/one_step/seed0
+The learned weights are in runs/quickstart_comparison/one_step/seed0/weights.parquet, one per training row.
+Look at the run:   $VENV/bin/tensorboard --logdir runs/quickstart_comparison/one_step/seed0
 Your own data:     $VENV/bin/lit-bilevel fit --config configs/quality.yaml --data.pool P.jsonl --data.validation V.jsonl --data.test T.jsonl --model.policy.path MODEL
 TXT

@@ -14,6 +14,12 @@ import benchmark_memory
 import benchmark_step
 
 
+def test_a_method_that_there_is_not_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        benchmark_step.main(["--only", "mixin"])
+    assert "invalid choice: 'mixin'" in capsys.readouterr().err
+
+
 def test_operations_are_counted_from_the_parameters_of_the_model(tmp_path):
     options = Namespace(hidden=96, layers=2, vocabulary=300, tokens=32, batch_size=2, precision="32-true")
     model = AutoModelForCausalLM.from_pretrained(benchmark_step.save_model(options, tmp_path / "model"))
