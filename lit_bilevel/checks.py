@@ -43,7 +43,7 @@ def check_settings(module: Any) -> None:
             f"`model.weights` is `{type(module.weights).__name__}`, which learns nothing from scores, so `model.solver:"
             f" {type(module.solver).__name__}` would do nothing; use `Mixing`, or weights that learn"
         )
-    for part in _need_upper_weight(module):
+    for part in _need_upper_weight(module.weights, module.solver):
         for name, value, wrong in (
             ("upper_weight", module.initial_upper_weight, module.initial_upper_weight == 0),
             ("upper_weight_start", module.upper_weight_start, module.upper_weight_start > 0),
@@ -71,10 +71,9 @@ def check_settings(module: Any) -> None:
         raise gathered("bad settings", problems)
 
 
-def _need_upper_weight(module: Any) -> list[Any]:
-    """What has no meaning where λ is 0; one of each class."""
-    parts = (module.refinement.template, module.weights, module.solver)
-    return list({type(part): part for part in parts if part.needs_upper_weight}.values())
+def _need_upper_weight(*parts: Any) -> list[Any]:
+    """Those of the solver and the weights that have no meaning where λ is 0."""
+    return [part for part in parts if part.needs_upper_weight]
 
 
 def _out_of_range(module: Any) -> list[str]:
@@ -162,8 +161,11 @@ def check_run(module: Any, stage: str) -> None:
 
 
 def _of_decay(module: Any) -> list[str]:
-    names = [type(part).__name__ for part in _need_upper_weight(module)]
+    groups = [module.refinement.template] if _refines(module.trainer) else []
+    names = [type(part).__name__ for part in _need_upper_weight(module.solver, module.weights, *groups)]
     decay, epochs = module.upper_weight_decay, module.trainer.max_epochs
+    if names and module.initial_upper_weight == 0:
+        return [f"`model.upper_weight` is 0, where `{names[0]}` for refined rows has no meaning; set it above 0"]
     if not names or decay == 0 or (epochs > 0 and decay * (epochs - 1) < module.initial_upper_weight):
         return []
     last = (
@@ -173,6 +175,11 @@ def _of_decay(module: Any) -> list[str]:
         f"`model.upper_weight_decay` is {decay}, so λ is 0 {last}, where `{names[0]}` has no meaning; lower it, set"
         " `trainer.max_epochs` where it is not, or use `OneStep` with `SoftmaxWeights`"
     ]
+
+
+def _refines(trainer: Any) -> bool:
+    """Whether `SelfRefine` is among the callbacks."""
+    return any(kind.__name__ == "SelfRefine" for callback in trainer.callbacks for kind in type(callback).__mro__)
 
 
 def _of_length(module: Any) -> list[str]:

@@ -29,6 +29,7 @@ from lit_bilevel import (
     SoftmaxWeights,
     UniformWeights,
 )
+from lit_bilevel.callbacks import SelfRefine
 from lit_bilevel.checks import check_flags, check_precision, check_run
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
@@ -58,7 +59,7 @@ def module(strategy, *, solver=None, weights=None, precision="32-true", length=L
     """A `LitBilevel` under as much of a Trainer as its settings."""
     policy = PolicySettings(PATH, **{name: settings.pop(name) for name in POLICY & settings.keys()})
     made = LitBilevel(policy, weights or SoftmaxWeights(), solver or OneStep(), **settings)
-    made.trainer = SimpleNamespace(strategy=strategy, precision=precision, **length)
+    made.trainer = SimpleNamespace(strategy=strategy, precision=precision, callbacks=[], **length)
     return made
 
 
@@ -143,7 +144,7 @@ BAD = {
         r"`UniformWeights`, which learns nothing from scores, so `model.solver: OneStep` would do nothing; use",
     ),
     "closed form at λ = 0": (
-        {"weights": SoftmaxWeights(), "solver": OneStep(), "upper_weight": 0.0, "refined_weights": BMOWeights()},
+        {"weights": BMOWeights(), "solver": Mixing(), "upper_weight": 0.0},
         r"`model.upper_weight` is 0.0, so λ is 0 in some step, where `BMOWeights` has no meaning",
     ),
 }
@@ -154,6 +155,14 @@ def test_settings_that_would_do_nothing_are_refused(name):
     settings, message = BAD[name]
     with pytest.raises(UserError, match=message):
         LitBilevel(PolicySettings(PATH), **settings)
+
+
+def test_groups_in_closed_form_need_an_upper_level_where_there_are_groups():
+    made = module(ONE, upper_weight=0.0, refined_weights=BMOWeights())
+    check_run(made, "fit")
+    made.trainer.callbacks = [SelfRefine()]
+    with pytest.raises(UserError, match=r"`model.upper_weight` is 0, where `BMOWeights` for refined rows has no"):
+        check_run(made, "fit")
 
 
 def test_the_epoch_in_which_the_upper_level_vanishes_is_named():
