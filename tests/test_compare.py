@@ -25,6 +25,7 @@ from lit_bilevel.comparison.results import Results
 from lit_bilevel.comparison.rows import copy_records, stratified
 from lit_bilevel.comparison.run import Runner
 from lit_bilevel.comparison.significance import interval, permutation_test
+from lit_bilevel.comparison.stopwatch import Stopwatch
 from lit_bilevel.comparison.table import difference, gap_closed, markdown, slower
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
@@ -365,6 +366,16 @@ def test_a_run_that_fails_stops_no_others(small, tmp_path, capsys):
     assert "failed: UserError: " in shown.out
     for name, what in (("wrong", "`model.upper_weight` is 2.0"), ("missing", "no_such_setting")):
         assert what in (output / name / "seed0" / "log.txt").read_text()
+
+
+def test_the_stopwatch_counts_whole_fits_across_a_kill_and_nothing_of_a_test():
+    watch = Stopwatch()
+    watch.load_state_dict({"seconds": 100.0})  # where the killed part had come to
+    watch.on_train_start(None, None)
+    watch.on_train_end(None, None)
+    assert 100 < watch.seconds < 101
+    watch.load_state_dict({"seconds": 30.0})  # the monitor-best checkpoint, which is tested
+    assert watch.seconds > 100
 
 
 def test_the_best_share_is_chosen_on_monitor(small, tmp_path):

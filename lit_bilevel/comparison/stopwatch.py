@@ -17,10 +17,10 @@ class Stopwatch(Callback):
 
     def __init__(self) -> None:
         self.seconds = 0.0
-        self._started = 0.0
+        self._earlier = self._started = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._started = time.perf_counter() - self.seconds
+        self._started = time.perf_counter() - self._earlier
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seconds = time.perf_counter() - self._started
@@ -29,4 +29,4 @@ class Stopwatch(Callback):
         return {"seconds": time.perf_counter() - self._started}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.seconds = state_dict["seconds"]
+        self._earlier = state_dict["seconds"]  # no more than that: a test of the best checkpoint loads its state too
