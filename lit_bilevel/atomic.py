@@ -46,7 +46,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             return super().load_checkpoint(path, *arguments, **settings | {"weights_only": True})
         except FileNotFoundError as error:
-            raise UserError(f"the checkpoint {path} does not exist; check `--ckpt_path`.") from error
+            others = sorted(other.name for other in Path(path).parent.glob("*.ckpt"))
+            there = f" (in that folder: {', '.join(others)})" if others else ""
+            raise UserError(f"the checkpoint {path} does not exist; check `--ckpt_path`{there}.") from error
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
             raise UserError(
                 f"{path} is no checkpoint that can be read: it is damaged, or it holds more than tensors, numbers and"

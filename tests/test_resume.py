@@ -170,6 +170,8 @@ def test_a_checkpoint_of_another_schema_is_refused(small, tmp_path, uninterrupte
     del checkpoint["lit_bilevel"]["schema"]
     torch.save(checkpoint, tmp_path / "past.ckpt")
     assert "schema 1" in refused(["fit", *short(small, tmp_path), f"--ckpt_path={tmp_path / 'past.ckpt'}"], capsys)
+    text = refused(["fit", *short(small, tmp_path), f"--ckpt_path={tmp_path / 'best.ckpt'}"], capsys)
+    assert "best.ckpt does not exist; check `--ckpt_path` (in that folder: future.ckpt, past.ckpt)" in text
 
 
 def test_checkpoint_settings_are_usable_from_python():
