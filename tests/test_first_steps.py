@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from lit_bilevel.cli import main
 
 
@@ -18,11 +20,12 @@ def test_a_logger_without_a_folder_writes_into_that_of_the_run(flags, tmp_path):
 
 
 def test_what_will_never_happen_is_said(flags, tmp_path, recwarn):
-    """The monitor loss is not looked at, and nothing is refined."""
+    """The run is shorter than the time between two looks at the monitor loss, and nothing is refined."""
     flags = [flag for flag in flags if "configs/" not in flag and "val_check" not in flag]
     never = ["--config=configs/refine.yaml", "--trainer.val_check_interval=13"]
     assert main(["fit", *never, *flags]) == 0
     texts = [str(warning.message) for warning in recwarn]
-    assert any("the run has 12 steps and `trainer.val_check_interval` is 13" in text for text in texts)
+    assert any("is 13 and the run has 12 steps, so the monitor loss is looked at once, after" in t for t in texts)
     assert any("nothing will be refined: the first refresh comes after 375 steps" in text for text in texts)
-    assert not (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+    best, last = (torch.load(tmp_path / "run" / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
+    assert best["global_step"] == last["global_step"] == 12

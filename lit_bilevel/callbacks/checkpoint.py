@@ -25,7 +25,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_bilevel.atomic import install
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
@@ -97,6 +97,20 @@ class BilevelCheckpoint(ModelCheckpoint):
         # not before, for a strategy that shards the policy loads the checkpoint only after `on_fit_start`
         if trainer.ckpt_path is None and trainer.is_global_zero and not is_rehearsal(trainer):
             self._set_aside()
+        self._look_once(trainer)
+
+    @staticmethod
+    def _look_once(trainer: Trainer) -> None:
+        """Let a run that would end before its first look at the monitor part look after its last step."""
+        total, every = trainer.estimated_stepping_batches, trainer.val_check_interval
+        counted = trainer.check_val_every_n_epoch is None and isinstance(every, int) and trainer.limit_val_batches != 0
+        if counted and total < every and not is_rehearsal(trainer):
+            steps = trainer.val_check_batch = int(total)
+            rank_zero_warn(
+                f"`trainer.val_check_interval` is {every} and the run has {steps:,} steps, so the monitor loss is"
+                f" looked at once, after the last of them; set it to {max(1, steps // 8)}, for example, to choose among"
+                " several checkpoints."
+            )
 
     def _set_aside(self) -> None:
         for name in ("last.ckpt", "best.ckpt"):

@@ -10,7 +10,7 @@ import itertools
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lit_bilevel.callbacks.export import evaluating, is_rehearsal
 from lit_bilevel.callbacks.inspect import boards
@@ -66,12 +66,6 @@ class Summary(Callback):
             "look": _look(trainer),
         }
         rank_zero_info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
-        if (steps := _unseen(trainer)) is not None:
-            rank_zero_warn(
-                f"the monitor loss is never looked at: the run has {steps:,} steps and `trainer.val_check_interval` is"
-                f" {trainer.val_check_interval}, so `policy/` will be that of the last step; set it to"
-                f" {max(1, steps // 8)}, for example."
-            )
 
 
 def test_losses(trainer: Trainer, module: LitBilevel) -> dict[str, float]:
@@ -143,13 +137,6 @@ def _run(trainer: Trainer) -> str:
         f" {trainer.world_size} process{'' if trainer.world_size == 1 else 'es'} on {device} ({strategy}),"
         f" precision {trainer.precision}"
     )
-
-
-def _unseen(trainer: Trainer) -> int | None:
-    """Steps of a run that ends before its first look at the monitor part."""
-    total, every = trainer.estimated_stepping_batches, trainer.val_check_interval
-    counted = trainer.check_val_every_n_epoch is None and isinstance(every, int) and trainer.limit_val_batches != 0
-    return int(total) if counted and total < every else None
 
 
 def _look(trainer: Trainer) -> str:
