@@ -161,7 +161,7 @@ def check_run(module: Any, stage: str) -> None:
 
 
 def _of_decay(module: Any) -> list[str]:
-    groups = [module.refinement.template] if _refines(module.trainer) else []
+    groups = [module.refinement.template] if refiners(module.trainer) else []
     names = [type(part).__name__ for part in _need_upper_weight(module.solver, module.weights, *groups)]
     decay, epochs = module.upper_weight_decay, module.trainer.max_epochs
     if names and module.initial_upper_weight == 0:
@@ -177,9 +177,9 @@ def _of_decay(module: Any) -> list[str]:
     ]
 
 
-def _refines(trainer: Any) -> bool:
-    """Whether `SelfRefine` is among the callbacks."""
-    return any(kind.__name__ == "SelfRefine" for callback in trainer.callbacks for kind in type(callback).__mro__)
+def refiners(trainer: Any) -> list[Any]:
+    """The callbacks that are `SelfRefine` or made from it, told by name, since callbacks import the module."""
+    return [c for c in trainer.callbacks if any(kind.__name__ == "SelfRefine" for kind in type(c).__mro__)]
 
 
 def _of_length(module: Any) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from lit_bilevel.checks import refiners
 from lit_bilevel.module import LitBilevel
 
 Plain = str | int | float | bool
@@ -37,10 +38,9 @@ def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     for name in ("batch_size", "upper_batch_size", "max_length", "seed"):
         found[f"data.{name}"] = getattr(data, name)
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if any(kind.__name__ == "SelfRefine" for kind in type(callback).__mro__):
-            found |= own_settings("refine", callback.choose) | {"refine.responses": callback.responses}
-            found |= own_settings("response_weights", module.refinement.rule)
+    for callback in refiners(trainer):
+        found |= own_settings("refine", callback.choose) | {"refine.responses": callback.responses}
+        found |= own_settings("response_weights", module.refinement.rule)
     found["precision"] = str(trainer.precision)
     found["processes"] = trainer.world_size
     return found

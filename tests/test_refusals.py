@@ -176,10 +176,10 @@ def test_a_checkpoint_is_not_loaded_by_itself():
         LitBilevel.load_from_checkpoint("last.ckpt")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash_attn is installed")
 def test_an_attention_whose_package_is_missing():
-    if importlib.util.find_spec("flash_attn") is None:
-        with pytest.raises(UserError, match=r"no causal language model could be loaded .*[Ff]lash"):
-            load_policy(PolicySettings(PATH, attn_implementation="flash_attention_2"), torch.float32)
+    with pytest.raises(UserError, match=r"no causal language model could be loaded .*[Ff]lash"):
+        load_policy(PolicySettings(PATH, attn_implementation="flash_attention_2"), torch.float32)
 
 
 def test_differences_need_products_with_all_digits():
