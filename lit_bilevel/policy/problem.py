@@ -182,8 +182,8 @@ class PolicyProblem(BilevelProblem):
         tangents = []
         length: Tensor | float = 1.0
         if self.engine.loss_scale != 1:  # float16: entries far from 1 would vanish in the tangents
-            size = norm(direction).clamp_min(torch.finfo(torch.float32).tiny)  # after an overflow the direction is 0
-            length = size / sum(value.numel() for value in direction) ** 0.5
+            size = norm(direction) / sum(value.numel() for value in direction) ** 0.5
+            length = size.clamp_min(torch.finfo(torch.float32).tiny)  # after an overflow the direction is 0
             direction = scaled(direction, 1 / length)
         with torch.no_grad(), forward_ad.dual_level(), self.policy.as_written(), carrying(self.policy, direction):
             for batch in self.lower:
