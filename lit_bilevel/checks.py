@@ -61,10 +61,12 @@ def check_settings(module: Any) -> None:
         )
     for level in ("upper", "lower"):
         objective = getattr(module, f"{level}_objective")
-        if objective.needs_reference and module.policy_settings.lora is None:
+        settings = module.policy_settings
+        if objective.needs_reference and (settings.lora is None or settings.adapter == "continue"):
             problems.append(
                 f"`model.{level}_objective` is `{type(objective).__name__}`, whose reference is the policy with its"
-                " adapter switched off, and there is none; set one with `--model.policy.lora '{r: 16, alpha: 16}'`"
+                " adapter switched off, and there is no new one; set `--model.policy.lora '{r: 16, alpha: 16}'` (and"
+                " where `path` holds an adapter, `--model.policy.adapter merge`)"
             )
     problems += _out_of_range(module) + module.guard.settings.problems()
     if problems:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.callbacks.summary import Summary
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.origin import adapter_of, base_of, origin, tunes_adapter
 from lit_bilevel.settings import Plain, run_settings
 from lit_bilevel.version import __version__
 
@@ -56,7 +58,8 @@ def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metri
     """The text of the card."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    base, adapter = file_name(module.policy_settings.path), module.policy_settings.lora is not None
+    given, held = module.policy_settings, adapter_of(module.policy_settings)
+    base, adapter = file_name(base_of(given)), tunes_adapter(given)
     loader = "PeftModel.from_pretrained(base, …)" if adapter else "AutoModelForCausalLM.from_pretrained(…)"
     sets = {"pool": ("pool",), "validation": ("upper", "monitor"), "test": ("test",)}
     rows = [
@@ -73,7 +76,10 @@ def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metri
     results = {"monitor/loss (chose the checkpoint)": float(best)} if best is not None else {}
     first = next((callback.first for callback in callbacks if isinstance(callback, Summary)), {})
     results |= {f"{name} before the run": value for name, value in first.items()} | metrics
-    settings = settings | {"policy": base}
+    settings = settings | {"policy": file_name(given.path)}
+    if held is not None:
+        settings["policy.base"] = base
+        method += f" Before the run, {origin(replace(given, path=file_name(given.path)), replace(held, base=base))}."
     parts = [
         "---",
         f"base_model: {json.dumps(base)}",

@@ -22,7 +22,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_bilevel.data.table import column
+from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.place import located
+from lit_bilevel.policy.adapter import BASE
+from lit_bilevel.policy.load import load_model
+from lit_bilevel.policy.origin import adapter_of
 from lit_bilevel.policy.shard import whole_state
 from lit_bilevel.scoring import aurocs, flat, read_truth
 from lit_bilevel.types import Batch, Features
@@ -43,6 +48,20 @@ class Export(Callback):
     def __init__(self, policy: bool = True):
         self.policy = policy
         self._resumed = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a policy from the folder that the run would write its own into.
+
+        Raises:
+            UserError: naming both.
+        """
+        assert isinstance(pl_module, LitBilevel)
+        own, given = run_folder(trainer).resolve() / "policy", Path(located(pl_module.policy_settings.path)).resolve()
+        if stage == "fit" and self.policy and (given == own or own in given.parents):
+            raise UserError(
+                f"`model.policy.path` is {pl_module.policy_settings.path}, which this run would replace by its own"
+                " policy; give it another `trainer.default_root_dir`."
+            )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed = True
@@ -132,8 +151,24 @@ class Export(Callback):
         assert pl_module.policy is not None
         pl_module.policy.model.save_pretrained(partial, state_dict=state)
         pl_module.tokenizer.save_pretrained(partial)
+        if pl_module.policy.merged and pl_module.policy_settings.lora is not None:
+            _add_base(pl_module, partial, path)
         _remove(path)
         os.replace(partial, path)
+
+
+def _add_base(module: LitBilevel, partial: Path, place: Path) -> None:
+    """Put the base of an adapter beside it, where it was made by merging another adapter and is nowhere else.
+
+    It is loaded and merged once more, for the parameters of the policy may be spread over processes.
+    """
+    assert module.policy is not None
+    settings = module.policy_settings
+    base = load_model(settings, adapter_of(settings), module.policy.causal_lm.dtype)
+    base.save_pretrained(partial / BASE)
+    path = partial / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": str((place / BASE).resolve())}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 @contextlib.contextmanager
