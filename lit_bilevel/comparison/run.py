@@ -29,7 +29,7 @@ from lit_bilevel.comparison.results import Result, Results
 from lit_bilevel.comparison.rows import copy_records, stratified
 from lit_bilevel.comparison.stopwatch import Stopwatch
 from lit_bilevel.comparison.variants import Variant
-from lit_bilevel.data.files import records
+from lit_bilevel.data.files import members, records
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection import read_lines
 from lit_bilevel.place import located
@@ -271,6 +271,7 @@ class Runner:
         cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
         answers = [record["response"] for record in read_lines(folder / "predictions.jsonl")]
         paths = [data.test] if isinstance(data.test, str) else data.test
-        raw = [record for path in paths for _, record in records(located(path))]
+        files = [file for path in paths for file in members(located(path))]
+        raw = [record for file in files for _, record in records(file)]
         expected = [raw[row].get("expected") for row in test["row"][:]]
         return measures(answers, test["response"][:], expected)

@@ -281,8 +281,9 @@ class BilevelDataModule(LightningDataModule):
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What the data are; a checkpoint of others is refused."""
-        names = {"lower": "pool", "upper": "validation"}
-        return fingerprint(self.sets, {f"{names[x]} rows of a policy step": self.window(x) for x in ("lower", "upper")})
+        windows = {"pool": self.window("lower"), "validation": self.window("upper")}
+        order = {f"{name} rows of a policy step": rows for name, rows in windows.items()}
+        return fingerprint(self.sets, order, self._preparation.encoder.identity)
 
     def refuse_changes(self, state_dict: dict[str, Any]) -> None:
         """Refuse the state of a run on other data."""
