@@ -41,7 +41,7 @@ from lit_bilevel.callbacks import (
     Summary,
     WeightInspector,
 )
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.export import is_rehearsal, run_checkpoint, run_folder
 from lit_bilevel.callbacks.progress import Bar, Lines
 from lit_bilevel.checks import check_precision
 from lit_bilevel.data.module import BilevelDataModule
@@ -179,7 +179,7 @@ class BilevelCLI(LightningCLI):
         if is_rehearsal(self.trainer) or not self.trainer.state.finished or self.trainer.received_sigterm:
             return
         if self.datamodule.paths["test"] is not None:
-            best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+            best = getattr(run_checkpoint(self.trainer), "best_model_path", "")
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
         if self.trainer.is_global_zero:
             sys.stdout.write(f"\n{self._results()}\n")

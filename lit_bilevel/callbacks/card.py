@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.export import is_rehearsal, run_checkpoint, run_folder
 from lit_bilevel.callbacks.summary import Summary
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of, base_of, origin, tunes_adapter
@@ -72,7 +72,7 @@ def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metri
         method = f"The solver is `{settings['solver']}`, which learns no weights."
     if "refine" in settings:
         method += " Answers of badly weighted rows were replaced by the policy's own (self-refining generation)."
-    best = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    best = getattr(run_checkpoint(trainer), "best_model_score", None)
     results = {"monitor/loss (chose the checkpoint)": float(best)} if best is not None else {}
     first = next((callback.first for callback in callbacks if isinstance(callback, Summary)), {})
     results |= {f"{name} before the run": value for name, value in first.items()} | metrics

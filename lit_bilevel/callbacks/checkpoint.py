@@ -46,6 +46,9 @@ class BilevelCheckpoint(ModelCheckpoint):
         dirpath: folder of the checkpoints; by default `checkpoints/` in the run folder.
     """
 
+    of_run = True
+    """That this is the callback that a run's results are taken from."""
+
     def __init__(
         self, every_n_steps: int | None = None, every_minutes: float | None = None, dirpath: str | None = None
     ):
@@ -73,8 +76,29 @@ class BilevelCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._place(trainer)
+        self._refuse_clashes(trainer)
         super().setup(trainer, pl_module, stage)
         install(trainer.strategy)
+
+    def _refuse_clashes(self, trainer: Trainer) -> None:
+        """Refuse other callbacks that would write over our files, or be taken for `last.ckpt`.
+
+        Raises:
+            UserError: saying which setting of theirs.
+        """
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if other is self or not isinstance(other, ModelCheckpoint):
+                continue
+            if other.save_last:
+                raise UserError(
+                    f"`{type(other).__name__}` has `save_last`, and `--ckpt_path last` would continue from whichever"
+                    " last checkpoint is newer; leave it out (`checkpoint.every_n_steps` saves `last.ckpt` more often)."
+                )
+            if other.filename in ("best", "last") and other.dirpath in (None, self.dirpath):
+                raise UserError(
+                    f"`{type(other).__name__}` saves to {self.dirpath}/{other.filename}.ckpt, which is the run's own;"
+                    " give it another `filename` or `dirpath`."
+                )
 
     def _place(self, trainer: Trainer) -> None:
         if self.dirpath is None:  # Lightning's choice would be the first logger's folder

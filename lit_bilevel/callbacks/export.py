@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -84,7 +85,8 @@ class Export(Callback):
         assert isinstance(pl_module, LitBilevel)
         if pl_module.weights.needs_scoring:
             score_pool(trainer, pl_module)
-        best = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+        own = run_checkpoint(trainer)
+        best = Path(own.best_model_path if own is not None else "")
         saved = trainer.strategy.broadcast(best.name != "" and best.exists())
         assert pl_module.policy is not None
         state = None if saved or not self.policy else whole_state(pl_module.policy.model)  # on every process
@@ -214,6 +216,16 @@ def saved_state(checkpoint: Path) -> dict[str, Any]:
 def is_rehearsal(trainer: Trainer) -> bool:
     """Whether this is a `fast_dev_run`, which leaves no files."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def run_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
+    """The callback that keeps the monitor-best state, wherever it stands among others; `None` where there is none.
+
+    Not `trainer.checkpoint_callback`, the first of any kind: it may save every few steps and call its last file best.
+    """
+    callbacks = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
+    own = [c for c in callbacks if getattr(c, "of_run", False)]
+    return next((c for c in (*own, *callbacks) if c.monitor == "monitor/loss"), None)
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -1,7 +1,8 @@
 """Files to records: json, jsonl, csv, parquet, a folder or a hub id, read one record at a time.
 
 A folder of data files is the list of its files: `data/` with `b.csv`, `sub/a.jsonl` and `README.md` is read as
-`data/b.csv` and then `data/sub/a.jsonl`, each as it would be alone.
+`data/b.csv` and then `data/sub/a.jsonl`, each as it would be alone. A copy of a dataset on the hub, whose `README.md`
+says which files are which split, is read by `datasets`, as are `folder::split` and the hub itself.
 
 Each reader yields pairs of a place ("line 3") and a record, or the exception that reading it gave; a file that cannot
 be read at all raises. Files are closed early and lines are never longer in memory than `MAX_LINE`, except in .json,
@@ -61,6 +62,11 @@ def members(source: str) -> list[str]:
     folder = Path(source)
     if not folder.is_dir() or any((folder / name).is_file() for name in SAVED):
         return [source]
+    if _is_repository(folder):
+        rank_zero_info(
+            f"{folder}: its README.md says which files are what; the split `train` is read (`{folder}::test`)"
+        )
+        return [source]
     inside = (path for path in folder.rglob("*") if path.is_file())
     found = sorted(path for path in inside if not any(p[0] in "._" for p in path.relative_to(folder).parts))
     files = [path for path in found if path.suffix.lower() in SUFFIXES and path.name not in METADATA]
@@ -78,6 +84,13 @@ def members(source: str) -> list[str]:
     names = ", ".join(path.relative_to(folder).as_posix() for path in files)
     rank_zero_info(f"{folder}: {len(files)} data file{'' if len(files) == 1 else 's'}, {names}{left}")
     return [str(path) for path in files]
+
+
+def _is_repository(folder: Path) -> bool:
+    """Whether a folder is a copy of a dataset on the hub, with a card that names the files of its splits."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return text.startswith("---") and "\nconfigs:" in text.partition("\n---")[0]
 
 
 def stored(source: str) -> list[Path]:
