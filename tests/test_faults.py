@@ -15,11 +15,11 @@ from test_resume import fit, short
 from lit_bilevel import SFT, Mixing, OneStep, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
-from lit_bilevel.guard import Guard, GuardSettings
+from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.losses import example_nll
-from lit_bilevel.policy.generate import HFGenerate
 from lit_bilevel.policy.load import load_policy
-from lit_bilevel.ratios import Token
+from lit_bilevel.refinement.response_weights import Token
+from lit_bilevel.training.guard import Guard, GuardSettings
 from lit_bilevel.weights import BMOWeights, NetworkWeights
 
 

@@ -13,8 +13,8 @@ from torchmetrics.functional.classification import binary_auroc
 
 from lit_bilevel import BMOWeights, ExampleWeights, ExponentiatedGradient, NetworkWeights, SoftmaxWeights
 from lit_bilevel.errors import UserError
-from lit_bilevel.optim import check_optimizer
 from lit_bilevel.types import PADDING_ROW, Features
+from lit_bilevel.weights.optimizer import check_optimizer
 
 ROWS, BATCH = 64, 8
 LEARNED = [name for name, make in WEIGHTINGS.items() if make().learnable]
