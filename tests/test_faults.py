@@ -104,7 +104,7 @@ class Collapse(Callback):
         if trainer.global_step == 4:
             weight_N = torch.full((90,), 1e-6)
             weight_N[7], weight_N[60] = 80.0, 10.0
-            pl_module.weights.start_from(weight_N)
+            pl_module.weights.set_prior(weight_N)
 
 
 def ids(small, *rows: int) -> list[str]:
@@ -123,7 +123,7 @@ def test_collapsed_weights_are_named_once(small, tmp_path):
     one, other = ids(small, 7, 60)
     assert heaviest.startswith(f"{one} (8")
     assert f"), {other} (" in heaviest
-    assert "`kl_to_uniform`" in text
+    assert "`kl_to_prior`" in text
     assert model.global_step == 9
 
 

@@ -366,7 +366,7 @@ def test_an_epoch_of_a_hundred_thousand_rows_is_summed_up_in_a_second(tmp_path):
     inspector._before = torch.rand(rows, generator=random)
     module = LitBilevel(PolicySettings("lit_bilevel/toy/model"), SoftmaxWeights(), OneStep())
     module.weights.build(source_N)
-    module.weights.start_from(torch.rand(rows, generator=random) + 0.1)
+    module.weights.set_prior(torch.rand(rows, generator=random) + 0.1)
     board = TensorBoardLogger(tmp_path, name="", version="")
     assert board.experiment
     trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=board, enable_checkpointing=False)
