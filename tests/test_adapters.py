@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_bilevel import LitBilevel, LoraSettings, OneStep, PolicySettings, SoftmaxWeights
 from lit_bilevel.cli import BilevelCLI, main
-from lit_bilevel.comparison.evidence import Evidence
+from lit_bilevel.comparison.filters.evidence import Evidence
 from lit_bilevel.errors import UserError
+from lit_bilevel.generation.backends import VLLM
 from lit_bilevel.objectives import DPO
-from lit_bilevel.policy.backends import VLLM
 from lit_bilevel.policy.load import load_policy, load_tokenizer
 from lit_bilevel.policy.origin import tokenizer_path
 

@@ -24,13 +24,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError
+from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.place import located
 from lit_bilevel.policy.adapter import BASE
 from lit_bilevel.policy.load import load_model
 from lit_bilevel.policy.origin import adapter_of
 from lit_bilevel.policy.shard import whole_state
-from lit_bilevel.scoring import aurocs, flat, read_truth
+from lit_bilevel.resources import located
 from lit_bilevel.types import Batch, Features
 
 

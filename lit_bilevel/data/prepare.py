@@ -32,9 +32,9 @@ from datasets import Dataset, concatenate_datasets
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
+from lit_bilevel.data.announce import notices, tell
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.files import stored
-from lit_bilevel.data.report import notices, tell
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.table import column, encode_rows, write_rows
 from lit_bilevel.errors import UserError, gathered

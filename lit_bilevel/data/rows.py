@@ -19,7 +19,7 @@ from lit_bilevel.data.fields import read_fields, unread_columns
 from lit_bilevel.data.files import members, records
 from lit_bilevel.data.formats import FORMATS, Format, Preference, Text, detect
 from lit_bilevel.errors import UserError
-from lit_bilevel.place import located
+from lit_bilevel.resources import located
 from lit_bilevel.types import Row
 
 PATIENCE = 100

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.place import located
+from lit_bilevel.resources import located
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")

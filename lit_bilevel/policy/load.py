@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.place import located
 from lit_bilevel.policy.adapter import Adapter, merge, put_on
 from lit_bilevel.policy.origin import adapter_of, base_of, origin, tokenizer_path, tunes_adapter
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.settings import LoraSettings, PolicySettings
+from lit_bilevel.resources import located
 
 __all__ = ["LoraSettings", "PolicySettings", "checkpoint_activations", "load_policy", "load_tokenizer"]
 

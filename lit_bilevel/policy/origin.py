@@ -7,9 +7,9 @@ merge` and `lora` it is a new adapter on base + old adapter. Left out: loading a
 from __future__ import annotations
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.place import located
 from lit_bilevel.policy.adapter import Adapter, differences, find_adapter
 from lit_bilevel.policy.settings import PolicySettings
+from lit_bilevel.resources import located
 
 
 def adapter_of(settings: PolicySettings) -> Adapter | None:
