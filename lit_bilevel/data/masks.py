@@ -54,7 +54,7 @@ def _span(template: Template, talk: Conversation, number: int, text: str) -> Spa
         return len(prompt), len(text)
     alone = template.render(talk.messages[: number + 1], talk.tools)
     content = talk.messages[number]["content"].strip()
-    for turn in (alone[len(prompt) :], content + alone.rpartition(content)[2]):
+    for turn in (alone[len(prompt) :], content + alone.rpartition(content)[2] if content else ""):
         if turn and alone.startswith(prompt) and text.startswith(turn, len(prompt)):
             return len(prompt), len(prompt) + len(turn)
     raise ValueError(

@@ -24,6 +24,7 @@ from lit_bilevel.data.fields import REASONING
 from lit_bilevel.types import Row
 
 Message = dict[str, Any]
+CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 ERRORS = (TemplateError, ValueError, TypeError, KeyError)
 
 
@@ -85,8 +86,7 @@ class Template:
 
     def __init__(self, tokenizer: Any):
         self.tokenizer, self.special = tokenizer, special_tokens(tokenizer)
-        now = datetime.datetime.now()
-        self._clock = {"strftime_now": lambda form: now.strftime(form)}
+        self._now = datetime.datetime.now()
 
     @functools.cached_property
     def _opening(self) -> str:
@@ -97,19 +97,28 @@ class Template:
     def render(self, messages: Sequence[Message], tools: Sequence[Any] = (), prompt: bool = False) -> str:
         """The text of a conversation, with the beginning of an answer after it where it is a prompt."""
         return self.tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt, **self._clock
+            list(messages),
+            chat_template=self._still(tools),
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
 
     def masked(self, messages: Sequence[Message], tools: Sequence[Any]) -> Any:
         """Token ids (`input_ids`) and what the template's generation blocks hold (`assistant_masks`)."""
         return self.tokenizer.apply_chat_template(
             list(messages),
+            chat_template=self._still(tools),
             tools=list(tools) or None,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            **self._clock,
         )
+
+    def _still(self, tools: Sequence[Any]) -> str:
+        """The template with the time at which this object was made in the place of calls for the time."""
+        text = self.tokenizer.get_chat_template(None, list(tools) or None)
+        return CLOCK.sub(lambda call: json.dumps(self._now.strftime(call[2])), text)
 
     def before(self, talk: Conversation, number: int) -> str:
         """The text before a turn of the assistant, up to where its answer begins.
