@@ -31,6 +31,7 @@ from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.training.checkpoint_io import install
+from lit_bilevel.training.place import check_room, try_folder
 
 
 class Stopped(SystemExit):
@@ -77,6 +78,9 @@ class BilevelCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._place(trainer)
         self._refuse_clashes(trainer)
+        if stage == "fit" and trainer.is_global_zero and not is_rehearsal(trainer):
+            try_folder(run_folder(trainer))
+            try_folder(str(self.dirpath), "checkpoint.dirpath")
         super().setup(trainer, pl_module, stage)
         install(trainer.strategy)
 
@@ -121,6 +125,7 @@ class BilevelCheckpoint(ModelCheckpoint):
         # not before, for a strategy that shards the policy loads the checkpoint only after `on_fit_start`
         if trainer.ckpt_path is None and trainer.is_global_zero and not is_rehearsal(trainer):
             self._set_aside()
+            check_room(str(self.dirpath), _bytes_of(pl_module))
         self._look_once(trainer)
 
     @staticmethod
@@ -227,6 +232,14 @@ class BilevelCheckpoint(ModelCheckpoint):
             pl_module.guard.stop_if_asked()
             rank_zero_info(f"stopped after {trainer.global_step} policy steps; continue with `--ckpt_path last`")
             raise Stopped(0 if _was_launched(trainer) else 128 + self._agreed)
+
+
+def _bytes_of(module: LightningModule) -> int:
+    """About what the best and the last checkpoint, the next one beside them and the exported policy take."""
+    assert isinstance(module, LitBilevel)
+    assert module.policy is not None
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in module.policy.trainable())
+    return 3 * trained + trained  # optimizer states, up to twice as much, come with the first step
 
 
 def _listen(handler: Any) -> None:

@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import (
 from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.policy.load import context_length
+from lit_bilevel.training.callbacks import unfit_callbacks
 
 SHARDING = "configs/strategies/fsdp2.yaml"
 
@@ -109,7 +110,7 @@ def takes_one_optimizer(strategy: Any) -> bool:
 
 
 def check_flags(trainer: Any) -> None:
-    """Refuse flags of the Trainer that are arguments of the module here.
+    """Refuse flags of the Trainer that are arguments of the module here, and callbacks that cannot work with it.
 
     Raises:
         UserError: naming each of them.
@@ -120,6 +121,7 @@ def check_flags(trainer: Any) -> None:
         for name, value in given.items()
         if value not in (None, 0, 1 if name == "accumulate_grad_batches" else None)
     ]
+    problems += unfit_callbacks(trainer)
     if problems:
         raise gathered("settings of another kind of training", problems)
 
