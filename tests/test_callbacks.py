@@ -87,8 +87,8 @@ BASES = {"Callback", "Checkpoint", "ProgressBar"}
 def fit(flags, *callbacks) -> BilevelCLI:
     bars = any(isinstance(callback, lightning_callbacks.ProgressBar) for callback in callbacks)
     flags = [f for f in flags if not (bars and "enable_progress_bar" in f) and "enable_model_summary" not in f]
-    return BilevelCLI(["fit", *flags, "--trainer.max_epochs=2", "--trainer.limit_train_batches=6", "--figures.enabled=false"],
-                      trainer_defaults={"callbacks": list(callbacks)})  # fmt: skip
+    short = ["--trainer.max_epochs=2", "--trainer.limit_train_batches=6", "--figures.enabled=false"]
+    return BilevelCLI(["fit", *flags, *short], trainer_defaults={"callbacks": list(callbacks)})
 
 
 def test_all_of_lightning_is_known():

@@ -253,8 +253,8 @@ def dataset(source: str) -> Any:
         if (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
         builder = datasets.load_dataset_builder(name, config or None)
-        # pandas would take the cells None, NA and null for missing ones, and 007 for a number
-        as_it_is = {"keep_default_na": False, "dtype": str} if type(builder).__name__ == "Csv" else {}
+        # pandas would take the cells None, NA and null for missing ones
+        as_it_is = {"keep_default_na": False} if hasattr(builder.config, "keep_default_na") else {}
         return datasets.load_dataset(name, config or None, split=split or "train", **as_it_is)
     except Exception as error:  # the network, the hub, or whatever the library finds wrong with the files
         what = "a folder of data files" if path.is_dir() else "neither a local file nor a dataset on the hub"
