@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from conftest import TOY
@@ -43,6 +44,7 @@ SAME = {"plain": PLAIN, "trimmed": TRIMMED, "system": SYSTEM, "strict": STRICT, 
 """Those that say what a row says."""
 
 
+@functools.cache
 def tokenizer_with(template: str | None) -> Any:
     """The toy tokenizer, which has a token a byte, with a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(TOY / "model")

@@ -72,6 +72,7 @@ class BilevelCheckpoint(ModelCheckpoint):
         self._saved_at = time.monotonic()
         self._due = False
         self._signal = self._agreed = 0
+        self._began = False
 
     # ---- the run ----
 
@@ -114,12 +115,14 @@ class BilevelCheckpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal = self._agreed = 0
+        self._began = False
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _listen(self._note)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._began = True
         self._saved_at, self._due = time.monotonic(), False
         _listen(self._note)
         # not before, for a strategy that shards the policy loads the checkpoint only after `on_fit_start`
@@ -139,6 +142,14 @@ class BilevelCheckpoint(ModelCheckpoint):
                 f"`trainer.val_check_interval` is {every} and the run has {steps:,} steps, so the monitor loss is"
                 f" looked at once, after the last of them; set it to {max(1, steps // 8)}, for example, to choose among"
                 " several checkpoints."
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where a run that was to be continued had come to its end before."""
+        if not self._began and trainer.ckpt_path is not None:
+            rank_zero_warn(
+                f"the run in {trainer.ckpt_path} is finished ({trainer.global_step:,} policy steps), so no step was made;"
+                " raise `trainer.max_epochs` or `trainer.max_steps` to go on."
             )
 
     def _set_aside(self) -> None:

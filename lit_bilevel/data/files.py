@@ -169,12 +169,21 @@ def _jsonl_records(path: Path) -> Records:
 
 def _parsed(line: bytes) -> Any:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8 (byte {error.start} of the line)")
     except (ValueError, RecursionError) as error:
         return ValueError(f"not valid JSON ({error})")
     return _object(record)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object none of whose keys stands twice; of two values, JSON readers drop one unsaid."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return found
 
 
 def _object(record: Any) -> Any:
@@ -183,7 +192,7 @@ def _object(record: Any) -> Any:
 
 def _json_records(path: Path) -> Records:
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig").strip() or "[]")
+        content = json.loads(path.read_bytes().decode("utf-8-sig").strip() or "[]", object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it.") from error
     except (ValueError, RecursionError) as error:

@@ -41,3 +41,8 @@ def unfit_callbacks(trainer: Any) -> list[str]:
             if isinstance(callback, kind):
                 problems.append(f"the callback `{type(callback).__name__}` cannot be used: {reason}")
     return problems
+
+
+def drop_savers(trainer: Any) -> None:
+    """Take out callbacks that would answer a refusal by saving a model that is not there yet."""
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, callbacks.OnExceptionCheckpoint)]

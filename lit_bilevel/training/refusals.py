@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import (
 from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.policy.load import context_length
-from lit_bilevel.training.callbacks import unfit_callbacks
+from lit_bilevel.training.callbacks import drop_savers, unfit_callbacks
 
 SHARDING = "configs/strategies/fsdp2.yaml"
 
@@ -123,6 +123,7 @@ def check_flags(trainer: Any) -> None:
     ]
     problems += unfit_callbacks(trainer)
     if problems:
+        drop_savers(trainer)
         raise gathered("settings of another kind of training", problems)
 
 
