@@ -148,8 +148,8 @@ class BilevelCheckpoint(ModelCheckpoint):
         """Say where a run that was to be continued had come to its end before."""
         if not self._began and trainer.ckpt_path is not None:
             rank_zero_warn(
-                f"the run in {trainer.ckpt_path} is finished ({trainer.global_step:,} policy steps), so no step was made;"
-                " raise `trainer.max_epochs` or `trainer.max_steps` to go on."
+                f"the run in {trainer.ckpt_path} is finished ({trainer.global_step:,} policy steps), so no step was"
+                " made; raise `trainer.max_epochs` or `trainer.max_steps` to go on."
             )
 
     def _set_aside(self) -> None:
