@@ -275,6 +275,8 @@ class LitBilevel(LightningModule):
     def predict_step(self, batch: list[Question], batch_idx: int) -> list[dict[str, str]]:
         """Greedy answers to test prompts: dicts of `id`, `prompt` and `response`."""
         assert self.policy is not None
+        if not batch:  # another process has a prompt more
+            return []
         return answers(self.policy, self.tokenizer, batch, self.max_new_tokens)
 
     # ---- checkpoints ----

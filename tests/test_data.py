@@ -11,9 +11,11 @@ import pytest
 import torch
 from conftest import SHARED, TOY, read_jsonl, write_jsonl
 from datasets import Dataset
+from lightning.pytorch import Trainer
 from sources import Source
 from transformers import AutoTokenizer
 
+from lit_bilevel import LitBilevel, OneStep, PolicySettings, SoftmaxWeights
 from lit_bilevel.data.collate import collate, share_of_rank
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.module import BilevelDataModule
@@ -187,6 +189,36 @@ def test_an_epoch_visits_every_row_once_and_never_one_alone(pool, window):
     assert sorted(row for w in windows for row in w) == list(range(pool))
     assert all(2 <= len(w) <= window for w in windows)
     assert windows != [schedule.lower(1, step) for step in range(schedule.steps)]
+
+
+def test_any_pool_is_cut_into_windows_that_can_be_learned_from():
+    """Every row once an epoch, no window larger than asked for but where one row would be left alone."""
+    hypothesis = pytest.importorskip("hypothesis")
+    numbers = hypothesis.strategies.integers
+
+    @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(numbers(1, 300), numbers(1, 4) | numbers(1, 70), numbers(0, 3), numbers(0, 3))
+    def check(pool, window, seed, epoch):
+        schedule = Schedule(pool, 7, window, 3, seed)
+        windows = [schedule.lower(epoch, step) for step in range(schedule.steps)]
+        sizes = [len(rows) for rows in windows]
+        assert sorted(row for rows in windows for row in rows) == list(range(pool))
+        assert min(sizes) >= min(window, 2, pool)
+        assert max(sizes) <= (3 if window == 2 and pool % 2 else window)
+        assert max(sizes) - min(sizes) <= 1
+
+    check()
+
+
+def test_windows_of_two_train_on_an_odd_pool(small, tmp_path):
+    """One of the windows has three rows, in two micro-batches."""
+    pool = write_jsonl(tmp_path / "pool.jsonl", read_jsonl(Path(small["pool"]))[:5])
+    module = LitBilevel(PolicySettings(str(TOY / "model")), SoftmaxWeights(), OneStep())
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=2, limit_val_batches=0, accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer.fit(module, BilevelDataModule(pool, small["validation"], batch_size=2, max_length=64, seed=0))
+    assert trainer.global_step == 4
+    assert module.weights.visits.tolist() == [2] * 5
 
 
 def test_the_upper_stream_is_a_chain_of_permutations():

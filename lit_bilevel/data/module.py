@@ -10,6 +10,7 @@ result independent of the number of processes.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Collection, Mapping
@@ -19,12 +20,11 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
 from lit_bilevel.data.checks import check_settings
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
-from lit_bilevel.data.examples import EvaluationWindows, Examples, Window, questions_of
+from lit_bilevel.data.examples import Batches, EvaluationWindows, Examples, Window, questions_of
 from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
 from lit_bilevel.data.layout import layout_for
 from lit_bilevel.data.prepare import Preparation, cache_folder, load_tokenizer
@@ -32,7 +32,7 @@ from lit_bilevel.data.report import announce, write_skipped
 from lit_bilevel.data.responses import ResponseStore
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.split import apart
-from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, unchanged
+from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker
 from lit_bilevel.data.table import column, is_paired, source_numbers
 from lit_bilevel.errors import UserError
 from lit_bilevel.place import located
@@ -52,7 +52,7 @@ class BilevelDataModule(LightningDataModule):
         tokenizer: folder or hub id; by default that of the policy.
         batch_size: pool rows of a micro-batch, per process.
         upper_batch_size: validation rows of a micro-batch, per process; by default as many as pool rows.
-        eval_batch_size: rows of a batch in monitor and test loops.
+        eval_batch_size: rows of a batch in monitor and test loops, and prompts that are answered at once, per process.
         max_length: longest sequence in tokens, prompt and response together.
         truncation: the side on which longer ones are cut: `right` the response, `left` first the oldest prompt tokens.
         train_on: assistant turns that are learned where there are several.
@@ -204,7 +204,8 @@ class BilevelDataModule(LightningDataModule):
         if schedule.pool_rows < schedule.window:
             raise UserError(
                 f"the pool has {schedule.pool_rows} rows and a policy step takes {schedule.window};"
-                " lower `data.batch_size` (or `model.accumulate_grad_batches`)."
+                " lower `data.batch_size`, `model.accumulate_grad_batches` or the number of processes"
+                f" ({self._process[1]})."
             )
         trainer = self.trainer
         assert trainer is not None
@@ -218,27 +219,29 @@ class BilevelDataModule(LightningDataModule):
         self._stream.position = self._position
         return self._stream
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> Batches:
         return self.evaluation_loader("monitor")
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> Batches:
         if "test" not in self.sets:
             raise UserError("`data.test` is not set, so there is nothing to test on; give a file of held-out rows.")
         return self.evaluation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader:
-        """The test prompts: lists of `Question`."""
+    def predict_dataloader(self) -> Batches:
+        """The test prompts, dealt out to the processes: lists of `Question`, the last of which may be empty."""
         if "test" not in self.sets:
             raise UserError("`data.test` is not set, so there are no prompts to answer; give a file of held-out rows.")
-        own = questions_of(self.sets["test"], self.max_length, *self._process)
-        batches: Any = [own[i : i + self.eval_batch_size] for i in range(0, len(own), self.eval_batch_size)]
-        return DataLoader(batches, batch_size=None, collate_fn=unchanged)
+        rank, world_size = self._process
+        questions, size = questions_of(self.sets["test"], self.max_length), self.eval_batch_size
+        own = questions[rank::world_size]
+        count = math.ceil(math.ceil(len(questions) / world_size) / size)
+        return Batches(lambda number: own[number * size : (number + 1) * size], count)
 
-    def evaluation_loader(self, name: str) -> DataLoader:
+    def evaluation_loader(self, name: str) -> Batches:
         """Every row of a set once, dealt out to the processes."""
         length_N = column(self.sets[name], "length").to_numpy()
         windows = EvaluationWindows(self._examples(name), length_N, self.eval_batch_size, *self._process)
-        return DataLoader(windows, batch_size=None, collate_fn=unchanged)
+        return Batches(windows, len(windows))
 
     # ---- what the main process adds ----
 
