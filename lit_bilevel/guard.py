@@ -67,11 +67,14 @@ class Guard:
 
     def __init__(self, settings: GuardSettings):
         self.settings = settings
-        self.skipped = 0
-        self.in_a_row = 0
+        self.skipped = self.in_a_row = 0
         self.reason: str | None = None
         """Why the run must end; whoever saves checkpoints does so first."""
         self._told: set[str] = set()
+
+    def begin(self) -> None:
+        """Forget an earlier run."""
+        self.skipped, self.in_a_row, self.reason, self._told = 0, 0, None, set()
 
     def admits(self, module: Any, features: Features, size: Tensor | None, found: Tensor | None) -> bool:
         """Clip the policy's gradient; whether the step may be taken, on every process alike.

@@ -25,6 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_bilevel.begin import begin
 from lit_bilevel.checks import check_flags, check_run, check_settings
 from lit_bilevel.errors import UserError
 from lit_bilevel.evaluation import Evaluation
@@ -126,6 +127,8 @@ class LitBilevel(LightningModule):
         self.evaluation = Evaluation(self.lower_objective, self.upper_objective)
         self.own_optimizer: Optimizer | None = None
         """The outer optimizer where the strategy takes one only."""
+        self.pool_digest: str | None = None
+        """Of the pool that the weights are for."""
         self._own_state: dict[str, Any] = {}
         check_settings(self)
 
@@ -138,12 +141,7 @@ class LitBilevel(LightningModule):
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)
-        self.guard.reason = None  # of an earlier run of this object
-        if self.weights.pool_rows == 0:
-            sources = getattr(getattr(self.trainer, "datamodule", None), "pool_sources", None)
-            if sources is None:
-                raise UserError("`LitBilevel` needs a `BilevelDataModule`, to know how many rows to weight; pass one.")
-            self.weights.build(sources, torch.float64 if self.trainer.precision == "64-true" else torch.float32)
+        begin(self, stage)
 
     def configure_callbacks(self) -> list[Any]:
         check_flags(self.trainer)  # Lightning asks for callbacks before it raises errors of its own
