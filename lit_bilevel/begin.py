@@ -31,7 +31,7 @@ def begin(module: Any, stage: str) -> None:
     weights, fits = module.weights, stage == "fit"
     if weights.pool_rows and not fits:
         return  # a trained policy may be tested on any data
-    data = getattr(module.trainer, "datamodule", None)
+    data: Any = getattr(module.trainer, "datamodule", None)
     if getattr(data, "pool_sources", None) is None:
         raise UserError("`LitBilevel` needs a `BilevelDataModule`, to know how many rows to weight; pass one.")
     pool = data.sets["pool"]

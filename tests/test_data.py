@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -13,6 +15,7 @@ from conftest import SHARED, TOY, read_jsonl, write_jsonl
 from datasets import Dataset
 from lightning.pytorch import Trainer
 from sources import Source
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from lit_bilevel import LitBilevel, OneStep, PolicySettings, SoftmaxWeights
@@ -227,6 +230,12 @@ def test_the_upper_stream_is_a_chain_of_permutations():
     assert all(sorted(rows[i : i + 7]) == list(range(7)) for i in (0, 7, 14))
 
 
+def test_the_orders_of_both_levels_have_nothing_to_do_with_each_other():
+    """Where both have as many rows, each pool row would else meet the same validation rows for ever."""
+    schedule = Schedule(40, 40, 40, 40, seed=1)
+    assert schedule.lower(0, 0) != schedule.upper(0)
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where the tests may use one core only
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_resumed_anywhere_continues_the_same(workers):
@@ -261,6 +270,31 @@ def test_shares_of_ranks_partition_the_window():
     assert len(shares[0]) == len(shares[1]) == 4
     rows = [example.row for share in shares for example in share]
     assert sorted(row for row in rows if row != PADDING_ROW) == list(range(7))
+
+
+def test_rows_of_evaluation_are_dealt_out_once(small):
+    """To any number of processes, as many batches on each, by nothing that Lightning would deal out again."""
+    data = module(small, eval_batch_size=3)
+    data.setup()
+    whole = data.sets["test"]
+    for rows, processes in itertools.product((1, 2, 5, 16), (1, 2, 3, 5)):
+        data.sets["test"] = whole.select(range(rows))
+        windows, questions = [], []
+        for rank in range(processes):
+            data.trainer = SimpleNamespace(global_rank=rank, world_size=processes)
+            loaders = data.test_dataloader(), data.predict_dataloader()
+            assert not any(isinstance(loader, DataLoader) for loader in loaders)
+            windows.append(list(loaders[0]))
+            questions.append(list(loaders[1]))
+            assert [len(loader) for loader in loaders] == [len(windows[0]), len(questions[0])]
+            assert [len(windows[-1]), len(questions[-1])] == [len(windows[0]), len(questions[0])]
+        found = [window for own in windows for window in own]
+        assert {window.rows for window in found} == {rows}
+        assert all(window.examples for window in found)  # a batch of nothing cannot be collated
+        dealt = [example.row for window in found for example in window.examples if example.row != PADDING_ROW]
+        assert sorted(dealt) == list(range(rows))
+        assert sorted(q.row for own in questions for batch in own for q in batch) == list(range(rows))
+        assert max(len(batch) for own in questions for batch in own) <= 3
 
 
 def test_collate_points_at_response_tokens():

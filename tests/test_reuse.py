@@ -51,7 +51,7 @@ def module(solver=None, weights=None, path: str = str(TOY / "model"), **settings
         PolicySettings(path),
         weights or SoftmaxWeights(),
         solver or OneStep(),
-        optimizer=partial(torch.optim.SGD, lr=1e-2),
+        optimizer=partial(torch.optim.AdamW, lr=1e-3),
         **settings,
     )
 

@@ -98,7 +98,7 @@ class BilevelDataModule(LightningDataModule):
         self.truth = None if truth is None else located(truth)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.upper_batch_size = upper_batch_size or batch_size
+        self.upper_batch_size = batch_size if upper_batch_size is None else upper_batch_size
         self.eval_batch_size = eval_batch_size
         self.max_length = max_length
         self.encoding: dict[str, Any] = {"truncation": truncation, "train_on": train_on}
