@@ -23,10 +23,10 @@ from lit_bilevel import (
     Token,
     UniformWeights,
 )
-from lit_bilevel.checks import check_run
 from lit_bilevel.errors import UserError
-from lit_bilevel.guard import GuardSettings
-from lit_bilevel.optimizers import made_optimizers
+from lit_bilevel.training.guard import GuardSettings
+from lit_bilevel.training.optimizers import made_optimizers
+from lit_bilevel.training.refusals import check_run
 
 PATH = str(TOY / "model")
 

@@ -20,7 +20,7 @@ import yaml
 from conftest import TOY, read_jsonl, write_jsonl
 from safetensors.torch import load_file
 
-from lit_bilevel.curves import read_curves
+from lit_bilevel.inspection.curves import read_curves
 
 ROWS = {"pool": 23, "validation": 13, "test": 5}
 FEW = {"pool": 4, "validation": 3, "test": 1}

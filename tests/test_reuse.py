@@ -16,6 +16,7 @@ from lit_bilevel import (
     BilevelDataModule,
     Export,
     LitBilevel,
+    LowestFraction,
     OneStep,
     PolicySettings,
     Sampling,
@@ -24,8 +25,8 @@ from lit_bilevel import (
     SoftmaxWeights,
     Summary,
     ValueFunction,
+    WeightInspector,
 )
-from lit_bilevel.callbacks import LowestFraction, WeightInspector
 from lit_bilevel.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*ModelCheckpoint with manual optimization.*")

@@ -18,9 +18,9 @@ from lightning.pytorch.strategies import (
 )
 
 from lit_bilevel.data.table import longest
-from lit_bilevel.effects import of_precision, without_effect, without_refinement
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.policy.load import context_length
+from lit_bilevel.training.effects import of_precision, without_effect, without_refinement
 
 SHARDING = "configs/strategies/fsdp2.yaml"
 
