@@ -1,0 +1,1 @@
+"""The commands that are not Lightning's, one a file."""
