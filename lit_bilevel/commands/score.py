@@ -197,5 +197,7 @@ def truth_table(scores: Scores, kinds: list[str]) -> str:
         return "the truth file calls all rows clean, or all corrupted, so there is no AUROC\n"
     width = max(len(name) for name in found)
     lines = [" " * width + "".join(f"  {name:>12.12}" for name in names)]
-    lines += [f"{column:<{width}}" + "".join(f"  {own[name]:>12.3f}" for name in names) for column, own in found.items()]
+    lines += [
+        f"{column:<{width}}" + "".join(f"  {own[name]:>12.3f}" for name in names) for column, own in found.items()
+    ]
     return "AUROC of clean rows against corrupted ones\n" + "\n".join(lines) + "\n"

@@ -11,7 +11,7 @@
     density_ratio         how much more likely the row is among trusted rows than in the pool, mean 1 over the pool
 
 `ifd` is the published ratio. The paper keeps rows with a *high* one, below 1, to find hard examples in clean data; in
-unclean data a row whose prompt does not help is mostly a wrong one, so here a *low* one is kept. Left out: combinations.
+unclean data a row whose prompt does not help is mostly a wrong one, so a *low* one is kept. Left out: sums of them.
 """
 
 from __future__ import annotations

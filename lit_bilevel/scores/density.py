@@ -74,8 +74,9 @@ def cross_fitted_log_odds(features_nF: np.ndarray, trusted_n: np.ndarray, seed: 
     for fitted, held in _folds(len(features_nF), FOLDS, seed):
         fitted = _drawn(fitted, trusted_n, seed)
         features, trusted = features_nF[fitted], trusted_n[fitted]
-        model = _regression(_chosen_strength(features, trusted, seed)).fit(features, trusted)
-        log_odds_n[held] = model.decision_function(features_nF[held])
+        basis = _basis().fit(features)
+        model = _regression(_chosen_strength(features, trusted, seed)).fit(basis.transform(features), trusted)
+        log_odds_n[held] = model.decision_function(basis.transform(features_nF[held]))
     return log_odds_n
 
 
@@ -99,17 +100,19 @@ def _chosen_strength(features_nF: np.ndarray, trusted_n: np.ndarray, seed: int) 
     """C with the lowest log loss on held-out rows, classes balanced; of equal ones the smallest."""
     loss = np.zeros(len(STRENGTHS))
     for fitted, held in _folds(len(features_nF), INNER_FOLDS, seed + 1):
+        basis = _basis()
+        fitted_nF, held_nF = basis.fit_transform(features_nF[fitted]), basis.transform(features_nF[held])
         for number, strength in enumerate(STRENGTHS):
-            model = _regression(strength).fit(features_nF[fitted], trusted_n[fitted])
-            wrong = model.decision_function(features_nF[held]) * np.where(trusted_n[held], -1, 1)
+            model = _regression(strength).fit(fitted_nF, trusted_n[fitted])
+            wrong = model.decision_function(held_nF) * np.where(trusted_n[held], -1, 1)
             nll = np.logaddexp(0, wrong)
             loss[number] += sum(nll[trusted_n[held] == kind].mean() for kind in np.unique(trusted_n[held]))
     return STRENGTHS[int(loss.argmin())]
 
 
-def _regression(strength: float) -> Any:
+def _basis() -> Any:
+    """Features and their squares, standardised on the rows that it is fitted on."""
     from sklearn.impute import SimpleImputer
-    from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
@@ -117,9 +120,14 @@ def _regression(strength: float) -> Any:
         SimpleImputer(keep_empty_features=True),  # a feature that a row does not have is as in the mean of rows
         StandardScaler(),
         FunctionTransformer(_with_squares),
-        StandardScaler(),  # or the penalty would count squares otherwise
-        LogisticRegression(C=strength, class_weight="balanced", max_iter=2000),
+        StandardScaler(),  # or the penalty would weigh squares otherwise
     )
+
+
+def _regression(strength: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
 
 
 def _with_squares(scaled_nF: np.ndarray) -> np.ndarray:

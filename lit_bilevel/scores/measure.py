@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from lit_bilevel.data.collate import collate
 from lit_bilevel.policy.policy import Policy
@@ -99,8 +98,7 @@ class Measure:
             segment = batch.segment_K.numpy()
             tokens = segment.argsort(kind="stable")
             ends = np.bincount(segment).cumsum()[:-1]
-            for place, nll, entropy in zip(places, *(np.split(v[tokens], ends) for v in both), strict=True):
-                yield place, nll, entropy
+            yield from zip(places, *(np.split(v[tokens], ends) for v in both), strict=True)
             counted(sum(len(row.input_ids) for row in rows))
 
 

@@ -2,8 +2,8 @@
 
 Rows are sorted by length and cut into parts; a part is the unit of work of a process and of the disk. The cut depends
 on the rows alone, so one process or several, at once or in several attempts, compute the same batches.
-Parts of other rows or of another policy, told by a key, are removed. Left out: sharing work as it comes; parts are dealt
-out in turn.
+Parts of other rows or of another policy, told by a key, are removed. Left out: sharing work as it comes; parts are
+dealt out in turn.
 """
 
 from __future__ import annotations
