@@ -173,13 +173,12 @@ def _of_decay(module: Any) -> list[str]:
         return [f"`model.upper_weight` is 0, where `{names[0]}` for refined rows has no meaning; set it above 0"]
     if not names or decay == 0 or decay * most_falls(module) < module.initial_upper_weight:
         return []
-    falls = math.ceil(module.initial_upper_weight / decay - 1e-9)
-    every = module.upper_weight_decay_every
-    known = f"in epoch {falls + 1}" if every is None else f"from step {falls * every} on"
+    falls, every = math.ceil(module.initial_upper_weight / decay - 1e-9), module.upper_weight_decay_every
+    last = f"in epoch {falls + 1}" if module.trainer.max_epochs > 0 else "after some epochs"
+    last = last if every is None else f"after {falls * every} policy steps"
     return [
-        f"`model.upper_weight_decay` is {decay}, so λ is 0 {known if most_falls(module) < math.inf else 'in the end'},"
-        f" where `{names[0]}` has no meaning; lower it, set `trainer.max_epochs` where it is not, or use `OneStep` with"
-        " `SoftmaxWeights`"
+        f"`model.upper_weight_decay` is {decay}, so λ is 0 {last}, where `{names[0]}` has no meaning; lower it, set"
+        " `trainer.max_epochs` where it is not, or use `OneStep` with `SoftmaxWeights`"
     ]
 
 

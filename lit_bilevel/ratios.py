@@ -160,8 +160,8 @@ class _Relative(ResponseWeights):
     """Scores ≥ 0 divided by their mean in the group; those of a lone response by a running mean of earlier steps.
 
     The running mean, of scores above 0, takes in a step only after it, so that micro-batches of a step change nothing;
-    before there is one, a lone response with a score above 0 counts 1. It is one running sum by another, both from 0, so
-    the first step counts no more than any other.
+    before there is one, a lone response with a score above 0 counts 1. It is one running sum by another, both from 0,
+    so the first step counts no more than any other.
 
     Args:
         most: largest weight of a lone response.
