@@ -41,10 +41,11 @@ from lit_bilevel.solvers.base import BilevelSolver
 from lit_bilevel.training.begin import begin
 from lit_bilevel.training.checkpoint import restore_late, restore_own, save_own
 from lit_bilevel.training.evaluation import Evaluation
-from lit_bilevel.training.exchange import followed, gathered_scores, lightning_engine
+from lit_bilevel.training.exchange import gathered_responses, gathered_scores, lightning_engine
 from lit_bilevel.training.guard import Guard, GuardSettings
 from lit_bilevel.training.optimizers import made_optimizers
 from lit_bilevel.training.refusals import check_flags, check_run, check_settings
+from lit_bilevel.training.schedule import upper_weight_of
 from lit_bilevel.types import Batch, Question
 from lit_bilevel.weights.base import ExampleWeights
 from lit_bilevel.weights.optimizer import ExponentiatedGradient
@@ -65,6 +66,7 @@ class LitBilevel(LightningModule):
         weight_optimizer: makes the weights' optimizer.
         upper_weight: λ; the policy minimises λ·f + (1−λ)·g.
         upper_weight_decay: taken off λ after every epoch, down to 0.
+        upper_weight_decay_every: policy steps after which it is taken off instead, whatever an epoch is.
         upper_weight_start: share of the run after which λ takes effect; until then it is 0 and the policy sees no
             validation row, so that scores come from a gradient that is not memorised.
         weight_start: share of the run after which the weights begin to move.
@@ -101,6 +103,7 @@ class LitBilevel(LightningModule):
         guard: GuardSettings | None = None,
         upper_objective: Objective | None = None,
         lower_objective: Objective | None = None,
+        upper_weight_decay_every: int | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -116,6 +119,7 @@ class LitBilevel(LightningModule):
         self.make_weight_optimizer = weight_optimizer
         self.initial_upper_weight = upper_weight
         self.upper_weight_decay = upper_weight_decay
+        self.upper_weight_decay_every = upper_weight_decay_every
         self.upper_weight_start = upper_weight_start
         self.weight_start = weight_start
         self.lr_scheduler_name = lr_scheduler
@@ -180,9 +184,7 @@ class LitBilevel(LightningModule):
     @property
     def upper_weight(self) -> float:
         """λ in this step."""
-        if self.progress < self.upper_weight_start:
-            return 0.0
-        return max(0.0, self.initial_upper_weight - self.upper_weight_decay * self.current_epoch)
+        return upper_weight_of(self)
 
     @property
     def pair_levels(self) -> list[str]:
@@ -204,15 +206,17 @@ class LitBilevel(LightningModule):
         if s_B is None:
             problem.complete()
         features, s_B, losses = gathered_scores(problem, s_B, self.trainer.strategy, self.refinement.active)
-        self.refinement.observe(self.weights, features)
+        self.refinement.observe(self.weights, outer, features)
         if self.learns_weights and self.progress >= self.weight_start:
             self.refinement.step(self.weights, outer, features, s_B)
         problem.complete()  # with the new weights: a row's first score counts at its first visit
         statistics = self.weights.statistics()
-        found = followed(found, self.refinement.rule, self.trainer)
-        if self.guard.admits(self, features, statistics.get("effective_size"), found):
-            inner.step()
-            self.lr_schedulers().step()  # type: ignore[union-attr]
+        found = gathered_responses(found, self.trainer)
+        if self.guard.steps(self, inner, features, statistics.get("effective_size"), found):
+            self.refinement.follow(found)
+        else:
+            self.refinement.take_back()
+            statistics = {}
         self._log_step(losses | measures(found) | {f"weights/{name}": value for name, value in statistics.items()})
 
     def _optimizers(self) -> tuple[Any, Optimizer | None]:
@@ -224,16 +228,12 @@ class LitBilevel(LightningModule):
 
     def _problem(self, batch: dict[str, list[Batch]], optimizer: Optimizer) -> PolicyProblem:
         assert self.policy is not None
+        weigh = functools.partial(self.refinement.weigh, self.weights)
+        needs_loss = self.weights.needs_loss or self.refinement.needs_loss
+        engine, objectives = lightning_engine(self), (self.lower_objective, self.upper_objective)
+        lower, upper = batch["lower"], batch["upper"]
         return PolicyProblem(
-            self.policy,
-            batch["lower"],
-            batch["upper"],
-            functools.partial(self.refinement.weigh, self.weights),
-            self.weights.needs_loss or self.refinement.needs_loss,
-            self.upper_weight,
-            optimizer,
-            lightning_engine(self),
-            (self.lower_objective, self.upper_objective),
+            self.policy, lower, upper, weigh, needs_loss, self.upper_weight, optimizer, engine, objectives
         )
 
     def _log_step(self, values: dict[str, Tensor]) -> None:

@@ -66,8 +66,8 @@ def test_groups_in_closed_form():
     seen = replace(features(0, 6, 2, 7), loss_B=torch.tensor([9.0, 0.5, 9.0, 1.0], dtype=torch.float64))
     assert refinement.needs_loss
     assert refinement.weigh(offline, seen).tolist() == [1, 1, 1, 1]
-    refinement.observe(offline, seen)
     stepped = torch.optim.SGD(offline.parameters(), lr=0.1)
+    refinement.observe(offline, stepped, seen)
     refinement.step(offline, stepped, seen, torch.tensor([1.0, 50.0, -1.0, -50.0], dtype=torch.float64))
     expected = torch.exp(torch.tensor([-1.0, -2.0], dtype=torch.float64))
     expected /= expected.mean()

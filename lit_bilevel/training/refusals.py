@@ -21,6 +21,7 @@ from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.policy.load import context_length
 from lit_bilevel.training.effects import of_precision, without_effect, without_refinement
+from lit_bilevel.training.schedule import most_falls
 
 SHARDING = "configs/strategies/fsdp2.yaml"
 
@@ -39,6 +40,10 @@ def check_settings(module: Any) -> None:
         )
     if module.upper_weight_decay < 0:
         problems.append(f"`model.upper_weight_decay` is {module.upper_weight_decay}; it must be at least 0")
+    if module.upper_weight_decay_every is not None and module.upper_weight_decay_every < 1:
+        problems.append(
+            f"`model.upper_weight_decay_every` is {module.upper_weight_decay_every}; it must be at least 1 step"
+        )
     if module.solver.learns and not module.weights.learnable:
         problems.append(
             f"`model.weights` is `{type(module.weights).__name__}`, which learns nothing from scores, so `model.solver:"
@@ -164,14 +169,14 @@ def check_run(module: Any, stage: str) -> None:
 def _of_decay(module: Any) -> list[str]:
     groups = [module.refinement.template] if refiners(module.trainer) else []
     names = [type(part).__name__ for part in _need_upper_weight(module.solver, module.weights, *groups)]
-    decay, epochs = module.upper_weight_decay, module.trainer.max_epochs
+    decay = module.upper_weight_decay
     if names and module.initial_upper_weight == 0:
         return [f"`model.upper_weight` is 0, where `{names[0]}` for refined rows has no meaning; set it above 0"]
-    if not names or decay == 0 or (epochs > 0 and decay * (epochs - 1) < module.initial_upper_weight):
+    if not names or decay == 0 or decay * most_falls(module) < module.initial_upper_weight:
         return []
-    last = (
-        f"in epoch {math.ceil(module.initial_upper_weight / decay - 1e-9) + 1}" if epochs > 0 else "after some epochs"
-    )
+    falls, every = math.ceil(module.initial_upper_weight / decay - 1e-9), module.upper_weight_decay_every
+    last = f"in epoch {falls + 1}" if module.trainer.max_epochs > 0 else "after some epochs"
+    last = last if every is None else f"after {falls * every} policy steps"
     return [
         f"`model.upper_weight_decay` is {decay}, so λ is 0 {last}, where `{names[0]}` has no meaning; lower it, set"
         " `trainer.max_epochs` where it is not, or use `OneStep` with `SoftmaxWeights`"
