@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_bilevel.checks import check_flags, check_run, check_settings
-from lit_bilevel.errors import UserError
+from lit_bilevel.errors import UserError, settings_missing
 from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
 from lit_bilevel.guard import Guard, GuardSettings
@@ -39,6 +39,7 @@ from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
+from lit_bilevel.policy.randomness import part_random_states
 from lit_bilevel.policy.score import measures, weigh_responses
 from lit_bilevel.policy.shard import shard
 from lit_bilevel.ratios import ResponseWeights, Uniform
@@ -243,6 +244,9 @@ class LitBilevel(LightningModule):
         self.log_dict({k: v for k, v in shown.items() if k in bar}, prog_bar=True)
         self.log_dict({k: v for k, v in shown.items() if k not in bar})
 
+    def on_fit_start(self) -> None:
+        part_random_states(self.global_rank)  # after the policy is made; a resumed run takes its own up later
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.guard.stop_if_asked()
 
@@ -286,11 +290,7 @@ class LitBilevel(LightningModule):
         Raises:
             UserError: always, with what to do instead.
         """
-        raise UserError(
-            "a checkpoint of `LitBilevel` holds no settings and no frozen parameters, so it cannot be loaded by itself;"
-            " load `policy/` of the run folder with `from_pretrained`, or build the module and give the checkpoint to"
-            " `trainer.test(model, data, ckpt_path=…)`, `validate`, `predict` or `fit`."
-        )
+        raise settings_missing()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         save_own(self, checkpoint)

@@ -281,9 +281,11 @@ def test_an_exception_inside_a_solver_leaves_the_policy_alone(monkeypatch):
 def test_dropout_is_replayed(size):
     policy = tiny_policy(dropout=0.3)
     assert policy.has_dropout
+    earlier = made(policy, size)
+    earlier.complete()
     problem = made(policy, size)
     losses = problem.lower_losses()
-    assert distance(losses, made(policy, size).lower_losses()) > 1e-3  # another step draws another mask
+    assert distance(losses, earlier.lower_losses()) > 1e-3  # another step draws other masks
     for _ in range(2):
         assert distance(problem.lower_losses_at(problem.values()), losses) < 1e-12
         assert distance(problem.lower_gradient_at(problem.values())[0], losses) < 1e-12
@@ -294,6 +296,38 @@ def test_dropout_is_replayed(size):
     assert distance(problem.lower_jvp(direction), difference) < 1e-5 * max(1, float(difference.abs().max()))
     twice = [flat(problem.hessian_vector_product(direction)) for _ in range(2)]
     assert torch.equal(*twice)
+    problem.complete()
+    assert distance(problem.lower_losses(), losses) < 1e-12
+
+
+def test_second_derivatives_see_the_masks_of_the_first():
+    """H·v is the difference of the gradients that the same step takes."""
+    policy, epsilon = tiny_policy(dropout=0.3), 1e-5
+    problem, direction = made(policy), direction_of(policy)
+    product = flat(problem.hessian_vector_product(direction))
+    values = [value.clone() for value in problem.values()]
+    gradients = []
+    for sign in (1, -1):
+        problem._upper_gradient = problem.upper_loss = None  # asked for anew, at the other values
+        with policy.substituted([v + sign * epsilon * d for v, d in zip(values, direction, strict=True)]):
+            upper, (_, lower) = flat(problem.upper_gradient()), problem.lower_gradient_at(problem.values())
+        gradients.append(UPPER_WEIGHT * upper + (1 - UPPER_WEIGHT) * flat(lower))
+    difference = (gradients[0] - gradients[1]) / (2 * epsilon)
+    assert distance(product, difference) < 1e-6 * difference.abs().max()
+
+
+@pytest.mark.parametrize("size", [ROWS, 3])
+def test_passes_over_other_rows_leave_the_masks_of_the_step_alone(size):
+    policy, found = tiny_policy(dropout=0.3), []
+    for other in (False, True):
+        torch.manual_seed(5)
+        problem = made(policy, size)
+        problem.lower_losses()
+        if other:
+            _derivatives(problem, batches(3, 2), direction_of(policy))
+        problem.complete()
+        found.append(problem.lower_losses())
+    assert distance(*found) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -341,6 +375,27 @@ EVERY_SOLVER = {
     "value_function": partial(ValueFunction, inner_steps=2),  # at its first step φ is θ
     "implicit": partial(Implicit, iterations=2, damping=1.0),
 }
+
+
+@pytest.mark.parametrize("upper_weight", [0.0, UPPER_WEIGHT])
+@pytest.mark.parametrize("size", [ROWS, 3])
+@pytest.mark.parametrize("solver", EVERY_SOLVER)
+def test_every_step_draws_masks_of_its_own(solver, size, upper_weight):
+    """Three steps at equal values; training sees the same masks whatever a solver asks for."""
+    if solver in ("penalty", "value_function") and upper_weight == 0:
+        pytest.skip("the solver has no meaning at λ = 0")
+    policy, gradients = tiny_policy(dropout=0.3), []
+    for used in (Mixing(), EVERY_SOLVER[solver]()):
+        torch.manual_seed(5)
+        for _ in range(3):
+            problem = made(policy, size, upper_weight)
+            problem.upper_gradient()
+            used(problem)
+            problem.complete()
+            gradients.append(flat([parameter.grad for parameter in policy.trainable()]))
+    mixing, asked = gradients[:3], gradients[3:]
+    assert all(distance(a, b) < 1e-12 for a, b in zip(mixing, asked, strict=True))
+    assert min(distance(asked[i], asked[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3
 
 
 def same_answers(policy: Policy, solver: str, size: int, tolerance: float) -> None:

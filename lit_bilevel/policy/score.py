@@ -11,7 +11,6 @@ Left out: sharing that pass with the training pass where T = 1 and there is no d
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -105,8 +104,7 @@ def _alignments(problem: PolicyProblem) -> list[Tensor | None]:
 
 def _derivatives(problem: PolicyProblem, batches: list[Batch], direction: Values) -> Tensor:
     """⟨direction, ∇ℓ⟩ of every example of these batches."""
-    other = copy.copy(problem)
-    other.lower = batches
+    other = problem.at_rows(batches)
     values = problem.values()
     if not problem.differences or values[0].dtype == torch.float64:  # as `OneStep` does, and for its reasons
         return other.lower_jvp(direction)
