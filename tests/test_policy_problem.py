@@ -277,13 +277,15 @@ def test_an_exception_inside_a_solver_leaves_the_policy_alone(monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(before, policy.trainable(), strict=True))
 
 
+@pytest.mark.parametrize("upper_weight", [0.0, UPPER_WEIGHT])
 @pytest.mark.parametrize("size", [ROWS, 3])
-def test_dropout_is_replayed(size):
+def test_dropout_is_replayed(size, upper_weight):
     policy = tiny_policy(dropout=0.3)
     assert policy.has_dropout
-    earlier = made(policy, size)
+    earlier = made(policy, size, upper_weight)
+    earlier.lower_losses()  # as a solver would
     earlier.complete()
-    problem = made(policy, size)
+    problem = made(policy, size, upper_weight)
     losses = problem.lower_losses()
     assert distance(losses, earlier.lower_losses()) > 1e-3  # another step draws other masks
     for _ in range(2):
@@ -337,7 +339,7 @@ def test_passes_over_other_rows_leave_the_masks_of_the_step_alone(size):
         partial(test_one_step_is_the_alignment_of_gradients, "one_sided", 1e-6, ROWS),
         partial(test_one_step_is_the_alignment_of_gradients, "forward", 1e-10, ROWS),
         test_hessian_vector_product_is_the_difference_of_gradients,
-        partial(test_dropout_is_replayed, ROWS),
+        partial(test_dropout_is_replayed, ROWS, UPPER_WEIGHT),
     ],
 )
 def test_the_answers_are_the_same_where_logits_come_in_chunks(check, monkeypatch):
@@ -381,10 +383,16 @@ EVERY_SOLVER = {
 @pytest.mark.parametrize("size", [ROWS, 3])
 @pytest.mark.parametrize("solver", EVERY_SOLVER)
 def test_every_step_draws_masks_of_its_own(solver, size, upper_weight):
-    """Three steps at equal values; training sees the same masks whatever a solver asks for."""
+    """Three steps at equal values; training sees the same masks whatever a solver asks for, and none a second time."""
     if solver in ("penalty", "value_function") and upper_weight == 0:
         pytest.skip("the solver has no meaning at λ = 0")
     policy, gradients = tiny_policy(dropout=0.3), []
+    torch.manual_seed(5)
+    for _ in range(3):
+        problem = made(policy, size, upper_weight)
+        problem.upper_gradient()
+        problem.lower_losses()
+    drawn = torch.get_rng_state()
     for used in (Mixing(), EVERY_SOLVER[solver]()):
         torch.manual_seed(5)
         for _ in range(3):
@@ -393,6 +401,7 @@ def test_every_step_draws_masks_of_its_own(solver, size, upper_weight):
             used(problem)
             problem.complete()
             gradients.append(flat([parameter.grad for parameter in policy.trainable()]))
+        assert torch.equal(torch.get_rng_state(), drawn)
     mixing, asked = gradients[:3], gradients[3:]
     assert all(distance(a, b) < 1e-12 for a, b in zip(mixing, asked, strict=True))
     assert min(distance(asked[i], asked[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partialmethod
 from types import SimpleNamespace
 
 import pyarrow.parquet
@@ -21,6 +22,7 @@ from lit_bilevel.callbacks import BelowThreshold, LowestFraction, RandomFraction
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
 from lit_bilevel.policy.generate import Sampling
+from lit_bilevel.policy.load import LoraSettings
 from lit_bilevel.ratios import Aligned, LengthNormalised, SelfNormalised, Sequence, Token, Uniform
 from lit_bilevel.refinement import Refinement
 from lit_bilevel.types import Features
@@ -33,12 +35,14 @@ def adam(lr: float):
     return lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
 
 
-def run(small, folder, refine, lr=1e-3, watch=(), steps=8, size=8, trainer_settings=None, **settings) -> LitBilevel:
+def run(
+    small, folder, refine, lr=1e-3, watch=(), steps=8, size=8, trainer_settings=None, policy=None, **settings
+) -> LitBilevel:
     """A short run on 90 rows; returns the module, whose trainer knows the rest."""
     seed_everything(0)
     data = BilevelDataModule(small["pool"], small["validation"], small["test"], batch_size=size, max_length=48)
     settings = {"solver": OneStep(), "weights": SoftmaxWeights(), "optimizer": adam(lr), **settings}
-    model = LitBilevel(PolicySettings(str(TOY / "model")), **settings)
+    model = LitBilevel(PolicySettings(str(TOY / "model"), **(policy or {})), **settings)
     trainer = Trainer(
         max_steps=steps,
         default_root_dir=folder,
@@ -98,6 +102,29 @@ def test_a_frozen_policy_has_ratios_of_one(small, tmp_path, sampling):
     assert logged.steps[-1]["refine/ratio_max"] == pytest.approx(1, abs=1e-5)
     assert logged.steps[-1]["refine/clipped"] == 0
     assert logged.steps[-1]["refine/effective_size"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "policy"),
+    [
+        ("bf16-mixed", {}),
+        ("bf16-true", {}),
+        ("bf16-mixed", {"dtype": "bfloat16", "lora": LoraSettings(4)}),
+        ("bf16-true", {"lora": LoraSettings(4)}),
+        ("bf16-mixed", {"compile": True}),
+    ],
+    ids=["mixed", "true", "mixed, bfloat16 base", "true, adapter", "compiled"],
+)
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_a_frozen_policy_has_ratios_of_one_in_16_bits(small, tmp_path, monkeypatch, precision, policy):
+    """The ratios were 0.93 to 1.09 when they were scored as training runs."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    spy, settings = SpyUniform(), {"trainer_settings": {"precision": precision}, "policy": policy}
+    model = run(small, tmp_path, refine_all(), lr=0.0, steps=5, response_weights=spy, **settings)
+    assert len(spy.seen) >= 3
+    assert torch.cat(spy.seen).exp().sub(1).abs().max() < 1e-5
+    narrow = {parameter.dtype for parameter in model.policy.parameters()} - {torch.float32}
+    assert narrow == (set() if policy in ({}, {"compile": True}) and "mixed" in precision else {torch.bfloat16})
 
 
 class Recompute(Callback):

@@ -203,6 +203,14 @@ def column(table: Dataset, name: str) -> Any:
     return table.select_columns([name]).with_format("arrow")[:][name]
 
 
+def asks(table: Dataset) -> np.ndarray:
+    """[N] whether a row has a question: not plain text, nor one whose every token before the answer was cut off."""
+    import pyarrow.compute
+
+    prompted = pyarrow.compute.not_equal(column(table, "prompt"), "").to_numpy()
+    return prompted & (column(table, "response_start").to_numpy() > 1)
+
+
 def is_paired(table: Dataset) -> bool:
     """Whether every row is a preference pair whose both answers were asked for."""
     import pyarrow.compute
