@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, TOY, read_jsonl
+from conftest import ROOT, TOY, read_jsonl, write_jsonl
 from lightning.pytorch import Callback, Trainer, seed_everything
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_bilevel import BilevelDataModule, LitBilevel, Mixing, OneStep, PolicySettings, SelfRefine, SoftmaxWeights
 from lit_bilevel.callbacks import BelowThreshold, LowestFraction, RandomFraction
 from lit_bilevel.cli import main
+from lit_bilevel.data.table import has_question
 from lit_bilevel.errors import UserError
 from lit_bilevel.policy.generate import Sampling
 from lit_bilevel.policy.load import LoraSettings
@@ -306,6 +307,45 @@ def test_choosers():
         LowestFraction(0)
 
 
+def mixed_pool(folder, plain: int, asked: int) -> list[str]:
+    rows = read_jsonl(TOY / "pool.jsonl")
+    texts = [{"id": f"t{i}", "text": row["response"] + f" {i}"} for i, row in enumerate(rows[:plain])]
+    files = {"texts": texts, "asked": rows[plain : plain + asked]}
+    return [write_jsonl(folder / f"{name}.jsonl", records) for name, records in files.items() if records]
+
+
+@pytest.mark.parametrize(
+    "choose", [LowestFraction(0.5), RandomFraction(0.5), BelowThreshold(2.0)], ids=lambda rule: type(rule).__name__
+)
+def test_rows_without_a_question_are_never_refined(small, tmp_path, choose):
+    """Of 60 plain texts 58 were replaced by what follows their first token."""
+    data = small | {"pool": mixed_pool(tmp_path, 60, 30)}
+    with pytest.warns(UserWarning, match="60 of 90 pool rows have no question") as told:
+        model = run(data, tmp_path, refine_all(every=2, choose=choose))
+    assert len([warning for warning in told if "no question" in str(warning.message)]) == 1
+    chosen = model.trainer.datamodule.responses.chosen
+    assert min(chosen) >= 60
+    assert len(chosen) == (15 if isinstance(choose, RandomFraction) else len(chosen)) > 0
+    assert {record["id"][0] for record in read_jsonl(tmp_path / "responses.jsonl")} != {"t"}
+
+
+def test_a_pool_without_questions_cannot_be_refined(small, tmp_path):
+    with pytest.raises(UserError, match="no row of the pool has one"):
+        run(small | {"pool": mixed_pool(tmp_path, 60, 0)}, tmp_path, refine_all())
+
+
+def test_a_question_that_was_cut_off_is_none(small, tmp_path):
+    """From the left, until the answer alone is as long as a row may be."""
+    table = BilevelDataModule(
+        small["pool"], small["validation"], tokenizer=str(TOY / "model"), max_length=6, truncation="left"
+    )
+    table.setup()
+    pool = table.sets["pool"]
+    cut = [start <= 1 for start in pool["response_start"][:]]
+    assert 0 < sum(cut) < len(cut)
+    assert has_question(pool).tolist() == [not none_left for none_left in cut]
+
+
 def test_when_to_refine():
     """The public code waited for step 5000 whatever the settings."""
     refine = SelfRefine(every_n_steps=3, start=4)
@@ -372,7 +412,12 @@ def test_a_run_writes_its_responses_weights_and_text(flags, tmp_path):
 
 
 def test_a_resumed_run_repeats_the_responses_and_the_bits(flags, tmp_path):
-    more = ("--trainer.max_epochs=3", "--checkpoint.every_n_steps=1", "--model.response_weights=SelfNormalised")
+    more = (
+        "--trainer.max_epochs=3",
+        "--checkpoint.every_n_steps=1",
+        "--model.response_weights=SelfNormalised",
+        "--model.policy.lora={r: 4, dropout: 0.2}",
+    )
     assert main(["fit", *refine_flags(flags, tmp_path / "whole", *more)]) == 0
     parts = refine_flags(flags, tmp_path / "parts", *more)
     assert main(["fit", *parts, "--trainer.max_steps=15"]) == 0

@@ -45,9 +45,10 @@ def uninterrupted(small, tmp_path_factory):
 
 
 def short(small, folder: Path) -> list[str]:
-    """One epoch of 12 steps with validation after the 4th, 8th and 12th."""
+    """One epoch of 12 steps with validation after the 4th, 8th and 12th, and dropout, which needs the random states."""
     return [
         "--config=configs/quickstart.yaml",
+        "--model.policy.lora={r: 4, dropout: 0.2}",
         *(f"--data.{name}={path}" for name, path in small.items()),
         "--data.batch_size=8",
         "--trainer.max_epochs=1",

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ def _attention_of_any_dtype(policy: Policy) -> Iterator[None]:
 @contextmanager
 def _unpacked_to_float32(policy: Policy) -> Iterator[None]:
     """Let 4-bit matrices (of bitsandbytes) be multiplied in float32; their values are the same in any case."""
-    packed = [module for module in policy.modules() if type(module).__name__ == "Linear4bit"]
+    packed: list[Any] = [module for module in policy.modules() if type(module).__name__ == "Linear4bit"]
     before = [module.compute_dtype for module in packed]
     for module in packed:
         module.compute_dtype = torch.float32
