@@ -248,6 +248,11 @@ class SelfRefine(Callback):
                 f"`SelfRefine` scores different responses on every process, which `{type(trainer.strategy).__name__}`"
                 " does not allow; use `trainer.strategy: ddp`."
             )
+        if isinstance(pl_module, LitBilevel) and pl_module.policy_settings.quantization == "8bit":
+            rank_zero_warn(
+                "`model.policy.quantization` is 8bit, whose kernels round activations, so importance ratios of an"
+                " unchanged policy are not exactly 1 (`refine/ratio_max` shows how far off they are); `4bit` is exact."
+            )
         self._rows = rows_to_choose_from(trainer.datamodule.sets["pool"])  # type: ignore[attr-defined]
         if trainer.is_global_zero and not is_rehearsal(trainer):
             self._file = ResponseFile(run_folder(trainer) / "responses.jsonl")
