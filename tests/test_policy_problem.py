@@ -190,6 +190,8 @@ def test_a_scaled_loss_changes_no_answer():
         upper, (_, gradient) = flat(problem.upper_gradient()), problem.lower_gradient_at(problem.values())
         product = flat(problem.hessian_vector_product(direction))
         found.append([upper, flat(gradient), problem.lower_jvp(direction), product])
+        problem.complete()
+        found[-1].append(flat([parameter.grad / scale for parameter in policy.trainable()]))
         assert torch.equal(problem.lower_jvp([0 * part for part in direction]), torch.zeros(ROWS).double())
     for plain, scaled in zip(*found, strict=True):
         assert distance(plain, scaled) < 1e-12 * plain.abs().max()
