@@ -9,11 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-from datasets import Dataset
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lit_bilevel.data.table import has_question
 from lit_bilevel.errors import UserError
 
 
@@ -29,27 +26,6 @@ class Choose(ABC):
                 they were frozen. These are all rows, unless some are plain text.
             seed: that of the data order.
         """
-
-
-def rows_to_choose_from(pool: Dataset) -> Tensor:
-    """[M] the rows of the pool that have a question; how many do not is told once.
-
-    Raises:
-        UserError: if none has.
-    """
-    asked_N = has_question(pool)
-    without = int((~asked_N).sum())
-    if without == len(pool):
-        raise UserError(
-            "`SelfRefine` answers questions anew, and no row of the pool has one (the format `text` has none); leave it"
-            " out, or give rows with a prompt."
-        )
-    if without:
-        rank_zero_warn(
-            f"{without:,} of {len(pool):,} pool rows have no question (plain text, or cut off by `data.max_length`);"
-            " `SelfRefine` never chooses them."
-        )
-    return torch.from_numpy(asked_N.nonzero()[0])
 
 
 def _count(fraction: float, rows: int) -> int:
