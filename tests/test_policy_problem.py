@@ -124,6 +124,7 @@ def test_the_policy_gradient_does_not_depend_on_what_was_asked(asked, upper_weig
     if asked:
         problem.upper_gradient()
     problem.complete()
+    problem.complete()  # once is enough
     left = flat([parameter.grad for parameter in policy.trainable()])
     expected = upper_weight * upper.mean(0) + (1 - upper_weight) * (WEIGHTS[:, None] * lower).mean(0)
     assert distance(left, expected) < 1e-12
