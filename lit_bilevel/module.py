@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_bilevel.errors import UserError
+from lit_bilevel.errors import settings_missing
 from lit_bilevel.generation.hf import answers
 from lit_bilevel.objectives.base import Objective
 from lit_bilevel.objectives.sft import SFT
@@ -34,6 +34,7 @@ from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.logprobs import measures, weigh_responses
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
+from lit_bilevel.policy.randomness import part_random_states
 from lit_bilevel.policy.shard import shard
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import ResponseWeights, Uniform
@@ -242,6 +243,9 @@ class LitBilevel(LightningModule):
         self.log_dict({k: v for k, v in shown.items() if k in bar}, prog_bar=True)
         self.log_dict({k: v for k, v in shown.items() if k not in bar})
 
+    def on_fit_start(self) -> None:
+        part_random_states(self.global_rank)  # after the policy is made; a resumed run takes its own up later
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.guard.stop_if_asked()
 
@@ -287,11 +291,7 @@ class LitBilevel(LightningModule):
         Raises:
             UserError: always, with what to do instead.
         """
-        raise UserError(
-            "a checkpoint of `LitBilevel` holds no settings and no frozen parameters, so it cannot be loaded by itself;"
-            " load `policy/` of the run folder with `from_pretrained`, or build the module and give the checkpoint to"
-            " `trainer.test(model, data, ckpt_path=…)`, `validate`, `predict` or `fit`."
-        )
+        raise settings_missing()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         save_own(self, checkpoint)
