@@ -20,7 +20,8 @@ _NAMES = {
     "SourceWeights TableWeights UniformWeights",
     "lit_bilevel.solvers": "BilevelSolver Implicit Mixing OneStep Penalty ValueFunction",
     "lit_bilevel.ratios": "Aligned LengthNormalised ResponseWeights SelfNormalised Sequence Token Uniform",
-    "lit_bilevel.policy.generate": "GenerationBackend HFGenerate Sampling",
+    "lit_bilevel.policy.generate": "GenerationBackend HFGenerate",
+    "lit_bilevel.policy.sampling": "Sampling",
     "lit_bilevel.policy.backends": "ContinuousBatching VLLM",
     "lit_bilevel.callbacks": "BelowThreshold BilevelCheckpoint Choose Export Figures LowestFraction ModelCard "
     "Predictions RandomFraction RandomState SelfRefine Summary WarmStart WeightInspector",

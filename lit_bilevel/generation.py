@@ -16,8 +16,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.data.collate import collate
 from lit_bilevel.errors import UserError
-from lit_bilevel.policy.generate import GenerationBackend, Request, Sample, Sampling, batches_by_length
+from lit_bilevel.policy.generate import GenerationBackend
 from lit_bilevel.policy.policy import Policy
+from lit_bilevel.policy.sampling import Request, Sample, Sampling, batches_by_length
 from lit_bilevel.policy.score import response_logprobs
 from lit_bilevel.types import Example, Group, Response
 

@@ -24,8 +24,9 @@ from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.rows import Source
 from lit_bilevel.generation import score
 from lit_bilevel.losses import example_nll
-from lit_bilevel.policy.generate import HFGenerate, Request, Sampling
+from lit_bilevel.policy.generate import HFGenerate
 from lit_bilevel.policy.policy import Policy
+from lit_bilevel.policy.sampling import Request, Sampling
 from lit_bilevel.types import Example, Group, Row
 
 TOY = Path(__file__).resolve().parents[1] / "lit_bilevel" / "toy"

@@ -25,7 +25,7 @@ from lit_bilevel import (
 )
 from lit_bilevel.callbacks import RandomFraction
 from lit_bilevel.errors import UserError
-from lit_bilevel.policy.generate import Sampling
+from lit_bilevel.policy.sampling import Sampling
 from lit_bilevel.ratios import Token, Uniform
 from lit_bilevel.refinement import Refinement
 

@@ -32,7 +32,9 @@ from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.generation import GenerationFailed, gathered_responses, respond
 from lit_bilevel.inspection import tallied
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.policy.generate import GenerationBackend, HFGenerate, Request, Sampling, end_tokens
+from lit_bilevel.policy.ending import end_tokens
+from lit_bilevel.policy.generate import GenerationBackend, HFGenerate
+from lit_bilevel.policy.sampling import Request, Sampling
 from lit_bilevel.types import Response
 
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.policy.generate import GenerationBackend, Request, Sample, Sampling
+from lit_bilevel.policy.generate import GenerationBackend
 from lit_bilevel.policy.policy import Policy
+from lit_bilevel.policy.sampling import Request, Sample, Sampling, ended
 
 VLLM_OLDEST, VLLM_NEWEST = (0, 10), (1, 0)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the largest ranks it can be made for
@@ -181,15 +182,6 @@ class VLLM(GenerationBackend):
         self._handed_over += 1  # a new id, or the engine would use the adapter it has cached
         request = importlib.import_module("vllm.lora.request").LoRARequest
         return request(f"policy-{self._handed_over}", self._handed_over, folder)
-
-
-def ended(token_ids: Sequence[int], end_ids: Sequence[int]) -> Sample:
-    """A sample cut after its first end token."""
-    ids = list(token_ids)
-    for position, token in enumerate(ids):
-        if token in end_ids:
-            return Sample(ids[: position + 1], True)
-    return Sample(ids, False)
 
 
 def _vllm() -> Any:
