@@ -17,9 +17,8 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
-from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.policy.load import context_length
+from lit_bilevel.sizes import oversized
 
 SHARDING = "configs/strategies/fsdp2.yaml"
 
@@ -129,7 +128,7 @@ def check_run(module: Any, stage: str) -> None:
         UserError: naming each of them.
     """
     strategy = module.trainer.strategy
-    problems = _of_kernels(module) + _of_context(module)
+    problems = _of_kernels(module) + oversized(module, stage)
     if stage == "fit":
         problems += _of_decay(module) + _of_length(module)
     if isinstance(strategy, SingleDeviceStrategy) and strategy.root_device.type == "mps":
@@ -190,17 +189,6 @@ def _of_length(module: Any) -> list[str]:
         " `trainer.max_steps` or `trainer.max_epochs`"
         for name in ("upper_weight_start", "weight_start")
         if getattr(module, name) > 0
-    ]
-
-
-def _of_context(module: Any) -> list[str]:
-    sets = getattr(getattr(module.trainer, "datamodule", None), "sets", {})
-    context, found = context_length(module.policy_settings), longest(sets.values())
-    if context is None or found <= context:
-        return []
-    return [
-        f"the longest row has {found} tokens and the policy was made for {context}; set `data.max_length` to at most"
-        f" {context}"
     ]
 
 

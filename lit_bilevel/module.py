@@ -133,8 +133,9 @@ class LitBilevel(LightningModule):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The policy's tokenizer."""
-        return load_tokenizer(self.policy_settings)
+        """The one that makes the rows: `data.tokenizer` where that is set, else the policy's."""
+        own = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        return load_tokenizer(self.policy_settings, own)
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lit_bilevel.types import Response
+
 
 class ResponseFile:
     """An append-only file that can be cut back.
@@ -40,3 +42,28 @@ class ResponseFile:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
+
+
+def text(tokenizer: Any, response: Response) -> str:
+    """What a response says."""
+    return tokenizer.decode(response.token_ids, skip_special_tokens=True)
+
+
+def records(data: Any, tokenizer: Any, responses: dict[int, list[Response]], round: int, temperature: float) -> Any:
+    """The lines of one round."""
+    pool = data.sets["pool"].select_columns(["id", "row"])
+    for row, group in responses.items():
+        record = pool[row]
+        for sample, response in enumerate(group):
+            yield {
+                "id": record["id"],
+                "row": record["row"],
+                "round": round,
+                "sample": sample,
+                "response": text(tokenizer, response),
+                "token_ids": response.token_ids,
+                "token_logprobs": response.token_logprobs,
+                "logprob": sum(response.token_logprobs),
+                "temperature": temperature,
+                "finished": response.finished,
+            }

@@ -26,12 +26,13 @@ from lit_bilevel.callbacks.choose import Choose, LowestFraction
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.callbacks.inspect import table_cell
 from lit_bilevel.callbacks.progress import GenerationBar, say
-from lit_bilevel.callbacks.record import ResponseFile
+from lit_bilevel.callbacks.record import ResponseFile, records, text
 from lit_bilevel.data.responses import ResponseStore, is_usable
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.generation import GenerationFailed, gathered_responses, respond
 from lit_bilevel.inspection import tallied
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.context import context_of, room
 from lit_bilevel.policy.ending import end_tokens
 from lit_bilevel.policy.generate import GenerationBackend, HFGenerate
 from lit_bilevel.policy.sampling import Request, Sampling
@@ -150,7 +151,7 @@ class SelfRefine(Callback):
         pl_module.refinement.refresh(kept, pl_module.weights, data.pool_sources, self.offline_share)
         if trainer.is_global_zero:
             if self._file is not None:
-                self._file.append(_records(data, pl_module.tokenizer, responses, store.round, temperature))
+                self._file.append(records(data, pl_module.tokenizer, responses, store.round, temperature))
             self._report(trainer, pl_module, responses, seconds)
 
     def _failed(self, pl_module: LitBilevel, round: int, error: GenerationFailed) -> None:
@@ -167,14 +168,16 @@ class SelfRefine(Callback):
     def _responses(self, trainer: Trainer, pl_module: LitBilevel, rows: list[int]) -> dict[int, list[Response]]:
         """All responses of every row, on every process."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        round = data.responses.round + 1
+        round, context = data.responses.round + 1, context_of(pl_module.policy.causal_lm.config)  # type: ignore[union-attr]
         table = data.sets["pool"].select_columns(["row", "input_ids", "response_start"])[rows]
         owners, requests = [], []
         for row, number, ids, start in zip(rows, *(table[name] for name in table), strict=True):
-            room = min(self.sampling.max_new_tokens, data.max_length - start)
-            for sample in range(self.responses if room > 0 else 0):
+            own = room(context, start, min(self.sampling.max_new_tokens, data.max_length - start))
+            for sample in range(self.responses if own > 0 else 0):
                 owners.append(row)
-                requests.append(Request(ids[:start], (data.seed, round, number, sample), room))
+                requests.append(Request(ids[:start], (data.seed, round, number, sample), own))
+        if full := len(rows) - len(set(owners)):
+            say(f"{full} of {len(rows)} chosen rows keep their offline pair: their prompts leave no room for an answer")
         responses: dict[int, list[Response]] = {row: [] for row in rows}
         for owner, response in zip(owners, self._generated(trainer, pl_module, requests), strict=True):
             responses[owner].append(response)
@@ -224,14 +227,14 @@ class SelfRefine(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(shares, step)
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("refine/responses", self._markdown(trainer, pl_module, responses), step)
+                logger.experiment.addtext("refine/responses", self._markdown(trainer, pl_module, responses), step)
 
     def _markdown(self, trainer: Trainer, pl_module: LitBilevel, responses: dict[int, list[Response]]) -> str:
         lines = ["| id | question | offline answer | its weight | new answers |", "|---|---|---|---|---|"]
         weights, pool = pl_module.weights.table().cpu(), trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
         for row in list(responses)[: self.rows_shown]:
             record = pool[row]
-            new = "\n".join(tallied(_text(pl_module.tokenizer, response) for response in responses[row]))
+            new = "\n".join(tallied(text(pl_module.tokenizer, response) for response in responses[row]))
             cells = [table_cell(text) for text in (record["id"], record["prompt"], record["response"])]
             lines.append(f"| {' | '.join(cells)} | {weights[row]:.3g} | {table_cell(new)} |")
         return "\n".join(lines)
@@ -253,6 +256,10 @@ class SelfRefine(Callback):
             self._file.cut(self._length)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LitBilevel)
+        assert pl_module.policy is not None
+        with trainer.precision_plugin.forward_context():
+            self.backend.check(pl_module.policy)  # now, and not after the first epochs
         if self._pending:
             self._pending = False
             self.refine(trainer, pl_module)
@@ -276,26 +283,3 @@ class SelfRefine(Callback):
 def _is_last_epoch(trainer: Trainer) -> bool:
     steps_done = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     return steps_done or trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-
-
-def _text(tokenizer: Any, response: Response) -> str:
-    return tokenizer.decode(response.token_ids, skip_special_tokens=True)
-
-
-def _records(data: Any, tokenizer: Any, responses: dict[int, list[Response]], round: int, temperature: float) -> Any:
-    pool = data.sets["pool"].select_columns(["id", "row"])
-    for row, group in responses.items():
-        record = pool[row]
-        for sample, response in enumerate(group):
-            yield {
-                "id": record["id"],
-                "row": record["row"],
-                "round": round,
-                "sample": sample,
-                "response": _text(tokenizer, response),
-                "token_ids": response.token_ids,
-                "token_logprobs": response.token_logprobs,
-                "logprob": sum(response.token_logprobs),
-                "temperature": temperature,
-                "finished": response.finished,
-            }

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.policy.ending import without_settings
 from lit_bilevel.policy.generate import GenerationBackend
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.sampling import Request, Sample, Sampling, ended
@@ -74,7 +75,7 @@ class ContinuousBatching(GenerationBackend):
             eos_token_id=list(end_ids),
             pad_token_id=end_ids[0],
         )
-        with policy.evaluating(), torch.random.fork_rng([device]):
+        with policy.evaluating(), without_settings(policy.causal_lm), torch.random.fork_rng([device]):
             torch.manual_seed(requests[0].seed)
             prompts = [request.prompt_ids for request in requests]
             outputs = list(policy.causal_lm.generate_batch(prompts, generation_config=config).values())

@@ -18,6 +18,9 @@ from typing import Any
 
 from lit_bilevel.policy.policy import Policy
 
+NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
+"""Said in exported settings, for where they are handed to a model with others, which `generate` would fill in."""
+
 
 def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
     """Tokens that end a response: the tokenizer's, which training teaches, and those the model came with."""
@@ -47,6 +50,7 @@ def exported_settings(policy: Policy, tokenizer: Any, max_new_tokens: int) -> An
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends,
         pad_token_id=pad,
+        **NEUTRAL,
     )
 
 

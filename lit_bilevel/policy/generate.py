@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lit_bilevel.policy.context import context_of, room
 from lit_bilevel.policy.decode import decoded, decoder_for
 from lit_bilevel.policy.ending import end_tokens
 from lit_bilevel.policy.policy import Policy
@@ -90,8 +91,10 @@ class HFGenerate(GenerationBackend):
 
 
 def answers(policy: Policy, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> list[dict[str, str]]:
-    """Greedy answers as dicts of `id`, `prompt` and `response`."""
-    requests = [Request(q.prompt_ids, (q.row,), min(max_new_tokens, q.room)) for q in questions]
+    """Greedy answers as dicts of `id`, `prompt` and `response`, each within the policy's context."""
+    context = context_of(policy.causal_lm.config)
+    rooms = [room(context, len(q.prompt_ids), max_new_tokens) for q in questions]
+    requests = [Request(q.prompt_ids, (q.row,), most) for q, most in zip(questions, rooms, strict=True)]
     sampling = Sampling(max_new_tokens, temperature=0)
     samples = HFGenerate().generate(policy, requests, sampling, end_tokens(policy, tokenizer))
     texts = tokenizer.batch_decode([sample.token_ids for sample in samples], skip_special_tokens=True)
