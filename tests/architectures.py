@@ -102,8 +102,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def tiny(name: str, **changes: Any) -> Any:
     """A random model with sharp next-token distributions, in evaluation mode."""
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    config = AutoConfig.for_model(name, vocab_size=VOCABULARY, **special, **ARCHITECTURES[name], **changes)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": VOCABULARY}
+    config = AutoConfig.for_model(name, **{**special, **ARCHITECTURES[name], **changes})
     torch.manual_seed(3)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -111,3 +111,10 @@ def tiny(name: str, **changes: Any) -> Any:
             if parameter.ndim == 2 and "conv" not in key and "A_log" not in key:
                 parameter.mul_(6)
     return model.eval()
+
+
+def saved(folder: Any, name: str, tokenizer: Any, **changes: Any) -> str:
+    """A folder with such a model, its vocabulary that of a tokenizer, which is put beside it."""
+    tiny(name, vocab_size=len(tokenizer), **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

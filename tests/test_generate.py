@@ -51,7 +51,7 @@ def test_batched_greedy_is_one_by_one_and_the_librarys_own(name):
     together = HFGenerate().generate(policy, requests, greedy, ENDS)
     alone = [HFGenerate().generate(policy, [request], greedy, ENDS)[0] for request in requests]
     assert together == alone
-    assert {sample.finished for sample in together} == {True, False} or name != "llama"
+    assert {sample.finished for sample in together} == {True, False}  # else no row leaves the batch before another
     policy.eval()
     for request, sample in zip(requests[:3], together, strict=False):
         prompt = torch.tensor([request.prompt_ids])

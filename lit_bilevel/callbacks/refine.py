@@ -173,11 +173,9 @@ class SelfRefine(Callback):
         owners, requests = [], []
         for row, number, ids, start in zip(rows, *(table[name] for name in table), strict=True):
             own = room(context, start, min(self.sampling.max_new_tokens, data.max_length - start))
-            for sample in range(self.responses if own > 0 else 0):
+            for sample in range(self.responses):  # there is room: the whole row was found to fit
                 owners.append(row)
                 requests.append(Request(ids[:start], (data.seed, round, number, sample), own))
-        if full := len(rows) - len(set(owners)):
-            say(f"{full} of {len(rows)} chosen rows keep their offline pair: their prompts leave no room for an answer")
         responses: dict[int, list[Response]] = {row: [] for row in rows}
         for owner, response in zip(owners, self._generated(trainer, pl_module, requests), strict=True):
             responses[owner].append(response)

@@ -2,8 +2,8 @@
 
     |logits while decoding − logits of one pass over the row alone|  ≤  tolerance · |logits of two rows differ|
 
-First `decode_padded` is tried, with two short prompts of different lengths of which one leaves after a token; if that
-deviates, raises, or its cache holds more than keys and values, `decode_unpadded`. A model for which neither is right is
+First `decode_padded` is tried, with three short prompts of which one leaves after a token; if that deviates, raises, or
+its cache holds more than keys and values, `decode_unpadded`, then `decode_singly`. A model for which none is right is
 refused by name. So a refinement cannot sample from another distribution than the one that is trained.
 
 Left out: faults that only long sequences show.
@@ -21,11 +21,11 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.policy.padded import decode_padded
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.sampling import Request, Sample, Sampling, draw, ended, uniforms
-from lit_bilevel.policy.unpadded import decode_unpadded
+from lit_bilevel.policy.unpadded import decode_singly, decode_unpadded
 
 Decoder = Callable[..., list[list[int]]]
 EXACT, ROUNDED = 1e-3, 0.2  # tolerances in float32 and above, and below it
-LENGTHS, STEPS = (7, 3), (1, 3)  # of the prompts that are tried, and of their answers
+LENGTHS, STEPS = (7, 7, 3), (1, 3, 3)  # of the prompts that are tried, and of their answers
 BY_LONGEST = ("dynamic", "longrope")  # rotary frequencies that depend on the longest row of a batch
 
 
@@ -68,10 +68,11 @@ def decoder_for(policy: Policy) -> Decoder:
         model = policy.causal_lm
         exact = policy.precise and not torch.is_autocast_enabled(model.get_input_embeddings().weight.device.type)
         tolerance = EXACT if exact else ROUNDED
-        if _holds_keys_and_values(model) and _deviation(model, decode_padded) <= tolerance:
-            policy.decoder = decode_padded
-        elif (deviation := _deviation(model, decode_unpadded)) <= tolerance:
-            policy.decoder = decode_unpadded
+        ways = [decode_padded] if _holds_keys_and_values(model) else []
+        for way in (*ways, decode_unpadded, decode_singly):
+            if (deviation := _deviation(model, way)) <= tolerance:
+                policy.decoder = way
+                break
         else:
             raise _undecodable(model, deviation)
     return policy.decoder
@@ -88,10 +89,10 @@ def _deviation(model: Any, decode: Decoder) -> float:
     """The largest deviation of logits from those of one pass, as a share of how much rows differ; inf on an error."""
     device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(3, 3 + sum(LENGTHS)) % vocabulary).tolist()
-    prompts = [ids[: LENGTHS[0]], ids[LENGTHS[0] :]]
+    ids = torch.arange(3, 3 + sum(LENGTHS)) % vocabulary
+    prompts = [part.tolist() for part in ids.split(LENGTHS)]
     seen: list[tuple[int, int, Tensor]] = []
-    given: dict[int, list[int]] = {0: [], 1: []}
+    given: list[list[int]] = [[] for _ in prompts]
 
     def choose(row_B: Tensor, step: int, logits_BV: Tensor) -> Tensor:
         seen.extend((row, step, logits_V) for row, logits_V in zip(row_B.tolist(), logits_BV.clone(), strict=True))

@@ -58,6 +58,25 @@ def decode_unpadded(
     return tokens
 
 
+def decode_singly(
+    model: Any,
+    prompts: Sequence[list[int]],
+    limits: Sequence[int],
+    end_ids: Sequence[int],
+    choose: Choose,
+    progress: Callable[[int], Any] | None = None,
+) -> list[list[int]]:
+    """The same one prompt at a time, for models whose state mixes the rows of a batch (RWKV in transformers 5)."""
+
+    def answer(row: int) -> list[int]:
+        def own(row_B: Tensor, step: int, logits_BV: Tensor) -> Tensor:
+            return choose(row_B + row, step, logits_BV)
+
+        return decode_unpadded(model, [prompts[row]], [limits[row]], end_ids, own, progress)[0]
+
+    return [answer(row) for row in range(len(prompts))]
+
+
 class _Drawn:
     """Leaves the token that is drawn as the only possible one."""
 
