@@ -13,6 +13,7 @@ from lit_bilevel.policy import decode
 from lit_bilevel.policy.causal import check_causal
 from lit_bilevel.policy.decode import _alike_up_to, decoder_for
 from lit_bilevel.policy.generate import HFGenerate
+from lit_bilevel.policy.load import PolicySettings, load_policy
 from lit_bilevel.policy.padded import decode_padded
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.sampling import Request, Sampling
@@ -151,3 +152,25 @@ def test_models_whose_tokens_see_later_ones_are_refused():
     decoder = BertLMHeadModel(BertConfig(**sizes, intermediate_size=48, is_decoder=True)).train()
     check_causal(decoder)
     assert decoder.training
+
+
+def test_settings_of_the_model_do_not_change_what_a_state_gives():
+    """`generate` fills what it is not given from the model's own settings."""
+    policy, requests = Policy(tiny("mamba2")), ask()
+    expected = HFGenerate().generate(policy, requests, Sampling(12), ENDS)
+    own = {"repetition_penalty": 9.0, "suppress_tokens": list(range(30)), "min_new_tokens": 12, "max_length": 5}
+    policy.causal_lm.generation_config.update(**own)
+    settings = policy.causal_lm.generation_config
+    assert HFGenerate().generate(policy, requests, Sampling(12), ENDS) == expected
+    assert policy.causal_lm.generation_config is settings
+
+
+def test_rwkv_keeps_its_parameters_in_evaluation(tmp_path):
+    tiny("rwkv").save_pretrained(tmp_path)
+    policy = load_policy(PolicySettings(str(tmp_path)), torch.float32)
+    before = [parameter.clone() for parameter in policy.parameters()]
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with policy.evaluating():
+        found = policy.causal_lm(ids, use_cache=False).logits
+        assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+        torch.testing.assert_close(found, tiny("rwkv")(ids, use_cache=False).logits)
