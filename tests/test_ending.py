@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_bilevel.__main__ import main
+from lit_bilevel.callbacks import predict
 from lit_bilevel.callbacks.export import Export
 from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy
@@ -71,13 +72,10 @@ def export(policy, tokenizer, folder: Path) -> None:
     Export()._write_policy(module, folder, None)
 
 
-@pytest.mark.parametrize(
-    ("special", "name"),
-    [
-        *(("none", name) for name in BASES),
-        *((s, n) for s in ("end pads", "bos pads") for n in ("other end", "several ends")),
-    ],
-)
+CASES = [("none", name) for name in BASES] + [(s, n) for s in ("end pads", "bos pads") for n in list(BASES)[:2]]
+
+
+@pytest.mark.parametrize(("special", "name"), CASES)
 def test_an_exported_model_answers_as_predict_does(tmp_path, name, special):
     policy = load_policy(PolicySettings(base(tmp_path / "base", BASES[name])), torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(TOY / "model", **SPECIAL[special])
@@ -114,13 +112,14 @@ def test_an_exported_adapter_answers_as_predict_does(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
-def test_answers_end_where_the_context_does(flags, small, tmp_path, name):
+def test_answers_end_where_the_context_does(flags, tmp_path, monkeypatch, name):
     key = "n_positions" if name == "gpt2" else "max_position_embeddings"
     path = saved(tmp_path / "model", name, AutoTokenizer.from_pretrained(TOY / "model"), **{key: 64})
     given = [*flags, f"--model.policy.path={path}", "--data.max_length=128", "--model.max_new_tokens=256"]
-    with pytest.warns(UserWarning, match="was made for 64 tokens, so answers to 16 of 16 test prompts") as told:
-        assert main(["predict", *given]) == 0
-    assert sum("was made for 64" in str(warning.message) for warning in told) == 1
+    told: list[str] = []
+    monkeypatch.setattr(predict, "rank_zero_warn", told.append)
+    assert main(["predict", *given]) == 0
+    assert ["was made for 64 tokens, so answers to 16 of 16 test prompts" in text for text in told] == [True]
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path)
     found = read_jsonl(tmp_path / "run" / "predictions.jsonl")
@@ -135,7 +134,7 @@ def test_prompts_without_room_are_refused_by_name(flags, tmp_path, capsys):
     test = write_jsonl(
         tmp_path / "test.jsonl",
         [{"id": "fits", "prompt": "add: 1+1", "response": "y" * 90}]
-        + [{"id": f"long-{n}", "prompt": "x" * 70, "response": "y"} for n in range(7)],
+        + [{"id": f"long-{n}", "prompt": "x" * 70 + str(n), "response": "y"} for n in range(7)],
     )
     path = saved(tmp_path / "model", "gpt2", AutoTokenizer.from_pretrained(TOY / "model"), n_positions=64)
     given = [*flags, f"--model.policy.path={path}", f"--data.test={test}", "--data.max_length=256"]
@@ -152,7 +151,7 @@ def test_tokens_beyond_the_embeddings_are_refused_before_the_model_is_loaded(fla
     tokenizer.add_tokens(["<one>", "<two>"])
     tokenizer.save_pretrained(path)
     (tmp_path / "model" / "model.safetensors").unlink()
-    test = write_jsonl(tmp_path / "test.jsonl", [{"id": "n", "prompt": "no", "response": "no"}] * 1)
+    test = write_jsonl(tmp_path / "test.jsonl", [{"id": "n", "prompt": "no", "response": "no"}])
     given = [*flags, f"--model.policy.path={path}", f"--data.test={test}"]
     pool = [{"id": f"p{n}", "prompt": f"add: {n}", "response": "<two>" if n == 3 else "2"} for n in range(20)]
     where = write_jsonl(tmp_path / "pool.jsonl", pool)
