@@ -8,16 +8,16 @@ from architectures import ARCHITECTURES, tiny
 from transformers import BertConfig, BertLMHeadModel, PreTrainedConfig
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.generation import score
-from lit_bilevel.policy import decode
+from lit_bilevel.generation import decode
+from lit_bilevel.generation.decode import _alike_up_to, decoder_for
+from lit_bilevel.generation.hf import HFGenerate
+from lit_bilevel.generation.padded import decode_padded
+from lit_bilevel.generation.respond import score
+from lit_bilevel.generation.sampling import Request, Sampling
+from lit_bilevel.generation.unpadded import decode_singly, decode_unpadded
 from lit_bilevel.policy.causal import check_causal
-from lit_bilevel.policy.decode import _alike_up_to, decoder_for
-from lit_bilevel.policy.generate import HFGenerate
 from lit_bilevel.policy.load import PolicySettings, load_policy
-from lit_bilevel.policy.padded import decode_padded
 from lit_bilevel.policy.policy import Policy
-from lit_bilevel.policy.sampling import Request, Sampling
-from lit_bilevel.policy.unpadded import decode_singly, decode_unpadded
 
 ENDS = [7, 8, 9, 10]
 FEW = ("gemma2", "lfm2", "mamba2", "rwkv")  # a window, a hybrid, a state, and a state that is no cache

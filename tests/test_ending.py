@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from lit_bilevel.__main__ import main
 from lit_bilevel.callbacks import predict
 from lit_bilevel.callbacks.export import Export
-from lit_bilevel.policy.generate import answers
+from lit_bilevel.generation.hf import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy
 from lit_bilevel.types import Question
 

@@ -22,20 +22,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_bilevel.callbacks.choose import Choose, LowestFraction
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
-from lit_bilevel.callbacks.inspect import table_cell
+from lit_bilevel.callbacks.inspector import table_cell
 from lit_bilevel.callbacks.progress import GenerationBar, say
-from lit_bilevel.callbacks.record import ResponseFile, records, text
 from lit_bilevel.data.responses import ResponseStore, is_usable
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.generation import GenerationFailed, gathered_responses, respond
-from lit_bilevel.inspection import tallied
+from lit_bilevel.generation.ending import end_tokens
+from lit_bilevel.generation.hf import GenerationBackend, HFGenerate
+from lit_bilevel.generation.respond import GenerationFailed, gathered_responses, respond
+from lit_bilevel.generation.sampling import Request, Sampling
+from lit_bilevel.inspection.folder import tallied
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.context import context_of, room
-from lit_bilevel.policy.ending import end_tokens
-from lit_bilevel.policy.generate import GenerationBackend, HFGenerate
-from lit_bilevel.policy.sampling import Request, Sampling
+from lit_bilevel.refinement.choose import Choose, LowestFraction
+from lit_bilevel.refinement.responses_file import ResponseFile, records, text
 from lit_bilevel.types import Response
 
 
