@@ -225,7 +225,7 @@ class SelfRefine(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(shares, step)
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.addtext("refine/responses", self._markdown(trainer, pl_module, responses), step)
+                logger.experiment.add_text("refine/responses", self._markdown(trainer, pl_module, responses), step)
 
     def _markdown(self, trainer: Trainer, pl_module: LitBilevel, responses: dict[int, list[Response]]) -> str:
         lines = ["| id | question | offline answer | its weight | new answers |", "|---|---|---|---|---|"]

@@ -125,10 +125,10 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
         )
     except (OSError, ValueError, ImportError) as error:  # the last where the package of an attention is missing
         raise _unloadable("causal language model", settings.path, error) from error
-    check_causal(model)
     if getattr(model.config, "rescale_every", 0):
         # RWKV divides its parameters in evaluation mode, for float16; in a run they would change between two losses
         model.config.rescale_every = 0
+    check_causal(model)
     if settings.activation_checkpointing:
         checkpoint_activations(model)
     if settings.lora is not None:
