@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.data.table import column
@@ -33,7 +33,7 @@ class Predictions(Callback):
         starts = column(trainer.datamodule.sets["test"], "response_start").to_pylist()  # type: ignore[attr-defined]
         short = sum(room(context, start, most) < most for start in starts)
         if short:
-            rank_zero_warn(
+            rank_zero_info(
                 f"the policy was made for {context} tokens, so answers to {short:,} of {len(starts):,} test prompts"
                 f" have room for fewer than `model.max_new_tokens` ({most}) and end there."
             )
