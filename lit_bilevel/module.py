@@ -143,8 +143,9 @@ class LitBilevel(LightningModule):
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The one that makes the rows: `data.tokenizer` where that is set, else the policy's."""
-        own = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
-        return load_tokenizer(self.policy_settings, own)
+        return load_tokenizer(
+            self.policy_settings, getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        )
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)

@@ -219,6 +219,13 @@ def is_paired(table: Dataset) -> bool:
     return pyarrow.compute.all(column(table, "pair")).as_py()
 
 
+def longest(tables: Iterable[Dataset]) -> int:
+    """Tokens of the longest row of some tables."""
+    import pyarrow.compute
+
+    return max((pyarrow.compute.max(column(table, "length")).as_py() for table in tables), default=0)
+
+
 def source_numbers(table: Dataset, names: Sequence[str]) -> np.ndarray:
     """[N] the position of each row's source among the names, all of which are known."""
     import pyarrow
