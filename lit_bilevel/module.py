@@ -142,8 +142,10 @@ class LitBilevel(LightningModule):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The policy's tokenizer."""
-        return load_tokenizer(self.policy_settings)
+        """The one that makes the rows: `data.tokenizer` where that is set, else the policy's."""
+        return load_tokenizer(
+            self.policy_settings, getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        )
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)
