@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TOY, read_jsonl, write_jsonl
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_refine import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_bilevel import (
