@@ -5,24 +5,26 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TOY, read_jsonl
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from test_refine import refine_all, refine_flags, run
 from test_resume import fit, short
 
 from lit_bilevel import SFT, Mixing, OneStep, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
-from lit_bilevel.callbacks.choose import LowestFraction
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
-from lit_bilevel.guard import Guard, GuardSettings
+from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.losses import example_nll
-from lit_bilevel.policy.generate import HFGenerate
 from lit_bilevel.policy.load import load_policy
-from lit_bilevel.ratios import SelfNormalised, Token
+from lit_bilevel.refinement.choose import LowestFraction
+from lit_bilevel.refinement.response_weights import SelfNormalised, Token
+from lit_bilevel.training.guard import Guard, GuardSettings
 from lit_bilevel.weights import BMOWeights, NetworkWeights
 
 
@@ -160,7 +162,7 @@ class Collapse(Callback):
         if trainer.global_step == 4:
             weight_N = torch.full((90,), 1e-6)
             weight_N[7], weight_N[60] = 80.0, 10.0
-            pl_module.weights.start_from(weight_N)
+            pl_module.weights.set_prior(weight_N)
 
 
 def ids(small, *rows: int) -> list[str]:
@@ -179,7 +181,7 @@ def test_collapsed_weights_are_named_once(small, tmp_path):
     one, other = ids(small, 7, 60)
     assert heaviest.startswith(f"{one} (8")
     assert f"), {other} (" in heaviest
-    assert "`kl_to_uniform`" in text
+    assert "`kl_to_prior`" in text
     assert model.global_step == 9
 
 
@@ -326,3 +328,19 @@ def test_a_scaled_loss_is_unscaled_once_and_an_overflow_is_no_fault(small, tmp_p
     moved = torch.cat([(a - b).detach().flatten() for a, b in zip(precise.policy.trainable(), base, strict=True)])
     found = torch.cat([(a - b).detach().flatten() for a, b in zip(scaled.policy.trainable(), base, strict=True)])
     assert (found - moved).norm() < 0.05 * moved.norm()
+
+
+def test_a_step_that_deepspeed_skipped_by_itself_is_none():
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    taken, rates = [], []
+    module = SimpleNamespace(
+        trainer=SimpleNamespace(strategy=strategy, precision_plugin=SimpleNamespace()),
+        device=torch.device("cpu"),
+        lr_schedulers=lambda: SimpleNamespace(step=lambda: rates.append(1)),
+        weights=SimpleNamespace(pool_rows=9),
+    )
+    guard, optimizer = Guard(GuardSettings()), SimpleNamespace(step=lambda: taken.append(1))
+    for applied in (False, True):
+        strategy._model = SimpleNamespace(was_step_applied=lambda applied=applied: applied)
+        assert guard.steps(module, optimizer, None, None, None) is applied
+    assert (len(taken), len(rates), guard.skipped) == (2, 1, 1)

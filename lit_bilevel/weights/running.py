@@ -1,11 +1,11 @@
-"""Weights that are a function of a row's features, u/Ẑ, with a running normaliser. The base of `bmo` and `network`.
+"""Weights that are a function of a row's features, p·u/Ẑ, with a running normaliser. The base of `bmo` and `network`.
 
-    log Z ← logaddexp(log β + log Z, log(1−β) + log mean_B u)        Ẑ = Z / (1 − βⁿ)        w_i = u_i / Ẑ
+    log Z ← logaddexp(log β + log Z, log(1−β) + log mean_B p·u)      Ẑ = Z / (1 − βⁿ)      w_i = p_i·u_i / Ẑ
 
-The mean of u over the pool cannot be had from a batch, so Z runs along in float64, once per policy step, over the rows
-of all processes. That way neither accumulation nor the number of processes changes anything. Z starts at 0 and is
+The mean of p·u over the pool cannot be had from a batch, so Z runs along in float64, once per policy step, over the
+rows of all processes. That way neither accumulation nor the number of processes changes anything. Z starts at 0 and is
 corrected for it after n windows: started at the first window it would remember that one for hundreds of steps, while
-losses fall and u grows. Before any window every row weighs 1.
+losses fall and u grows. Before any window a row weighs its prior.
 
 The features last seen of each row are kept, so `table` is exact (mean 1) for what is known; but losses last seen are
 ordered by visit, so an export scores every row under the final policy first.
@@ -33,7 +33,7 @@ class RunningWeights(ExampleWeights):
     """A weight for every row that shows its loss, seen before or not.
 
     Args:
-        kl_to_uniform: as in `ExampleWeights`.
+        kl_to_prior: as in `ExampleWeights`.
         decay: β of the running normaliser.
     """
 
@@ -48,8 +48,8 @@ class RunningWeights(ExampleWeights):
     length_N: Tensor
     source_N: Tensor
 
-    def __init__(self, kl_to_uniform: float = 0.0, decay: float = 0.9) -> None:
-        super().__init__(kl_to_uniform)
+    def __init__(self, kl_to_prior: float = 0.0, decay: float = 0.9) -> None:
+        super().__init__(kl_to_prior)
         if not 0 <= decay < 1:
             raise UserError(f"`decay` is {decay}; it must be in [0, 1).")
         self.decay = decay
@@ -75,14 +75,15 @@ class RunningWeights(ExampleWeights):
         return self.log_average - (1 - self.decay**self.windows).log()
 
     def weigh(self, features: Features) -> Tensor:
-        weight_B = (self.log_unnormalised(features) - self.log_normaliser).exp()
-        return torch.where(self.windows > 0, weight_B, torch.ones_like(weight_B)).to(self.loss_N.dtype)
+        prior_B = self.log_prior(features)
+        log_w_B = torch.where(self.windows > 0, self.log_unnormalised(features) - self.log_normaliser, 0.0) + prior_B
+        return log_w_B.exp().to(self.loss_N.dtype)
 
     def observe(self, features: Features) -> None:
         super().observe(features)
         self.score(features)
         with torch.no_grad():
-            log_u_B = self.log_unnormalised(features)
+            log_u_B = self.log_unnormalised(features) + self.log_prior(features)
         valid_B = torch.isfinite(log_u_B)
         any_valid = valid_B.any()
         log_u_B = log_u_B.masked_fill(~valid_B, -math.inf)
@@ -113,7 +114,8 @@ class RunningWeights(ExampleWeights):
     def _remembered(self, start: int) -> Tensor:
         rows = torch.arange(start, min(start + CHUNK, self.pool_rows), device=self.loss_N.device)
         loss_B = self.loss_N[rows].nan_to_num()
-        return self.log_unnormalised(Features(rows, self.source_N[rows].long(), self.length_N[rows].long(), loss_B))
+        features = Features(rows, self.source_N[rows].long(), self.length_N[rows].long(), loss_B)
+        return self.log_unnormalised(features) + self.log_prior(features)
 
     def statistics(self) -> dict[str, Tensor]:
         """From running means over the last ten windows or so of w, w² and w·log w."""

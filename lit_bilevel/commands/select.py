@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lit_bilevel.commands.originals import Pool, read_pool
 from lit_bilevel.errors import UserError
-from lit_bilevel.pool import Pool, read_pool
 
 MODES = ("keep", "top_k", "threshold", "sample")
 

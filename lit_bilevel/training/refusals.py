@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import (
 from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.policy.load import context_length
-from lit_bilevel.schedule import most_falls
+from lit_bilevel.training.schedule import most_falls
 
 SHARDING = "configs/strategies/fsdp2.yaml"
 
