@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_bilevel.errors import UserError
+from lit_bilevel.errors import settings_missing
 from lit_bilevel.generation.hf import answers
 from lit_bilevel.objectives.base import Objective
 from lit_bilevel.objectives.sft import SFT
@@ -34,10 +34,12 @@ from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.logprobs import measures, weigh_responses
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
+from lit_bilevel.policy.randomness import part_random_states
 from lit_bilevel.policy.shard import shard
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import ResponseWeights, Uniform
 from lit_bilevel.solvers.base import BilevelSolver
+from lit_bilevel.training.begin import begin
 from lit_bilevel.training.checkpoint import restore_late, restore_own, save_own
 from lit_bilevel.training.evaluation import Evaluation
 from lit_bilevel.training.exchange import gathered_responses, gathered_scores, lightning_engine
@@ -110,6 +112,7 @@ class LitBilevel(LightningModule):
         self.policy_settings = policy
         self.policy: Policy | None = None
         self.weights = weights
+        self.of_responses = {"response_weights": response_weights, "refined_weights": refined_weights}
         self.refinement = Refinement(refined_weights or weights, response_weights or Uniform(), weight_optimizer)
         self.solver = solver
         self.max_new_tokens = max_new_tokens
@@ -130,6 +133,8 @@ class LitBilevel(LightningModule):
         self.evaluation = Evaluation(self.lower_objective, self.upper_objective)
         self.own_optimizer: Optimizer | None = None
         """The outer optimizer where the strategy takes one only."""
+        self.pool_digest: str | None = None
+        """Of the pool that the weights are for."""
         self._own_state: dict[str, Any] = {}
         check_settings(self)
 
@@ -142,12 +147,7 @@ class LitBilevel(LightningModule):
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)
-        self.guard.reason = None  # of an earlier run of this object
-        if self.weights.pool_rows == 0:
-            sources = getattr(getattr(self.trainer, "datamodule", None), "pool_sources", None)
-            if sources is None:
-                raise UserError("`LitBilevel` needs a `BilevelDataModule`, to know how many rows to weight; pass one.")
-            self.weights.build(sources, torch.float64 if self.trainer.precision == "64-true" else torch.float32)
+        begin(self, stage)
 
     def configure_callbacks(self) -> list[Any]:
         check_flags(self.trainer)  # Lightning asks for callbacks before it raises errors of its own
@@ -243,6 +243,9 @@ class LitBilevel(LightningModule):
         self.log_dict({k: v for k, v in shown.items() if k in bar}, prog_bar=True)
         self.log_dict({k: v for k, v in shown.items() if k not in bar})
 
+    def on_fit_start(self) -> None:
+        part_random_states(self.global_rank)  # after the policy is made; a resumed run takes its own up later
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.guard.stop_if_asked()
 
@@ -275,6 +278,8 @@ class LitBilevel(LightningModule):
     def predict_step(self, batch: list[Question], batch_idx: int) -> list[dict[str, str]]:
         """Greedy answers to test prompts: dicts of `id`, `prompt` and `response`."""
         assert self.policy is not None
+        if not batch:  # another process has a prompt more
+            return []
         return answers(self.policy, self.tokenizer, batch, self.max_new_tokens)
 
     # ---- checkpoints ----
@@ -286,11 +291,7 @@ class LitBilevel(LightningModule):
         Raises:
             UserError: always, with what to do instead.
         """
-        raise UserError(
-            "a checkpoint of `LitBilevel` holds no settings and no frozen parameters, so it cannot be loaded by itself;"
-            " load `policy/` of the run folder with `from_pretrained`, or build the module and give the checkpoint to"
-            " `trainer.test(model, data, ckpt_path=…)`, `validate`, `predict` or `fit`."
-        )
+        raise settings_missing()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         save_own(self, checkpoint)

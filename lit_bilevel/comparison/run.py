@@ -23,7 +23,7 @@ from lit_bilevel.comparison.answers import measures
 from lit_bilevel.comparison.filters.base import CleanRows
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
 from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
-from lit_bilevel.comparison.methods import Method
+from lit_bilevel.comparison.methods import OF_RESPONSES, Method
 from lit_bilevel.comparison.output import quiet
 from lit_bilevel.comparison.results import Result, Results
 from lit_bilevel.comparison.rows import copy_records, stratified
@@ -135,6 +135,7 @@ class Runner:
         folder = self.results.run_folder(name, seed)
         parts = self._parts(method.variant, folder.parent / "rows") if method.variant else []
         flags = [*method.flags, *parts, f"--seed_everything={seed}"]
+        flags += () if method.refine else OF_RESPONSES
         flags.append(method.callbacks(self._callbacks(), earlier))
         prepare(folder, [*self.shared, *flags])
         row: Result = {"method": name, "seed": seed}
