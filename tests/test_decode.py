@@ -15,14 +15,20 @@ from lit_bilevel.generation.decode import _alike_up_to, decoder_for
 from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.generation.padded import decode_padded
 from lit_bilevel.generation.respond import score
-from lit_bilevel.generation.sampling import Request, Sampling
+from lit_bilevel.generation.sampling import LIMIT, Request, Sampling, uniforms
 from lit_bilevel.generation.unpadded import decode_singly, decode_unpadded
 from lit_bilevel.policy.causal import check_causal
 from lit_bilevel.policy.load import PolicySettings, load_policy
 from lit_bilevel.policy.policy import Policy
 
 ENDS = [7, 8, 9, 10]
-FEW = ("gemma2", "lfm2", "mamba2", "rwkv")  # a window, a hybrid, a state, and a state that is no cache
+FEW = (
+    "gemma2",
+    "gpt2",
+    "lfm2",
+    "mamba2",
+    "rwkv",
+)  # a window, learned positions, a hybrid, a state, one without a cache
 STATES = {
     *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2", "minimax"),
     *("nemotron_h", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "zamba2"),
@@ -196,3 +202,10 @@ def test_rwkv_keeps_its_parameters_in_evaluation(tmp_path):
         found = policy.causal_lm(ids, use_cache=False).logits
         assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
         torch.testing.assert_close(found, tiny("rwkv")(ids, use_cache=False).logits)
+
+
+def test_uniform_numbers_stay_below_their_limit(monkeypatch):
+    """A draw at 1 would be a token past the last."""
+    monkeypatch.setattr(torch, "rand", lambda *sizes, generator, dtype: torch.ones(*sizes, dtype=dtype))
+    assert (uniforms(ask()[:2], 3) == LIMIT).all()
+    assert LIMIT < 1
