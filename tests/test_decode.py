@@ -22,7 +22,7 @@ from lit_bilevel.policy.load import PolicySettings, load_policy
 from lit_bilevel.policy.policy import Policy
 
 ENDS = [7, 8, 9, 10]
-FEW = (
+FEW = ("gemma2", "gpt2", "lfm2", "mamba2", "rwkv")  # a window, learned positions, a hybrid, a state, no cache
     "gemma2",
     "gpt2",
     "lfm2",
