@@ -31,6 +31,7 @@ ROOMS = {
     "refinement": "errors types weights",
     "policy": "errors losses objectives problem refinement resources types",
     "generation": "data errors policy types",
+    "scores": "data errors policy types version",
     "training": "data errors losses objectives policy problem refinement types weights",
     "module": "errors generation objectives policy refinement solvers training types weights",
     "inspection": "errors module training",

@@ -107,6 +107,16 @@ def test_a_lone_response_is_divided_by_the_mean_of_earlier_steps(cls):
     assert copy.mean == rule.mean
 
 
+def test_the_running_mean_of_lone_scores_does_not_remember_the_first():
+    rule, scores = Aligned(), [9.0, 1.0, 2.0, 4.0]
+    share = torch.tensor([0.9**age for age in reversed(range(4))])
+    for score in scores:
+        rule.follow(torch.tensor([score, 1.0]))
+    assert rule.mean == pytest.approx(float((share * torch.tensor(scores)).sum() / share.sum()))
+    rule.follow(torch.tensor([math.nan, 1.0]))
+    assert rule.mean == pytest.approx(float((share * torch.tensor(scores)).sum() / share.sum()))
+
+
 def test_unclipped_sequence_ratios_teach_nothing_in_expectation():
     """E_{π_old}[ρ ∇ log π_θ] = 0, for the sum loss; `Uniform` pulls towards π_old; one token is a whole response."""
     torch.manual_seed(1)

@@ -27,10 +27,13 @@ from lit_bilevel.callbacks.inspector import table_cell
 from lit_bilevel.callbacks.progress import GenerationBar, say
 from lit_bilevel.data.responses import ResponseStore, is_usable, rows_to_choose_from
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.generation.hf import GenerationBackend, HFGenerate, Request, Sampling, end_tokens
+from lit_bilevel.generation.ending import end_tokens
+from lit_bilevel.generation.hf import GenerationBackend, HFGenerate
 from lit_bilevel.generation.respond import GenerationFailed, gathered_responses, respond
+from lit_bilevel.generation.sampling import Request, Sampling
 from lit_bilevel.inspection.folder import tallied
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.context import context_of, room
 from lit_bilevel.refinement.choose import Choose, LowestFraction
 from lit_bilevel.refinement.responses_file import ResponseFile, records, text_of
 from lit_bilevel.types import Response
@@ -79,10 +82,8 @@ class SelfRefine(Callback):
         self.rows_shown = rows_shown
         self.on_failure = on_failure
         self._file: ResponseFile | None = None
-        self._length = 0
         self._rows = torch.zeros(0, dtype=torch.int64)
-        self._refined_at = -1
-        self._pending = False
+        self._length, self._refined_at, self._pending = 0, -1, False
         self._check_settings(every_n_epochs, every_n_steps)
 
     def _check_settings(self, every_n_epochs: int | None, every_n_steps: int | None) -> None:
@@ -167,14 +168,14 @@ class SelfRefine(Callback):
     def _responses(self, trainer: Trainer, pl_module: LitBilevel, rows: list[int]) -> dict[int, list[Response]]:
         """All responses of every row, on every process."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        round = data.responses.round + 1
+        round, context = data.responses.round + 1, context_of(pl_module.policy.causal_lm.config)  # type: ignore[union-attr]
         table = data.sets["pool"].select_columns(["row", "input_ids", "response_start"])[rows]
         owners, requests = [], []
         for row, number, ids, start in zip(rows, *(table[name] for name in table), strict=True):
-            room = min(self.sampling.max_new_tokens, data.max_length - start)
-            for sample in range(self.responses if room > 0 else 0):
+            own = room(context, start, min(self.sampling.max_new_tokens, data.max_length - start))
+            for sample in range(self.responses):  # there is room: the whole row was found to fit
                 owners.append(row)
-                requests.append(Request(ids[:start], (data.seed, round, number, sample), room))
+                requests.append(Request(ids[:start], (data.seed, round, number, sample), own))
         responses: dict[int, list[Response]] = {row: [] for row in rows}
         for owner, response in zip(owners, self._generated(trainer, pl_module, requests), strict=True):
             responses[owner].append(response)
@@ -238,6 +239,10 @@ class SelfRefine(Callback):
 
     # ---- the run ----
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # what an earlier one left
+            self._length, self._refined_at, self._pending = 0, -1, False
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, LitBilevel) and pl_module.lower_objective.pairs:
             raise UserError(
@@ -259,6 +264,10 @@ class SelfRefine(Callback):
             self._file.cut(self._length)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LitBilevel)
+        assert pl_module.policy is not None
+        with trainer.precision_plugin.forward_context():
+            self.backend.check(pl_module.policy)  # now, and not after the first epochs
         if self._pending:
             self._pending = False
             self.refine(trainer, pl_module)
@@ -275,8 +284,7 @@ class SelfRefine(Callback):
         return {"length": length, "refined_at": self._refined_at, "pending": self._pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._length, self._refined_at = state_dict["length"], state_dict["refined_at"]
-        self._pending = state_dict["pending"]
+        self._length, self._refined_at, self._pending = (state_dict[k] for k in ("length", "refined_at", "pending"))
 
 
 def _is_last_epoch(trainer: Trainer) -> bool:
