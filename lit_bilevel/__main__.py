@@ -39,7 +39,7 @@ def main(args: list[str] | None = None) -> int:
         sys.stdout.write(USAGE)
         return 0
     if arguments[0] == "select":
-        from lit_bilevel.select import main as select
+        from lit_bilevel.commands.select import main as select
 
         return select(arguments)
     if arguments[0] == "score":
@@ -47,7 +47,7 @@ def main(args: list[str] | None = None) -> int:
 
         return score(arguments)
     if arguments[0] == "inspect":
-        from lit_bilevel.report import main as inspect
+        from lit_bilevel.inspection.terminal import main as inspect
 
         return inspect(arguments)
     if arguments[0] == "diagnose":

@@ -25,13 +25,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+import lit_bilevel.generation.backends
 import lit_bilevel.objectives
-import lit_bilevel.optim
-import lit_bilevel.policy.backends
-import lit_bilevel.ratios
+import lit_bilevel.refinement.response_weights
 import lit_bilevel.solvers
-import lit_bilevel.weights  # noqa: F401  (known classes can be named in YAML without their module)
-from lit_bilevel.arguments import NOTE, Parser
+import lit_bilevel.weights
+import lit_bilevel.weights.optimizer  # noqa: F401  (known classes can be named in YAML without their module)
 from lit_bilevel.callbacks import (
     BilevelCheckpoint,
     Export,
@@ -44,11 +43,12 @@ from lit_bilevel.callbacks import (
 )
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.callbacks.progress import Bar, Lines
-from lit_bilevel.checks import check_precision
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.place import with_own_configs
+from lit_bilevel.parser import NOTE, Parser
+from lit_bilevel.resources import with_own_configs
+from lit_bilevel.training.refusals import check_precision
 
 # lines of libraries that say nothing to a user of this program; each is matched as a beginning
 UNTOLD = (

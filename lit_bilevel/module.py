@@ -25,28 +25,28 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_bilevel.checks import check_flags, check_run, check_settings
 from lit_bilevel.errors import UserError
-from lit_bilevel.evaluation import Evaluation
-from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
-from lit_bilevel.guard import Guard, GuardSettings
+from lit_bilevel.generation.hf import answers
 from lit_bilevel.objectives.base import Objective
 from lit_bilevel.objectives.sft import SFT
-from lit_bilevel.optim import ExponentiatedGradient
-from lit_bilevel.optimizers import made_optimizers
 from lit_bilevel.policy.compile import compile_layers
-from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
+from lit_bilevel.policy.logprobs import measures, weigh_responses
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
-from lit_bilevel.policy.score import measures, weigh_responses
 from lit_bilevel.policy.shard import shard
-from lit_bilevel.ratios import ResponseWeights, Uniform
-from lit_bilevel.refinement import Refinement
+from lit_bilevel.refinement.groups import Refinement
+from lit_bilevel.refinement.response_weights import ResponseWeights, Uniform
 from lit_bilevel.solvers.base import BilevelSolver
-from lit_bilevel.state import restore_late, restore_own, save_own
+from lit_bilevel.training.checkpoint import restore_late, restore_own, save_own
+from lit_bilevel.training.evaluation import Evaluation
+from lit_bilevel.training.exchange import followed, gathered_scores, lightning_engine
+from lit_bilevel.training.guard import Guard, GuardSettings
+from lit_bilevel.training.optimizers import made_optimizers
+from lit_bilevel.training.refusals import check_flags, check_run, check_settings
 from lit_bilevel.types import Batch, Question
 from lit_bilevel.weights.base import ExampleWeights
+from lit_bilevel.weights.optimizer import ExponentiatedGradient
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 

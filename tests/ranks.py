@@ -89,7 +89,7 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
 
     import lit_bilevel as lb
     from lit_bilevel import losses
-    from lit_bilevel.optim import ExponentiatedGradient
+    from lit_bilevel.weights.optimizer import ExponentiatedGradient
 
     seed_everything(0, verbose=False)
     losses.CHUNK_ELEMENTS = case.get("chunk", 1 << 25)

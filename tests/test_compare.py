@@ -15,11 +15,12 @@ import torch
 from conftest import TOY, read_jsonl, write_jsonl
 
 from lit_bilevel.cli import BilevelCLI
-from lit_bilevel.comparison import answers, filters
+from lit_bilevel.comparison import answers
 from lit_bilevel.comparison.command import main
-from lit_bilevel.comparison.evidence import Evidence, row_losses
-from lit_bilevel.comparison.gradients import GradientSimilarity
-from lit_bilevel.comparison.importance import NgramImportance, log_importance
+from lit_bilevel.comparison.filters import base as filters
+from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
+from lit_bilevel.comparison.filters.gradients import GradientSimilarity
+from lit_bilevel.comparison.filters.ngrams import NgramImportance, log_importance
 from lit_bilevel.comparison.methods import FILTERS, SHARES, Method
 from lit_bilevel.comparison.results import Results
 from lit_bilevel.comparison.rows import copy_records, stratified

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from conftest import ROOT, TOY, read_jsonl, write_jsonl
 
-from lit_bilevel import checks
 from lit_bilevel.cli import BilevelCLI, main
+from lit_bilevel.training import refusals as checks
 
 COMPLETE = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 PARTIAL = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*/*.yaml"))

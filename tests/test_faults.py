@@ -15,11 +15,11 @@ from test_resume import fit, short
 from lit_bilevel import SFT, Mixing, OneStep, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
-from lit_bilevel.guard import Guard, GuardSettings
+from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.losses import example_nll
-from lit_bilevel.policy.generate import HFGenerate
 from lit_bilevel.policy.load import load_policy
-from lit_bilevel.ratios import Token
+from lit_bilevel.refinement.response_weights import Token
+from lit_bilevel.training.guard import Guard, GuardSettings
 from lit_bilevel.weights import BMOWeights, NetworkWeights
 
 
@@ -104,7 +104,7 @@ class Collapse(Callback):
         if trainer.global_step == 4:
             weight_N = torch.full((90,), 1e-6)
             weight_N[7], weight_N[60] = 80.0, 10.0
-            pl_module.weights.start_from(weight_N)
+            pl_module.weights.set_prior(weight_N)
 
 
 def ids(small, *rows: int) -> list[str]:
@@ -123,7 +123,7 @@ def test_collapsed_weights_are_named_once(small, tmp_path):
     one, other = ids(small, 7, 60)
     assert heaviest.startswith(f"{one} (8")
     assert f"), {other} (" in heaviest
-    assert "`kl_to_uniform`" in text
+    assert "`kl_to_prior`" in text
     assert model.global_step == 9
 
 

@@ -27,9 +27,9 @@ from lit_bilevel import (
     SoftmaxWeights,
 )
 from lit_bilevel.cli import BilevelCLI, main
-from lit_bilevel.curves import read_curves
 from lit_bilevel.errors import UserError
-from lit_bilevel.scoring import read_truth
+from lit_bilevel.inspection.curves import read_curves
+from lit_bilevel.inspection.truth import read_truth
 
 STEP_TAGS = ["upper/loss", "lower/loss", "lower/weighted_loss", "weights/effective_size", "weights/entropy"]
 

@@ -18,9 +18,9 @@ from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.load import checkpoint_activations
+from lit_bilevel.policy.logprobs import _derivatives
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
-from lit_bilevel.policy.score import _derivatives
 from lit_bilevel.types import Example
 
 ROWS, UPPER_WEIGHT = 8, 0.3

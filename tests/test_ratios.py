@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.ratios import Aligned, LengthNormalised, Ratios, SelfNormalised, Sequence, Token, Uniform
+from lit_bilevel.refinement.response_weights import (
+    Aligned,
+    LengthNormalised,
+    Ratios,
+    SelfNormalised,
+    Sequence,
+    Token,
+    Uniform,
+)
 
 RULES = [Uniform(), Token(), Sequence(), LengthNormalised(), SelfNormalised(0.5), Aligned()]
 

@@ -20,9 +20,9 @@ from lit_bilevel import BilevelDataModule, LitBilevel, Mixing, OneStep, PolicySe
 from lit_bilevel.callbacks import BelowThreshold, LowestFraction, RandomFraction
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
-from lit_bilevel.policy.generate import Sampling
-from lit_bilevel.ratios import Aligned, LengthNormalised, SelfNormalised, Sequence, Token, Uniform
-from lit_bilevel.refinement import Refinement
+from lit_bilevel.generation.hf import Sampling
+from lit_bilevel.refinement.groups import Refinement
+from lit_bilevel.refinement.response_weights import Aligned, LengthNormalised, SelfNormalised, Sequence, Token, Uniform
 from lit_bilevel.types import Features
 from lit_bilevel.weights import UniformWeights
 

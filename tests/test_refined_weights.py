@@ -25,9 +25,9 @@ from lit_bilevel import (
 )
 from lit_bilevel.callbacks import RandomFraction
 from lit_bilevel.errors import UserError
-from lit_bilevel.policy.generate import Sampling
-from lit_bilevel.ratios import Token, Uniform
-from lit_bilevel.refinement import Refinement
+from lit_bilevel.generation.hf import Sampling
+from lit_bilevel.refinement.groups import Refinement
+from lit_bilevel.refinement.response_weights import Token, Uniform
 
 
 class SavedBeforeTheLastStep(Callback):

@@ -30,15 +30,15 @@ from lit_bilevel import (
     UniformWeights,
 )
 from lit_bilevel.callbacks import SelfRefine
-from lit_bilevel.checks import check_flags, check_precision, check_run
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
-from lit_bilevel.exchange import _keeps_digits
 from lit_bilevel.policy import compile as compiling
 from lit_bilevel.policy import load
 from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.load import load_policy
-from lit_bilevel.ratios import Aligned
+from lit_bilevel.refinement.response_weights import Aligned
+from lit_bilevel.training.exchange import _keeps_digits
+from lit_bilevel.training.refusals import check_flags, check_precision, check_run
 
 PATH = str(TOY / "model")
 LORA = LoraSettings(r=2)

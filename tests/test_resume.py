@@ -13,9 +13,9 @@ from conftest import read_jsonl, write_jsonl
 from lightning.pytorch import Callback
 from mortal import same
 
-from lit_bilevel.atomic import AtomicCheckpointIO
 from lit_bilevel.callbacks import BilevelCheckpoint
 from lit_bilevel.cli import BilevelCLI, main
+from lit_bilevel.training.checkpoint_io import AtomicCheckpointIO
 
 # ---- signals ----
 

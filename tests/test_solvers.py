@@ -154,7 +154,7 @@ def test_useless_rows_lose_their_weight(name, upper_weight):
         return problem.lower_losses()[:20].mean(), weights.table()
 
     mixed = train(planted_problem(upper_weight), UniformWeights(), Mixing(), steps=1500).lower_losses()[:20].mean()
-    loss, table = selected(kl_to_uniform=0.1)
+    loss, table = selected(kl_to_prior=0.1)
     assert table[20:].max() < 1e-3
     assert table[:20].min() >= 1
     assert loss < 1e-3 * mixed

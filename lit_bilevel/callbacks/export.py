@@ -22,9 +22,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_bilevel.data.table import column
+from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.shard import whole_state
-from lit_bilevel.scoring import aurocs, flat, read_truth
 from lit_bilevel.types import Batch, Features
 
 

@@ -22,17 +22,17 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_bilevel.callbacks.choose import Choose, LowestFraction
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
-from lit_bilevel.callbacks.inspect import table_cell
+from lit_bilevel.callbacks.inspector import table_cell
 from lit_bilevel.callbacks.progress import GenerationBar, say
-from lit_bilevel.callbacks.record import ResponseFile
 from lit_bilevel.data.responses import ResponseStore, is_usable
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.generation import GenerationFailed, gathered_responses, respond
-from lit_bilevel.inspection import tallied
+from lit_bilevel.generation.hf import GenerationBackend, HFGenerate, Request, Sampling, end_tokens
+from lit_bilevel.generation.respond import GenerationFailed, gathered_responses, respond
+from lit_bilevel.inspection.folder import tallied
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.policy.generate import GenerationBackend, HFGenerate, Request, Sampling, end_tokens
+from lit_bilevel.refinement.choose import Choose, LowestFraction
+from lit_bilevel.refinement.responses_file import ResponseFile
 from lit_bilevel.types import Response
 
 

@@ -13,11 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lit_bilevel.callbacks.export import evaluating, is_rehearsal
-from lit_bilevel.callbacks.inspect import boards
+from lit_bilevel.callbacks.inspector import boards
 from lit_bilevel.data.table import column
-from lit_bilevel.evaluation import Evaluation
+from lit_bilevel.inspection.settings import Plain, run_settings
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.settings import Plain, run_settings
+from lit_bilevel.training.evaluation import Evaluation
 
 
 class Summary(Callback):

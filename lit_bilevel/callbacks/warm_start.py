@@ -44,7 +44,7 @@ class WarmStart(Callback):
             f"{known:,} of {len(ids):,} rows start with their weight in {self.path}, by id; the others with 1"
         )
         weight_N = torch.tensor([earlier.get(key, 1.0) for key in ids], dtype=torch.float64)
-        pl_module.weights.start_from(weight_N.to(pl_module.device))
+        pl_module.weights.set_prior(weight_N)
 
 
 def _read(path: str) -> dict[str, float]:

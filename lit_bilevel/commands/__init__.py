@@ -1,1 +1,1 @@
-"""The commands that are not Lightning's, one a file."""
+"""Commands: what `lit-bilevel` does without training."""

@@ -28,15 +28,15 @@ from lit_bilevel.cli import BilevelCLI, told
 from lit_bilevel.data.layout import layout_for
 from lit_bilevel.data.table import column, longest
 from lit_bilevel.errors import UserError
-from lit_bilevel.place import with_own_configs
+from lit_bilevel.inspection.truth import aurocs, read_truth
 from lit_bilevel.policy.load import PolicySettings, context_length, load_policy, load_tokenizer
+from lit_bilevel.resources import with_own_configs
 from lit_bilevel.scores.columns import COLUMNS
 from lit_bilevel.scores.density import LEAST_TRUSTED
 from lit_bilevel.scores.measure import Measure
 from lit_bilevel.scores.opening import opening_of
 from lit_bilevel.scores.sweep import Sweep
 from lit_bilevel.scores.table import Scores, write_scores
-from lit_bilevel.scoring import aurocs, read_truth
 
 AGAIN = "Call the same command again: finished parts are kept."
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lit_bilevel.commands.originals import Pool
 from lit_bilevel.errors import UserError
-from lit_bilevel.pool import Pool
 from lit_bilevel.scores.columns import DIRECTION
 
 RATIOS = ("weight", "weight_refined", "density_ratio")

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lit_bilevel.comparison.filters import (
+from lit_bilevel.comparison.filters.base import (
     CleanRows,
     Filter,
     HighestLoss,
@@ -32,8 +32,8 @@ from lit_bilevel.comparison.filters import (
     PerplexityDifference,
     RandomRows,
 )
-from lit_bilevel.comparison.gradients import GradientSimilarity
-from lit_bilevel.comparison.importance import NgramImportance
+from lit_bilevel.comparison.filters.gradients import GradientSimilarity
+from lit_bilevel.comparison.filters.ngrams import NgramImportance
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
 

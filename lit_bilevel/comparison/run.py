@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from lit_bilevel.comparison.answers import measures
-from lit_bilevel.comparison.evidence import Evidence, row_losses
-from lit_bilevel.comparison.filters import CleanRows
+from lit_bilevel.comparison.filters.base import CleanRows
+from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
 from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
 from lit_bilevel.comparison.methods import Method
 from lit_bilevel.comparison.output import quiet
@@ -31,9 +31,9 @@ from lit_bilevel.comparison.stopwatch import Stopwatch
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.data.files import records
 from lit_bilevel.errors import UserError
-from lit_bilevel.inspection import read_lines
-from lit_bilevel.place import located
-from lit_bilevel.scoring import aurocs, flat, read_truth
+from lit_bilevel.inspection.folder import read_lines
+from lit_bilevel.inspection.truth import aurocs, flat, read_truth
+from lit_bilevel.resources import located
 
 
 class Runner:

@@ -21,21 +21,21 @@ from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lit_bilevel.data.checks import check_settings
+from lit_bilevel.data.announce import announce, write_skipped
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.examples import EvaluationWindows, Examples, Window, questions_of
 from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
 from lit_bilevel.data.layout import layout_for
 from lit_bilevel.data.prepare import Preparation, cache_folder, load_tokenizer
-from lit_bilevel.data.report import announce, write_skipped
+from lit_bilevel.data.refusals import check_settings
 from lit_bilevel.data.responses import ResponseStore
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.split import apart
 from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, unchanged
 from lit_bilevel.data.table import column, is_paired, source_numbers
 from lit_bilevel.errors import UserError
-from lit_bilevel.place import located
+from lit_bilevel.resources import located
 from lit_bilevel.types import Batch
 
 

@@ -1,4 +1,4 @@
-"""Weights that are a function of a row's features, u/Ẑ, with a running normaliser. The base of `bmo` and `network`.
+"""Weights that are a function of a row's features, p·u/Ẑ, with a running normaliser. The base of `bmo` and `network`.
 
     log Ẑ ← logaddexp(log β + log Ẑ, log(1−β) + log mean_B u)        w_i = u_i / Ẑ
 
@@ -32,7 +32,7 @@ class RunningWeights(ExampleWeights):
     """A weight for every row that shows its loss, seen before or not.
 
     Args:
-        kl_to_uniform: as in `ExampleWeights`.
+        kl_to_prior: as in `ExampleWeights`.
         decay: β of the running normaliser.
     """
 
@@ -46,8 +46,8 @@ class RunningWeights(ExampleWeights):
     length_N: Tensor
     source_N: Tensor
 
-    def __init__(self, kl_to_uniform: float = 0.0, decay: float = 0.99) -> None:
-        super().__init__(kl_to_uniform)
+    def __init__(self, kl_to_prior: float = 0.0, decay: float = 0.99) -> None:
+        super().__init__(kl_to_prior)
         if not 0 <= decay < 1:
             raise UserError(f"`decay` is {decay}; it must be in [0, 1).")
         self.decay = decay
@@ -68,14 +68,15 @@ class RunningWeights(ExampleWeights):
         self.source_N = source_N.to(device, torch.int32)
 
     def weigh(self, features: Features) -> Tensor:
-        weight_B = (self.log_unnormalised(features) - self.log_normaliser).exp()
-        return torch.where(self.started, weight_B, torch.ones_like(weight_B)).to(self.loss_N.dtype)
+        prior_B = self.log_prior(features)
+        log_w_B = torch.where(self.started, self.log_unnormalised(features) - self.log_normaliser, 0.0) + prior_B
+        return log_w_B.exp().to(self.loss_N.dtype)
 
     def observe(self, features: Features) -> None:
         super().observe(features)
         self.score(features)
         with torch.no_grad():
-            log_u_B = self.log_unnormalised(features)
+            log_u_B = self.log_unnormalised(features) + self.log_prior(features)
         valid_B = torch.isfinite(log_u_B)
         any_valid = valid_B.any()
         log_u_B = log_u_B.masked_fill(~valid_B, -math.inf)
@@ -105,7 +106,8 @@ class RunningWeights(ExampleWeights):
     def _remembered(self, start: int) -> Tensor:
         rows = torch.arange(start, min(start + CHUNK, self.pool_rows), device=self.loss_N.device)
         loss_B = self.loss_N[rows].nan_to_num()
-        return self.log_unnormalised(Features(rows, self.source_N[rows].long(), self.length_N[rows].long(), loss_B))
+        features = Features(rows, self.source_N[rows].long(), self.length_N[rows].long(), loss_B)
+        return self.log_unnormalised(features) + self.log_prior(features)
 
     def statistics(self) -> dict[str, Tensor]:
         """From running means over the last ten windows or so of w, w² and w·log w."""

@@ -16,9 +16,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.data.collate import collate
 from lit_bilevel.errors import UserError
-from lit_bilevel.policy.generate import GenerationBackend, Request, Sample, Sampling, batches_by_length
+from lit_bilevel.generation.hf import GenerationBackend, Request, Sample, Sampling, batches_by_length
+from lit_bilevel.policy.logprobs import response_logprobs
 from lit_bilevel.policy.policy import Policy
-from lit_bilevel.policy.score import response_logprobs
 from lit_bilevel.types import Example, Group, Response
 
 log = logging.getLogger(__name__)

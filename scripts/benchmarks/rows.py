@@ -1,6 +1,6 @@
 """A large pool against a small one: start-up with a cold and a warm cache, memory, and the time of a policy step.
 
-    python scripts/benchmark_rows.py [--rows 10000 1000000] [--num_proc 2] [--steps 40] [--rounds 5] [--folder DIR]
+    python scripts/benchmark.py rows [--rows 10000 1000000] [--num_proc 2] [--steps 40] [--rounds 5] [--folder DIR]
 
 Rows are synthetic: a question and an answer of random words. Start-up is `setup` of the data module, in a process of
 its own, whose memory is watched ten times a second: `private` is what it holds itself, with its children; pages of the
@@ -27,7 +27,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOY = ROOT / "lit_bilevel" / "toy"
 WORDS = (2, 8)
 """Fewest and most words of a text."""

@@ -147,7 +147,7 @@ class Guard:
                 f" {module.weights.pool_rows} rows, the limit {limit:.3g} (`model.guard.min_effective_size` is"
                 f" {self.settings.min_effective_size}); the heaviest are"
                 f" {', '.join(f'{name} ({weight:.3g})' for name, weight in pairs)}",
-                "lower the weight optimizer's learning rate, or set `kl_to_uniform` or `cap` of the weights",
+                "lower the weight optimizer's learning rate, or set `kl_to_prior` or `cap` of the weights",
             )
 
     def _look_at_ratios(self, module: Any, ratio: float, row: float) -> None:

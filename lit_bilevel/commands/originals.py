@@ -20,7 +20,7 @@ import numpy as np
 
 from lit_bilevel.data.files import dataset, is_file, records
 from lit_bilevel.errors import UserError
-from lit_bilevel.place import located
+from lit_bilevel.resources import located
 
 Added = tuple[str, np.ndarray] | None
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lit_bilevel.checks import refiners
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.training.refusals import refiners
 
 Plain = str | int | float | bool
 

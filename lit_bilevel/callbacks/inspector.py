@@ -23,11 +23,19 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
-from lit_bilevel.inspection import Inspection, arrow
+from lit_bilevel.inspection.folder import Inspection, arrow
+from lit_bilevel.inspection.settings import Plain, run_settings
+from lit_bilevel.inspection.statistics import (
+    correlation,
+    histogram,
+    precision_recall,
+    quantile,
+    quantiles,
+    ranks,
+    source_mass,
+)
+from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.scoring import aurocs, flat, read_truth
-from lit_bilevel.settings import Plain, run_settings
-from lit_bilevel.statistics import correlation, histogram, precision_recall, quantile, quantiles, ranks, source_mass
 
 MARKUP = "\\`*_{}[]()+-!|~"
 BANDS = {"median, middle half of the rows": ("25", "75"), "median, middle 90 % of the rows": ("05", "95")}

@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lit_bilevel.comparison.evidence import Evidence
-from lit_bilevel.comparison.filters import Filter
+from lit_bilevel.comparison.filters.base import Filter
+from lit_bilevel.comparison.filters.evidence import Evidence
 from lit_bilevel.policy.load import LoraSettings
 
 ADAPTER = LoraSettings(r=8, alpha=8)

@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_bilevel.errors import misfit
 from lit_bilevel.policy.shard import spread
 from lit_bilevel.problem import whole
-from lit_bilevel.schema import VERSION, check_checkpoint
+from lit_bilevel.training.schema import VERSION, check_checkpoint
 
 
 def save_own(module: Any, checkpoint: dict[str, Any]) -> None:

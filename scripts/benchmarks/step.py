@@ -33,10 +33,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark_loops import EXTRA, METHODS, bilevel_steps, lightning_steps, plain_steps, trl_steps
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-TOY = Path(__file__).resolve().parents[1] / "lit_bilevel" / "toy"
+from benchmarks.loops import EXTRA, METHODS, bilevel_steps, lightning_steps, plain_steps, trl_steps
+
+TOY = Path(__file__).resolve().parents[2] / "lit_bilevel" / "toy"
 DEFAULTS = {  # what is not given; gpu makes 1.07B parameters
     "cpu": {"hidden": 256, "layers": 4, "vocabulary": 4096, "tokens": 128, "batch_size": 16, "precision": "32-true"},
     "gpu": {"hidden": 2048, "layers": 16, "vocabulary": 128_256, "tokens": 1024, "batch_size": 8}

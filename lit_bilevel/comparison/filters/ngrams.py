@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lit_bilevel.comparison.evidence import Evidence
-from lit_bilevel.comparison.filters import Filter
+from lit_bilevel.comparison.filters.base import Filter
+from lit_bilevel.comparison.filters.evidence import Evidence
 
 BUCKETS = 10_000
 WORD = re.compile(r"\w+|[^\w\s]")

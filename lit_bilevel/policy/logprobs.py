@@ -20,7 +20,7 @@ from torch import Tensor
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.problem import Values, added, norm, scaled
-from lit_bilevel.ratios import Ratios, ResponseWeights
+from lit_bilevel.refinement.response_weights import Ratios, ResponseWeights
 from lit_bilevel.types import Batch, Part
 
 

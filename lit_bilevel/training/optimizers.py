@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_bilevel.checks import takes_one_optimizer
 from lit_bilevel.errors import UserError
-from lit_bilevel.optim import check_optimizer
+from lit_bilevel.training.refusals import takes_one_optimizer
+from lit_bilevel.weights.optimizer import check_optimizer
 
 
 def made_optimizers(module: Any) -> Any:

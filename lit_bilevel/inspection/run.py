@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from lit_bilevel.curves import Curve, read_curves
 from lit_bilevel.errors import UserError
-from lit_bilevel.inspection import lines, read_lines
+from lit_bilevel.inspection.curves import Curve, read_curves
+from lit_bilevel.inspection.folder import lines, read_lines
 
 Records = list[dict[str, Any]]
 

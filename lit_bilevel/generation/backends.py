@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.policy.generate import GenerationBackend, Request, Sample, Sampling
+from lit_bilevel.generation.hf import GenerationBackend, Request, Sample, Sampling
 from lit_bilevel.policy.policy import Policy
 
 VLLM_OLDEST, VLLM_NEWEST = (0, 10), (1, 0)

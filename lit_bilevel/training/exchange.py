@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.problem import Values
-from lit_bilevel.ratios import ResponseWeights
+from lit_bilevel.refinement.response_weights import ResponseWeights
 from lit_bilevel.types import PADDING_ROW, Features
 
 

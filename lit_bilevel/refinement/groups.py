@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_bilevel.optim import check_optimizer
-from lit_bilevel.ratios import ResponseWeights
+from lit_bilevel.refinement.response_weights import ResponseWeights
 from lit_bilevel.types import PADDING_ROW, Features
 from lit_bilevel.weights.base import ExampleWeights
+from lit_bilevel.weights.optimizer import check_optimizer
 
 
 class Refinement(nn.Module):

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.findings import Report, read
-from lit_bilevel.inspection import tallied
-from lit_bilevel.page import page
+from lit_bilevel.inspection.folder import tallied
+from lit_bilevel.inspection.page import page
+from lit_bilevel.inspection.run import Report, read
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 

@@ -1,8 +1,8 @@
 """Throughput of generation, and of a training step on generated responses.
 
-    python scripts/benchmark_generate.py                          # tokens/s, batched against one prompt at a time
-    python scripts/benchmark_generate.py --policy DIR --prompts 64 --new 64 --device cuda
-    python scripts/benchmark_generate.py step --responses 4        # one batched forward against one per response
+    python scripts/benchmark.py generate                          # tokens/s, batched against one prompt at a time
+    python scripts/benchmark.py generate --policy DIR --prompts 64 --new 64 --device cuda
+    python scripts/benchmark.py generate step --responses 4        # one batched forward against one per response
 
 The prompts are those of the toy test set, repeated; both sides generate the same number of tokens by the same code.
 Left out: other engines; they need an accelerator and a policy that fits them.
@@ -22,13 +22,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.rows import Source
-from lit_bilevel.generation import score
+from lit_bilevel.generation.hf import HFGenerate, Request, Sampling
+from lit_bilevel.generation.respond import score
 from lit_bilevel.losses import example_nll
-from lit_bilevel.policy.generate import HFGenerate, Request, Sampling
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.types import Example, Group, Row
 
-TOY = Path(__file__).resolve().parents[1] / "lit_bilevel" / "toy"
+TOY = Path(__file__).resolve().parents[2] / "lit_bilevel" / "toy"
 
 
 def timed(work: Callable[[], object], repeats: int, device: str) -> float:

@@ -24,9 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lit_bilevel.commands.originals import read_pool
 from lit_bilevel.commands.weighted import RATIOS, Joined, join, read_weights
 from lit_bilevel.errors import UserError
-from lit_bilevel.pool import read_pool
 from lit_bilevel.scores.columns import DIRECTION
 
 MODES = ("keep", "top_k", "threshold", "sample")

@@ -1,6 +1,6 @@
 """Cost of a weight step at a large pool against a small one, and the memory of a row.
 
-    python scripts/benchmark_weights.py [--rows 1000 10000000] [--batch_size 32] [--steps 300]
+    python scripts/benchmark.py weights [--rows 1000 10000000] [--batch_size 32] [--steps 300]
 
 A step is what `LitBilevel` does with the weights at one policy step: weights of the batch, note of the visit, gradient,
 optimizer, normaliser, statistics. Rows are drawn at random. Memory is what stays between steps: parameters, buffers and

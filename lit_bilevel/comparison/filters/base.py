@@ -16,9 +16,9 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
-from lit_bilevel.comparison.evidence import Evidence
+from lit_bilevel.comparison.filters.evidence import Evidence
 from lit_bilevel.errors import UserError
-from lit_bilevel.scoring import read_truth
+from lit_bilevel.inspection.truth import read_truth
 
 
 class Filter(ABC):
