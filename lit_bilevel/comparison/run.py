@@ -135,9 +135,15 @@ class Runner:
         folder = self.results.run_folder(name, seed)
         parts = self._parts(method.variant, folder.parent / "rows") if method.variant else []
         flags = [*method.flags, *parts, f"--seed_everything={seed}"]
-        flags.append(method.callbacks(self._callbacks(), earlier))
+        given = folder / "given" if method.weights else earlier
+        flags.append(method.callbacks(self._callbacks(), given))
         prepare(folder, [*self.shared, *flags])
         row: Result = {"method": name, "seed": seed}
+        if method.weights is not None:
+            with quiet(folder / "weights.txt"):
+                scores, seconds = self._weighted(method, parts, folder / "given", seed)
+            before += seconds
+            row |= scores
         if method.filter is not None:
             with quiet(folder / "filter.txt"):
                 chosen, scores, seconds = self._chosen(method, parts, folder, earlier, seed)
@@ -230,7 +236,8 @@ class Runner:
         assert method.filter is not None
         started = time.perf_counter()
         cli = built(self.config, [*self.shared, *method.flags, *parts, f"--seed_everything={seed}"])
-        scores = method.filter.scores(Evidence(cli, earlier, seed))
+        evidence = Evidence(cli, earlier, seed, self.results.folder)
+        scores = method.filter.scores(evidence)
         mask = method.filter.chosen(scores, self.keep, seed)
         pool, data = cli.datamodule.sets["pool"], cli.config.data
         kept = {row: key for row, key, good in zip(pool["row"][:], pool["id"][:], mask, strict=True) if good}
@@ -242,7 +249,24 @@ class Runner:
 
             found["kept_clean"] = float(np.array([not kind for kind in kinds])[mask].mean())
             found |= flat(aurocs(torch.tensor(scores), kinds)) if method.filter.scored else {}
-        return files, found, time.perf_counter() - started
+        return files, found, time.perf_counter() - started + evidence.seconds
+
+    def _weighted(self, method: Method, parts: list[str], folder: Path, seed: int) -> tuple[Result, float]:
+        """Write the weights that the rows keep; returns their AUROC, and the time it took."""
+        import pyarrow
+        import pyarrow.parquet
+        import torch
+
+        assert method.weights is not None
+        started = time.perf_counter()
+        cli = built(self.config, [*self.shared, *method.flags, *parts, f"--seed_everything={seed}"])
+        evidence = Evidence(cli, None, seed, self.results.folder)
+        weights = method.weights.weights(evidence)
+        folder.mkdir(exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table({"id": evidence.ids, "weight": weights}), folder / "weights.parquet")
+        kinds = self._kinds(cli.datamodule.sets["pool"])
+        found = flat(aurocs(torch.tensor(weights), kinds)) if kinds is not None else {}
+        return found, time.perf_counter() - started + evidence.seconds
 
     def _scored(self, cli: Any, folder: Path) -> Result:
         """What is measured of a finished fit, whose module holds the monitor-best policy."""
