@@ -34,7 +34,7 @@ ROOMS = {
     "generation": "data errors policy types",
     "training": "data errors losses objectives policy problem refinement types weights",
     "module": "errors generation objectives policy refinement solvers training types weights",
-    "inspection": "errors module training",
+    "inspection": "errors module scores training",
     "callbacks": "data errors generation inspection module policy refinement scores training types version",
     "__init__": "version",
     "parser": "__init__ errors",
