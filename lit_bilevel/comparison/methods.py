@@ -42,12 +42,13 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.scores.columns import COLUMNS
 
 CONSTANT = ("--model.upper_weight_start=0", "--model.upper_weight_decay=0")
-UNIFORM = ("--model.weights=UniformWeights", "--model.solver=Mixing")
-FIXED = ("--model.weights=SigmoidWeights", "--model.solver=Mixing")
+UNIFORM = ("--model.weights=UniformWeights", "--model.solver=Mixing", "--model.weight_start=0")
+FIXED = ("--model.weights=SigmoidWeights", *UNIFORM[1:])
+OF_RESPONSES = ("--model.response_weights=null", "--model.refined_weights=null")  # refused where nothing is generated
 BASELINES = {
     "mixing": (),
     "constant_mixing": CONSTANT[:1],
-    "pool_only": ("--model.upper_weight=0",),
+    "pool_only": ("--model.upper_weight=0", *CONSTANT),
     "validation_only": ("--model.upper_weight=1", *CONSTANT, "--trainer.val_check_interval=10"),
 }
 SHARES = ("mixing", "mixing@0.1", "mixing@0.25", "mixing@0.5")
@@ -197,7 +198,7 @@ class Method:
         elif base in FILTERS:
             filter = FILTERS[base]()
         elif base == "bmo":
-            flags = ["--model.weights=BMOWeights", "--model.solver=Mixing", *CONSTANT]
+            flags = ["--model.weights=BMOWeights", *UNIFORM[1:], *CONSTANT]
         else:
             solver, _, weights = base.partition("@")
             if solver not in SOLVERS:
@@ -214,7 +215,8 @@ class Method:
     @property
     def learns(self) -> bool:
         """Whether a run leaves learned weights."""
-        return not (self.best_of or self.filter or self.weighted or self.weights) and self.flags[:2] != UNIFORM
+        fixed = self.best_of or self.filter or self.weighted or self.weights
+        return not fixed and self.flags[: len(UNIFORM)] != UNIFORM
 
     def callbacks(self, configured: Sequence[Mapping[str, Any]], earlier: Path | None = None) -> str:
         """The flag for the run's callbacks: `SelfRefine` put in or taken out, the configuration's others left.

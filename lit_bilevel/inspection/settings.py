@@ -33,8 +33,9 @@ def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
     for name in ("upper_weight_decay", "upper_weight_start", "weight_start", "warmup_steps", "accumulate_grad_batches"):
         found[name] = getattr(module, name)
     found["lr_scheduler"] = module.lr_scheduler_name
-    if module.gradient_clip_val is not None:
-        found["gradient_clip_val"] = module.gradient_clip_val
+    for name in ("gradient_clip_val", "upper_weight_decay_every"):
+        if getattr(module, name) is not None:
+            found[name] = getattr(module, name)
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     for name in ("batch_size", "upper_batch_size", "max_length", "seed"):
         found[f"data.{name}"] = getattr(data, name)

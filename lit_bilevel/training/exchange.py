@@ -18,7 +18,6 @@ from torch import Tensor
 from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.problem import Values
-from lit_bilevel.refinement.response_weights import ResponseWeights
 from lit_bilevel.types import PADDING_ROW, Features
 
 
@@ -89,12 +88,11 @@ def gathered_scores(
     return Features(row.long(), source.long(), length.long(), loss), s, losses
 
 
-def followed(found: Tensor | None, rule: ResponseWeights, trainer: Any) -> Tensor | None:
-    """Let the rule take in the generated responses of a step on all processes.
+def gathered_responses(found: Tensor | None, trainer: Any) -> Tensor | None:
+    """What was found of the generated responses of a step, over all processes.
 
     Args:
         found: what `weigh_responses` returned here, or `None` where no row is refined.
-        rule: of the response weights.
         trainer: Lightning's.
 
     Returns:
@@ -105,7 +103,4 @@ def followed(found: Tensor | None, rule: ResponseWeights, trainer: Any) -> Tenso
     if trainer.world_size > 1:
         table = trainer.strategy.all_gather(found)
         found = torch.cat([table[table[:, 0].argmax(), :2], table[:, 2:].sum(0)])
-    if not found[3] > 0:
-        return None
-    rule.follow(found[-2:])
-    return found
+    return found if found[3] > 0 else None

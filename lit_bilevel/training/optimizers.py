@@ -40,10 +40,10 @@ def _made(module: Any) -> Any:
         module.refinement.check()
     steps = module.trainer.estimated_stepping_batches
     total = None if steps == float("inf") else int(steps)
-    settings = module.lr_scheduler_kwargs
-    scheduler = get_scheduler(
-        module.lr_scheduler_name, inner, module.warmup_steps, total, scheduler_specific_kwargs=settings
-    )
+    settings, name = module.lr_scheduler_kwargs, module.lr_scheduler_name
+    if name == "constant" and module.warmup_steps:
+        name = "constant_with_warmup"  # transformers' `constant` would leave them out without a word
+    scheduler = get_scheduler(name, inner, module.warmup_steps, total, scheduler_specific_kwargs=settings)
     if takes_one_optimizer(module.trainer.strategy):
         module.own_optimizer = optimizers.pop() if parameters else None
     return optimizers, [{"scheduler": scheduler, "interval": "step"}]

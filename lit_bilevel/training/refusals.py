@@ -20,6 +20,8 @@ from lightning.pytorch.strategies import (
 from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.policy.load import context_length
+from lit_bilevel.training.effects import of_precision, without_effect, without_refinement
+from lit_bilevel.training.schedule import most_falls
 
 SHARDING = "configs/strategies/fsdp2.yaml"
 
@@ -38,6 +40,10 @@ def check_settings(module: Any) -> None:
         )
     if module.upper_weight_decay < 0:
         problems.append(f"`model.upper_weight_decay` is {module.upper_weight_decay}; it must be at least 0")
+    if module.upper_weight_decay_every is not None and module.upper_weight_decay_every < 1:
+        problems.append(
+            f"`model.upper_weight_decay_every` is {module.upper_weight_decay_every}; it must be at least 1 step"
+        )
     if module.solver.learns and not module.weights.learnable:
         problems.append(
             f"`model.weights` is `{type(module.weights).__name__}`, which learns nothing from scores, so `model.solver:"
@@ -66,7 +72,7 @@ def check_settings(module: Any) -> None:
                 f"`model.{level}_objective` is `{type(objective).__name__}`, whose reference is the policy with its"
                 " adapter switched off, and there is none; set one with `--model.policy.lora '{r: 16, alpha: 16}'`"
             )
-    problems += _out_of_range(module) + module.guard.settings.problems()
+    problems += _out_of_range(module) + module.guard.settings.problems() + without_effect(module)
     if problems:
         raise gathered("bad settings", problems)
 
@@ -86,15 +92,15 @@ def _out_of_range(module: Any) -> list[str]:
         ("weight_start", 0, 1),
     ):
         value = getattr(module, name)
-        if value < least or (most is not None and value > most):
-            wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
+        if not value >= least or (most is not None and value >= most):
+            wanted = f"at least {least}" if most is None else f"in [{least}, {most})"
             problems.append(f"`model.{name}` is {value}; it must be {wanted}")
     if module.gradient_clip_val is not None and module.gradient_clip_val <= 0:
         problems.append(
             f"`model.gradient_clip_val` is {module.gradient_clip_val}; it must be above 0, or null for none"
         )
-    if module.lr_scheduler_name == "reduce_lr_on_plateau":
-        problems.append("`model.lr_scheduler` is reduce_lr_on_plateau, which follows a metric; use one of steps")
+    if module.lr_scheduler_name in ("reduce_lr_on_plateau", "greedy"):
+        problems.append(f"`model.lr_scheduler` is {module.lr_scheduler_name}, which follows a metric; use one of steps")
     return problems
 
 
@@ -129,9 +135,9 @@ def check_run(module: Any, stage: str) -> None:
         UserError: naming each of them.
     """
     strategy = module.trainer.strategy
-    problems = _of_kernels(module) + _of_context(module)
+    problems = _of_kernels(module) + _of_context(module) + of_precision(module)
     if stage == "fit":
-        problems += _of_decay(module) + _of_length(module)
+        problems += _of_decay(module) + _of_length(module) + without_refinement(module, bool(refiners(module.trainer)))
     if isinstance(strategy, SingleDeviceStrategy) and strategy.root_device.type == "mps":
         problems.append(
             "`trainer.accelerator` is (or chose) MPS, which has no float64, and the weights are summed in it; use"
@@ -163,14 +169,14 @@ def check_run(module: Any, stage: str) -> None:
 def _of_decay(module: Any) -> list[str]:
     groups = [module.refinement.template] if refiners(module.trainer) else []
     names = [type(part).__name__ for part in _need_upper_weight(module.solver, module.weights, *groups)]
-    decay, epochs = module.upper_weight_decay, module.trainer.max_epochs
+    decay = module.upper_weight_decay
     if names and module.initial_upper_weight == 0:
         return [f"`model.upper_weight` is 0, where `{names[0]}` for refined rows has no meaning; set it above 0"]
-    if not names or decay == 0 or (epochs > 0 and decay * (epochs - 1) < module.initial_upper_weight):
+    if not names or decay == 0 or decay * most_falls(module) < module.initial_upper_weight:
         return []
-    last = (
-        f"in epoch {math.ceil(module.initial_upper_weight / decay - 1e-9) + 1}" if epochs > 0 else "after some epochs"
-    )
+    falls, every = math.ceil(module.initial_upper_weight / decay - 1e-9), module.upper_weight_decay_every
+    last = f"in epoch {falls + 1}" if module.trainer.max_epochs > 0 else "after some epochs"
+    last = last if every is None else f"after {falls * every} policy steps"
     return [
         f"`model.upper_weight_decay` is {decay}, so λ is 0 {last}, where `{names[0]}` has no meaning; lower it, set"
         " `trainer.max_epochs` where it is not, or use `OneStep` with `SoftmaxWeights`"

@@ -32,7 +32,7 @@ class NetworkWeights(RunningWeights):
     source_embedding: nn.Embedding
 
     def __init__(
-        self, hidden_size: int = 32, source_size: int = 4, kl_to_prior: float = 0.0, decay: float = 0.99
+        self, hidden_size: int = 32, source_size: int = 4, kl_to_prior: float = 0.0, decay: float = 0.9
     ) -> None:
         super().__init__(kl_to_prior, decay)
         if hidden_size < 1 or source_size < 1:

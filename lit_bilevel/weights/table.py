@@ -42,6 +42,7 @@ class TableWeights(ExampleWeights):
     """
 
     sparse = True
+    by_row = ExampleWeights.by_row | {"logits"}
 
     logits: nn.Parameter
     sums: Tensor
