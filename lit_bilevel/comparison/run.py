@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_bilevel.comparison.answers import measures
+from lit_bilevel.comparison.answers import answer
 from lit_bilevel.comparison.filters.base import CleanRows
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
 from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
@@ -29,11 +29,8 @@ from lit_bilevel.comparison.results import Result, Results
 from lit_bilevel.comparison.rows import copy_records, stratified
 from lit_bilevel.comparison.stopwatch import Stopwatch
 from lit_bilevel.comparison.variants import Variant
-from lit_bilevel.data.files import records
 from lit_bilevel.errors import UserError
-from lit_bilevel.inspection.folder import read_lines
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
-from lit_bilevel.resources import located
 
 
 class Runner:
@@ -143,8 +140,7 @@ class Runner:
         if method.weights is not None:
             with quiet(folder / "weights.txt"):
                 scores, seconds = self._weighted(method, parts, folder / "given", seed)
-            before += seconds
-            row |= scores
+            before, row = before + seconds, row | scores
         if method.filter is not None:
             with quiet(folder / "filter.txt"):
                 chosen, scores, seconds = self._chosen(method, parts, folder, earlier, seed)
@@ -262,17 +258,13 @@ class Runner:
 
     def _weighted(self, method: Method, parts: list[str], folder: Path, seed: int) -> tuple[Result, float]:
         """Write the weights that the rows keep; returns their AUROC, and the time it took."""
-        import pyarrow
-        import pyarrow.parquet
         import torch
 
         assert method.weights is not None
         started = time.perf_counter()
         cli = built(self.config, [*self.shared, *method.flags, *parts, f"--seed_everything={seed}"])
         evidence = Evidence(cli, None, seed, self.results.folder)
-        weights = method.weights.weights(evidence)
-        folder.mkdir(exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.table({"id": evidence.ids, "weight": weights}), folder / "weights.parquet")
+        weights = method.weights.write_weights(evidence, folder)
         kinds = self._kinds(cli.datamodule.sets["pool"])
         found = flat(aurocs(torch.tensor(weights), kinds)) if kinds is not None else {}
         return found, time.perf_counter() - started + evidence.seconds
@@ -296,14 +288,4 @@ class Runner:
             loss_n, tokens_n = row_losses(policy, cli.datamodule, "test")
         table = {"id": cli.datamodule.sets["test"]["id"][:], "tokens": tokens_n, "loss": loss_n}
         pyarrow.parquet.write_table(pyarrow.table(table), folder / "test_losses.parquet")
-        return row | (self._answered(cli, folder) if self.answers else {})
-
-    def _answered(self, cli: Any, folder: Path) -> Result:
-        """Measures on greedy answers to the test prompts, which stay in `predictions.jsonl`."""
-        test, data = cli.datamodule.sets["test"], self.settings.data
-        cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
-        answers = [record["response"] for record in read_lines(folder / "predictions.jsonl")]
-        paths = [data.test] if isinstance(data.test, str) else data.test
-        raw = [record for path in paths for _, record in records(located(path))]
-        expected = [raw[row].get("expected") for row in test["row"][:]]
-        return measures(answers, test["response"][:], expected)
+        return row | (answer(cli, folder) if self.answers else {})

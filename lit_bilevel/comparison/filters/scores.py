@@ -5,6 +5,8 @@ All columns that `lit-bilevel score` writes, high or low as `scores/columns.py` 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from lit_bilevel.comparison.filters.base import Filter
@@ -25,6 +27,16 @@ class PassScore(Filter):
     def scores(self, evidence: Evidence) -> np.ndarray:
         return evidence.scores().directed(self.column)
 
-    def weights(self, evidence: Evidence) -> np.ndarray:
-        """[N] weights of mean 1: a density ratio as it is, another score through a sigmoid of its z-scores."""
-        return fixed_weights(self.column, self.scores(evidence))
+    def write_weights(self, evidence: Evidence, folder: Path) -> np.ndarray:
+        """Write `weights.parquet` for `WarmStart`; returns the weights [N], of mean 1.
+
+        A density ratio is a weight as it is; another score goes through a sigmoid of its z-scores.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        weight_N = fixed_weights(self.column, self.scores(evidence))
+        folder.mkdir(exist_ok=True)
+        table = pyarrow.table({"id": evidence.ids, "weight": weight_N})
+        pyarrow.parquet.write_table(table, folder / "weights.parquet")
+        return weight_N
