@@ -406,10 +406,23 @@ def test_parts_of_another_policy_do_not_count(asked, tmp_path, model, monkeypatc
     assert (tmp_path / "scores.parquet").read_bytes() == expected
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_write_the_same_file(asked, tmp_path, processes):
+@pytest.mark.parametrize(("processes", "known"), [(2, 0), (3, 3)])
+def test_several_processes_write_the_same_file(asked, tmp_path, processes, known, monkeypatch):
+    """Of four parts three are known in the second case, so two processes have nothing to do."""
     assert main(asked) == 0
     expected = (tmp_path / "scores.parquet").read_bytes()
+    if known:
+        write, done = PartFiles.write, []
+
+        def until_killed(self, part, table):
+            if len(done) == known:
+                raise KeyboardInterrupt
+            write(self, part, table)
+            done.append(part.number)
+
+        monkeypatch.setattr(PartFiles, "write", until_killed)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            main([*asked, f"--output={tmp_path / 'several.parquet'}"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
