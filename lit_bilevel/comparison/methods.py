@@ -8,6 +8,8 @@
     bmo, SOLVER[@WEIGHTS]                   weights and policy learned together: one_step, penalty@softmax, …
     two_stage:METHOD, seal                  rows selected by METHOD's weights, then a fresh policy trained on them
     weighted:METHOD                         a fresh policy trained on all rows under METHOD's weights, which stay
+    score:COLUMN, weights:COLUMN            rows kept, or weighted, by a score from one pass of the policy before
+                                            training: ifd, pmi, loss, density_ratio, … (`lit-bilevel score`)
     …+refine[:RULE]                         with `SelfRefine`: one_step@sigmoid+refine:token
 
 A file of `--variants` gives further names to methods with settings of their own; a method that is built on a variant
@@ -34,11 +36,14 @@ from lit_bilevel.comparison.filters.base import (
 )
 from lit_bilevel.comparison.filters.gradients import GradientSimilarity
 from lit_bilevel.comparison.filters.ngrams import NgramImportance
+from lit_bilevel.comparison.filters.scores import PassScore
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
+from lit_bilevel.scores.columns import COLUMNS
 
 CONSTANT = ("--model.upper_weight_start=0", "--model.upper_weight_decay=0")
 UNIFORM = ("--model.weights=UniformWeights", "--model.solver=Mixing", "--model.weight_start=0")
+FIXED = ("--model.weights=SigmoidWeights", *UNIFORM[1:])
 OF_RESPONSES = ("--model.response_weights=null", "--model.refined_weights=null")  # refused where nothing is generated
 BASELINES = {
     "mixing": (),
@@ -106,6 +111,7 @@ class Method:
         stopped_early: whether it ends when the monitor loss has not fallen for 15 looks. For methods that memorise the
             validation rows and never recover.
         weighted: whether every row keeps the weight that it has after the run that the method needs.
+        weights: the score that every row has a weight by, which it keeps.
         variant: what the method is a variant of, and the rows that it sees, which may be those of the run it needs.
     """
 
@@ -116,6 +122,7 @@ class Method:
     refine: bool = False
     stopped_early: bool = False
     weighted: bool = False
+    weights: PassScore | None = None
     variant: Variant | None = None
 
     @classmethod
@@ -139,6 +146,9 @@ class Method:
             for part in rest.split(","):
                 cls.parse(part, variants)
             return cls(best_of=tuple(rest.split(",")))
+        if kind in ("score", "weights") and rest:
+            score = PassScore(known(rest, COLUMNS, "score"))
+            return cls(UNIFORM, score) if kind == "score" else cls(FIXED, weights=score)
         if name == "seal" or (kind in ("two_stage", "weighted") and rest):
             return cls._second_stage(name, SEAL if name == "seal" else rest, kind == "weighted", variants)
         return cls._trained(name)
@@ -170,8 +180,7 @@ class Method:
         rows = method.variant.rows if method.variant else None
         if not weighted:
             return cls(UNIFORM, LearnedWeights(), needs=first, variant=rows)
-        flags = ("--model.weights=SigmoidWeights", *UNIFORM[1:])
-        return cls(flags, needs=first, weighted=True, variant=rows)
+        return cls(FIXED, needs=first, weighted=True, variant=rows)
 
     @classmethod
     def _trained(cls, name: str) -> Method:
@@ -206,14 +215,15 @@ class Method:
     @property
     def learns(self) -> bool:
         """Whether a run leaves learned weights."""
-        return not (self.best_of or self.filter or self.weighted) and self.flags[: len(UNIFORM)] != UNIFORM
+        fixed = self.best_of or self.filter or self.weighted or self.weights
+        return not fixed and self.flags[: len(UNIFORM)] != UNIFORM
 
     def callbacks(self, configured: Sequence[Mapping[str, Any]], earlier: Path | None = None) -> str:
         """The flag for the run's callbacks: `SelfRefine` put in or taken out, the configuration's others left.
 
         Args:
             configured: the configuration's own, as `class_path` and `init_args`.
-            earlier: folder of the run that the method needs.
+            earlier: folder of the run that the method needs, or of the weights that it was given.
         """
         mine = [callback for callback in configured if str(callback["class_path"]).endswith("SelfRefine")]
         chosen: list[Any] = [callback for callback in configured if callback not in mine]
@@ -222,7 +232,7 @@ class Method:
             own = (self.variant.refine if self.variant else None) or {}
             chosen.append({**callback, "init_args": {**callback.get("init_args", {}), **own}})
         chosen += [EARLY_STOPPING] if self.stopped_early else []
-        if self.weighted:
+        if self.weighted or self.weights:
             assert earlier is not None
             chosen.append({"class_path": "WarmStart", "init_args": {"weights": str(earlier / "weights.parquet")}})
         return f"--trainer.callbacks={json.dumps([*chosen, STOPWATCH])}"
@@ -256,7 +266,15 @@ def means(name: str, variants: Mapping[str, Variant]) -> bool:
 def unknown(name: str) -> UserError:
     """The error for a name that is no method's."""
     names = [*BASELINES, "mixing@SHARE", "best_mixing", *FILTERS, "bmo", *(f"{solver}[@WEIGHTS]" for solver in SOLVERS)]
-    names += ["two_stage:METHOD", "weighted:METHOD", "best:METHOD,METHOD", "seal", "METHOD+refine[:RULE]"]
+    names += [
+        "score:COLUMN",
+        "weights:COLUMN",
+        "two_stage:METHOD",
+        "weighted:METHOD",
+        "best:METHOD,METHOD",
+        "seal",
+        "METHOD+refine[:RULE]",
+    ]
     return UserError(f"unknown method {name!r}; there are: {', '.join(names)}.")
 
 

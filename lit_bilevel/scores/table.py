@@ -135,3 +135,11 @@ def read_scores(path: str | Path) -> Scores:
         raise UserError(f"{path} is not a table of scores ({error}); `lit-bilevel score` writes one.") from error
     numbers = [field.name for field in table.schema if pyarrow.types.is_floating(field.type)]
     return Scores(ids, {name: table[name].to_numpy() for name in numbers})
+
+
+def made_in(path: str | Path) -> float:
+    """Seconds that a file of scores says it took; 0 where it does not."""
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_schema(path).metadata or {}
+    return json.loads(metadata.get(b"lit_bilevel", b"{}")).get("seconds", 0.0)
