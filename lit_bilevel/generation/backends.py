@@ -163,6 +163,12 @@ class VLLM(GenerationBackend):
                 "`VLLM` is handed the weights of a LoRA adapter and the policy has none; set `model.policy.lora`, or"
                 " use `HFGenerate`."
             )
+        if policy.merged:
+            raise UserError(
+                "`VLLM` loads the base by its name, and here an adapter was merged into it, so it would not generate"
+                " with the policy; use `HFGenerate`, or merge the adapter into a folder of its own first (peft's"
+                " `merge_and_unload`) and give that as `model.policy.path`."
+            )
         config = next(iter(configs.values()))
         rank = next((rank for rank in VLLM_RANKS if rank >= config.r), None)
         if rank is None:
