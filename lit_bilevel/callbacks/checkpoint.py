@@ -29,6 +29,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_bilevel.atomic import install
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.nodes import check_shared
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 
@@ -73,6 +74,8 @@ class BilevelCheckpoint(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._place(trainer)
+        if stage == "fit" and not is_rehearsal(trainer):
+            check_shared(trainer, Path(str(self.dirpath)))
         super().setup(trainer, pl_module, stage)
         install(trainer.strategy)
 
