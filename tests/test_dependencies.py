@@ -1,4 +1,4 @@
-"""Every package that is imported is declared in pyproject.toml: always there, or of an extra and imported where needed."""
+"""Packages that are imported are declared in pyproject.toml; those of an extra are imported where they are needed."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -20,7 +20,8 @@ from test_kills import run_flags
 from lit_bilevel.callbacks.nodes import check_shared
 from lit_bilevel.errors import UserError
 
-NODES = ("--trainer.strategy=ddp", "--trainer.devices=1", "--trainer.num_nodes=2", "--data.batch_size=4")
+TWO = ("--trainer.strategy=ddp", "--data.batch_size=4", "--trainer.max_epochs=2")
+NODES = (*TWO, "--trainer.devices=1", "--trainer.num_nodes=2")
 
 
 class Strategy:
@@ -66,31 +67,34 @@ class Nodes:
         place = ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         self.logs = [folder / f"node{rank}.log" for rank in (0, 1)]
-        self.agents = [
-            subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", *place, f"--node_rank={rank}", "-m", "lit_bilevel"]
-                + ["fit", *own, "--ckpt_path=last"],
-                env=environment,
-                cwd=ROOT,
-                stdout=log.open("a"),
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            for rank, (own, log) in enumerate(zip(flags, self.logs, strict=True))
-        ]
+        self.agents: list[psutil.Process] = []
+        self.started: list[subprocess.Popen] = []
+        for rank, own in enumerate(flags):
+            command = [sys.executable, "-m", "torch.distributed.run", *place, f"--node_rank={rank}"]
+            command += ["-m", "lit_bilevel", "fit", *own, "--ckpt_path=last"]
+            with self.logs[rank].open("a") as log:
+                agent = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+            self.agents.append(psutil.Process(agent.pid))
+            self.started.append(agent)
 
     def wait(self) -> list[int]:
         """The exit codes."""
         try:
-            return [agent.wait(900) for agent in self.agents]
+            return [agent.wait(600) for agent in self.started]
         finally:
             self.kill(0)
             self.kill(1)
 
     def kill(self, rank: int) -> None:
-        """Let a node be gone: its agent and its process."""
-        if self.agents[rank].poll() is None:
-            os.killpg(self.agents[rank].pid, signal.SIGKILL)
+        """Let a node be gone: its agent and its process, which has a session of its own."""
+        if self.started[rank].poll() is None:
+            for process in [*self.agents[rank].children(recursive=True), self.agents[rank]]:
+                process.kill()
+            self.started[rank].wait()
+
+    def alive(self) -> bool:
+        """Whether both nodes are."""
+        return all(agent.poll() is None for agent in self.started)
 
     def text(self, rank: int = 0) -> str:
         """What a node wrote."""
@@ -99,14 +103,14 @@ class Nodes:
 
 @pytest.mark.slow
 def test_two_nodes_equal_one_and_survive_the_death_of_either(small, tmp_path):
-    whole = Run(run_flags(small, tmp_path / "whole", (*NODES[:1], "--trainer.devices=2", NODES[-1])), tmp_path / "log", 2)
+    whole = Run(run_flags(small, tmp_path / "whole", (*TWO, "--trainer.devices=2")), tmp_path / "log", 2)
     assert whole.wait() == [0, 0], whole.text()
     flags = [run_flags(small, tmp_path / "nodes", NODES)] * 2
     last = tmp_path / "nodes" / "checkpoints" / "last.ckpt"
     for gone in (1, 0):  # the second time it goes on from where the first was killed
         before = last.stat().st_mtime_ns if last.exists() else 0
         nodes = Nodes(flags, tmp_path)
-        while (not last.exists() or last.stat().st_mtime_ns == before) and all(a.poll() is None for a in nodes.agents):
+        while (not last.exists() or last.stat().st_mtime_ns == before) and nodes.alive():
             time.sleep(0.1)
         nodes.kill(gone)
         codes = nodes.wait()

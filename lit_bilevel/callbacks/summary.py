@@ -106,7 +106,7 @@ def _validation(trainer: Trainer) -> str:
 def _policy(module: LitBilevel) -> str:
     assert module.policy is not None
     trained = sum(parameter.numel() for parameter in module.policy.trainable())
-    total = sum(parameter.numel() for parameter in module.policy.parameters())
+    total = module.policy.causal_lm.num_parameters()  # which knows that four-bit ones are packed
     lora = "" if module.policy_settings.lora is None else f" (LoRA, rank {module.policy_settings.lora.r})"
     return f"{module.policy_settings.path}: {trained:,} of {total:,} parameters are trained{lora}"
 

@@ -6,6 +6,7 @@ Left out: other adapters than LoRA (prompt-learning ones change the input, which
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -117,6 +118,8 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
         )
     except (OSError, ValueError, ImportError) as error:  # the last where the package of an attention is missing
         raise _unloadable("causal language model", settings.path, error) from error
+    if settings.quantization is not None:
+        keep_backward(model)
     if settings.activation_checkpointing:
         checkpoint_activations(model)
     if settings.lora is not None:
@@ -128,6 +131,17 @@ def checkpoint_activations(model: Any) -> None:
     """Let a transformers model compute its layers again in the backward pass instead of keeping what they gave."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def keep_backward(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew, which it does at the first evaluation pass on some CPUs.
+
+    Those are CPUs with AVX512-BF16; layers packed in that way have no backward pass, and say nothing.
+    """
+    bitsandbytes = importlib.import_module("bitsandbytes")
+    for layer in model.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _quantization(settings: PolicySettings) -> Any:
