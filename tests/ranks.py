@@ -94,7 +94,13 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     seed_everything(0, verbose=False)
     losses.CHUNK_ELEMENTS = case.get("chunk", 1 << 25)
     world_size, sharded = int(os.environ.get("WORLD_SIZE", 1)), case["strategy"] == "fsdp2"
-    strategies = {"auto": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(save_distributed_checkpoint=False)}
+    strategies = {
+        "auto": lambda: "auto",
+        "ddp": lambda: "ddp",
+        "fsdp2": lambda: ModelParallelStrategy(save_distributed_checkpoint=False),
+        "zero1": lambda: deepspeed(1),
+        "zero2": lambda: deepspeed(2),
+    }
     lora = {"lora": lb.LoraSettings(**case["lora"])} if "lora" in case else {}
     module = lb.LitBilevel(
         lb.PolicySettings(case["model"], **case.get("policy", {}), **lora),
@@ -108,7 +114,7 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
         lower_objective=getattr(lb, case.get("objective", "SFT"))(),
     )
     trainer = Trainer(
-        strategy=strategies[case["strategy"]],
+        strategy=strategies[case["strategy"]](),
         accelerator="cpu",
         devices=world_size,
         precision=None if sharded and case["precision"] == "64-true" else case["precision"],
@@ -136,6 +142,13 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     return module, trainer
 
 
+def deepspeed(stage: int) -> Any:
+    """Only asked for where it is installed."""
+    from deepspeed_cpu import DeepSpeedOnCPU
+
+    return DeepSpeedOnCPU(stage=stage)
+
+
 def end(case: dict[str, Any]) -> dict[str, Any]:
     """Weights and policy after a case, whole."""
     module, trainer = fitted(case)
@@ -143,7 +156,8 @@ def end(case: dict[str, Any]) -> dict[str, Any]:
 
     policy = torch.cat([whole(parameter.detach()).flatten().double() for parameter in module.policy.trainable()])
     assert trainer.global_step == case["steps"]
-    return {"weights": module.weights.table().clone(), "policy": policy, "step": trainer.global_step}
+    dtypes = sorted({str(p.dtype) for p in (*module.weights.parameters(), *module.weights.buffers())})
+    return {"weights": module.weights.table().clone(), "policy": policy, "step": trainer.global_step, "dtypes": dtypes}
 
 
 def main(specification: str, output: str) -> None:

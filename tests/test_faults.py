@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from test_refine import refine_all, refine_flags, run
 from test_resume import fit, short
 
-from lit_bilevel import SFT, Mixing, OneStep, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
+from lit_bilevel import SFT, Mixing, OneStep, Penalty, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
 from lit_bilevel.guard import Guard, GuardSettings
@@ -270,3 +270,24 @@ def test_a_scaled_loss_is_unscaled_once_and_an_overflow_is_no_fault(small, tmp_p
     moved = torch.cat([(a - b).detach().flatten() for a, b in zip(precise.policy.trainable(), base, strict=True)])
     found = torch.cat([(a - b).detach().flatten() for a, b in zip(scaled.policy.trainable(), base, strict=True)])
     assert (found - moved).norm() < 0.05 * moved.norm()
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # where the first step is skipped
+@pytest.mark.parametrize("solver", [Penalty, OneStep])
+def test_solvers_learn_the_same_weights_under_loss_scaling(small, tmp_path, solver):
+    """Scales as Lightning's default, and one that overflows twice before it fits."""
+    tables, skipped = [], []
+    for scale in (None, 2.0**16, 2.0**40):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, backoff_factor=2.0**-12)
+        plugins = [] if scale is None else [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+        model = run(small, tmp_path, Callback(), steps=11, solver=solver(), trainer_settings={"plugins": plugins})
+        tables.append(model.weights.table().log())
+        skipped.append((model.guard.skipped, model.guard.in_a_row))
+        assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+    assert skipped[:2] == [(0, 0), (0, 0)]
+    assert skipped[2][0] > 0
+    assert skipped[2][1] == 0
+    precise, scaled, overflowed = tables
+    assert (scaled - precise).std() < 0.1 * precise.std()
+    # the policy stood still meanwhile, so later scores are of an earlier policy
+    assert torch.corrcoef(torch.stack([precise, overflowed]))[0, 1] > 0.5
