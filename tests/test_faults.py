@@ -275,19 +275,21 @@ def test_a_scaled_loss_is_unscaled_once_and_an_overflow_is_no_fault(small, tmp_p
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # where the first step is skipped
 @pytest.mark.parametrize("solver", [Penalty, OneStep])
 def test_solvers_learn_the_same_weights_under_loss_scaling(small, tmp_path, solver):
-    """Scales as Lightning's default, and one that overflows twice before it fits."""
+    """Scales that fit, that hardly fit (Lightning's first one), and that overflow twice before they fit."""
     tables, skipped = [], []
-    for scale in (None, 2.0**16, 2.0**40):
+    for scale in (None, 2.0**10, 2.0**16, 2.0**40):
         scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, backoff_factor=2.0**-12)
         plugins = [] if scale is None else [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
         model = run(small, tmp_path, Callback(), steps=11, solver=solver(), trainer_settings={"plugins": plugins})
         tables.append(model.weights.table().log())
-        skipped.append((model.guard.skipped, model.guard.in_a_row))
+        skipped.append(model.guard.skipped)
+        assert model.guard.in_a_row == 0
         assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
-    assert skipped[:2] == [(0, 0), (0, 0)]
-    assert skipped[2][0] > 0
-    assert skipped[2][1] == 0
-    precise, scaled, overflowed = tables
-    assert (scaled - precise).std() < 0.1 * precise.std()
-    # the policy stood still meanwhile, so later scores are of an earlier policy
-    assert torch.corrcoef(torch.stack([precise, overflowed]))[0, 1] > 0.5
+    assert skipped[1] == 0
+    assert skipped[2] <= 1
+    assert skipped[3] > 1
+    assert (tables[1] - tables[0]).std() < 0.1 * tables[0].std()
+    # where the policy stood still meanwhile, later scores are of an earlier policy
+    agreement = torch.corrcoef(torch.stack(tables))[0]
+    assert agreement[2] > 0.9
+    assert agreement[3] > 0.5
