@@ -15,13 +15,14 @@ _NAMES = {
     "lit_bilevel.data.module": "BilevelDataModule",
     "lit_bilevel.policy.load": "LoraSettings PolicySettings",
     "lit_bilevel.objectives": "DPO Objective SFT",
-    "lit_bilevel.optim": "ExponentiatedGradient",
+    "lit_bilevel.weights.optimizer": "ExponentiatedGradient",
     "lit_bilevel.weights": "BMOWeights ExampleWeights NetworkWeights RunningWeights SigmoidWeights SoftmaxWeights "
     "SourceWeights TableWeights UniformWeights",
     "lit_bilevel.solvers": "BilevelSolver Implicit Mixing OneStep Penalty ValueFunction",
-    "lit_bilevel.ratios": "Aligned LengthNormalised ResponseWeights SelfNormalised Sequence Token Uniform",
-    "lit_bilevel.policy.generate": "GenerationBackend HFGenerate Sampling",
-    "lit_bilevel.policy.backends": "ContinuousBatching VLLM",
+    "lit_bilevel.refinement.response_weights": "Aligned LengthNormalised ResponseWeights SelfNormalised Sequence Token "
+    "Uniform",
+    "lit_bilevel.generation.hf": "GenerationBackend HFGenerate Sampling",
+    "lit_bilevel.generation.backends": "ContinuousBatching VLLM",
     "lit_bilevel.callbacks": "BelowThreshold BilevelCheckpoint Choose Export Figures LowestFraction ModelCard "
     "Predictions RandomFraction RandomState SelfRefine Summary WarmStart WeightInspector",
 }

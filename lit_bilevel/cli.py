@@ -14,6 +14,7 @@ import logging
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
+import lit_bilevel.generation.backends
 import lit_bilevel.objectives
-import lit_bilevel.optim
-import lit_bilevel.policy.backends
-import lit_bilevel.ratios
+import lit_bilevel.refinement.response_weights
 import lit_bilevel.solvers
-import lit_bilevel.weights  # noqa: F401  (known classes can be named in YAML without their module)
-from lit_bilevel.arguments import NOTE, Parser
+import lit_bilevel.weights
+import lit_bilevel.weights.optimizer  # noqa: F401  (known classes can be named in YAML without their module)
 from lit_bilevel.callbacks import (
     BilevelCheckpoint,
     Export,
@@ -43,11 +43,12 @@ from lit_bilevel.callbacks import (
 )
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.callbacks.progress import Bar, Lines
-from lit_bilevel.checks import check_precision
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.place import with_own_configs
+from lit_bilevel.parser import NOTE, Parser
+from lit_bilevel.resources import with_own_configs
+from lit_bilevel.training.refusals import check_precision
 
 # lines of libraries that say nothing to a user of this program; each is matched as a beginning
 UNTOLD = (
@@ -222,13 +223,25 @@ def _told(record: logging.LogRecord) -> bool:
 
 def main(args: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    quiet()
     if importlib.util.find_spec("shtab") is not None:
         jsonargparse.set_parsing_settings(add_print_completion_argument=True)
+    given = with_own_configs(sys.argv[1:] if args is None else args)
+    return told(lambda: BilevelCLI(given), "lit-bilevel", "Continue with `--ckpt_path last`.")
+
+
+def told(run: Callable[[], object], program: str, again: str) -> int:
+    """Run something, its errors in one message; returns the exit status.
+
+    Args:
+        run: what is run.
+        program: its name in messages.
+        again: how to go on when another process has ended.
+    """
+    quiet()
     try:
-        BilevelCLI(with_own_configs(sys.argv[1:] if args is None else args))
+        run()
     except (UserError, MisconfigurationException) as error:  # the latter is Lightning's
-        sys.stderr.write(f"lit-bilevel: {error}\n")
+        sys.stderr.write(f"{program}: {error}\n")
         return 2
     except SIGTERMException:  # while no state was at stake, as in a prediction
         return 128 + signal.SIGTERM
@@ -236,8 +249,8 @@ def main(args: list[str] | None = None) -> int:
         if not any(text in str(error) for text in LOST):
             raise
         sys.stderr.write(
-            "lit-bilevel: another process of the run has ended, so this one ends too; its own message stands above, or"
-            f" in its log (seen here: {str(error).splitlines()[0]}). Continue with `--ckpt_path last`.\n"
+            f"{program}: another process of the run has ended, so this one ends too; its own message stands above, or"
+            f" in its log (seen here: {str(error).splitlines()[0]}). {again}\n"
         )
         return 1
     return 0

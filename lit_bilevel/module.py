@@ -25,28 +25,31 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_bilevel.checks import check_flags, check_run, check_settings
-from lit_bilevel.errors import UserError
-from lit_bilevel.evaluation import Evaluation
-from lit_bilevel.exchange import followed, gathered_scores, lightning_engine
-from lit_bilevel.guard import Guard, GuardSettings
+from lit_bilevel.errors import settings_missing
+from lit_bilevel.generation.hf import answers
 from lit_bilevel.objectives.base import Objective
 from lit_bilevel.objectives.sft import SFT
-from lit_bilevel.optim import ExponentiatedGradient
-from lit_bilevel.optimizers import made_optimizers
 from lit_bilevel.policy.compile import compile_layers
-from lit_bilevel.policy.generate import answers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
+from lit_bilevel.policy.logprobs import measures, weigh_responses
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
-from lit_bilevel.policy.score import measures, weigh_responses
+from lit_bilevel.policy.randomness import part_random_states
 from lit_bilevel.policy.shard import shard
-from lit_bilevel.ratios import ResponseWeights, Uniform
-from lit_bilevel.refinement import Refinement
+from lit_bilevel.refinement.groups import Refinement
+from lit_bilevel.refinement.response_weights import ResponseWeights, Uniform
 from lit_bilevel.solvers.base import BilevelSolver
-from lit_bilevel.state import restore_late, restore_own, save_own
+from lit_bilevel.training.begin import begin
+from lit_bilevel.training.checkpoint import restore_late, restore_own, save_own
+from lit_bilevel.training.evaluation import Evaluation
+from lit_bilevel.training.exchange import gathered_responses, gathered_scores, lightning_engine
+from lit_bilevel.training.guard import Guard, GuardSettings
+from lit_bilevel.training.optimizers import made_optimizers
+from lit_bilevel.training.refusals import check_flags, check_run, check_settings
+from lit_bilevel.training.schedule import upper_weight_of
 from lit_bilevel.types import Batch, Question
 from lit_bilevel.weights.base import ExampleWeights
+from lit_bilevel.weights.optimizer import ExponentiatedGradient
 
 OptimizerCallable = Callable[[Iterable], Optimizer]
 
@@ -64,6 +67,7 @@ class LitBilevel(LightningModule):
         weight_optimizer: makes the weights' optimizer.
         upper_weight: λ; the policy minimises λ·f + (1−λ)·g.
         upper_weight_decay: taken off λ after every epoch, down to 0.
+        upper_weight_decay_every: policy steps after which it is taken off instead, whatever an epoch is.
         upper_weight_start: share of the run after which λ takes effect; until then it is 0 and the policy sees no
             validation row, so that scores come from a gradient that is not memorised.
         weight_start: share of the run after which the weights begin to move.
@@ -100,6 +104,7 @@ class LitBilevel(LightningModule):
         guard: GuardSettings | None = None,
         upper_objective: Objective | None = None,
         lower_objective: Objective | None = None,
+        upper_weight_decay_every: int | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -107,6 +112,7 @@ class LitBilevel(LightningModule):
         self.policy_settings = policy
         self.policy: Policy | None = None
         self.weights = weights
+        self.of_responses = {"response_weights": response_weights, "refined_weights": refined_weights}
         self.refinement = Refinement(refined_weights or weights, response_weights or Uniform(), weight_optimizer)
         self.solver = solver
         self.max_new_tokens = max_new_tokens
@@ -114,6 +120,7 @@ class LitBilevel(LightningModule):
         self.make_weight_optimizer = weight_optimizer
         self.initial_upper_weight = upper_weight
         self.upper_weight_decay = upper_weight_decay
+        self.upper_weight_decay_every = upper_weight_decay_every
         self.upper_weight_start = upper_weight_start
         self.weight_start = weight_start
         self.lr_scheduler_name = lr_scheduler
@@ -126,6 +133,8 @@ class LitBilevel(LightningModule):
         self.evaluation = Evaluation(self.lower_objective, self.upper_objective)
         self.own_optimizer: Optimizer | None = None
         """The outer optimizer where the strategy takes one only."""
+        self.pool_digest: str | None = None
+        """Of the pool that the weights are for."""
         self._own_state: dict[str, Any] = {}
         check_settings(self)
 
@@ -138,12 +147,7 @@ class LitBilevel(LightningModule):
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)
-        self.guard.reason = None  # of an earlier run of this object
-        if self.weights.pool_rows == 0:
-            sources = getattr(getattr(self.trainer, "datamodule", None), "pool_sources", None)
-            if sources is None:
-                raise UserError("`LitBilevel` needs a `BilevelDataModule`, to know how many rows to weight; pass one.")
-            self.weights.build(sources, torch.float64 if self.trainer.precision == "64-true" else torch.float32)
+        begin(self, stage)
 
     def configure_callbacks(self) -> list[Any]:
         check_flags(self.trainer)  # Lightning asks for callbacks before it raises errors of its own
@@ -181,9 +185,7 @@ class LitBilevel(LightningModule):
     @property
     def upper_weight(self) -> float:
         """λ in this step."""
-        if self.progress < self.upper_weight_start:
-            return 0.0
-        return max(0.0, self.initial_upper_weight - self.upper_weight_decay * self.current_epoch)
+        return upper_weight_of(self)
 
     @property
     def pair_levels(self) -> list[str]:
@@ -205,15 +207,17 @@ class LitBilevel(LightningModule):
         if s_B is None:
             problem.complete()
         features, s_B, losses = gathered_scores(problem, s_B, self.trainer.strategy, self.refinement.active)
-        self.refinement.observe(self.weights, features)
+        self.refinement.observe(self.weights, outer, features)
         if self.learns_weights and self.progress >= self.weight_start:
             self.refinement.step(self.weights, outer, features, s_B)
         problem.complete()  # with the new weights: a row's first score counts at its first visit
         statistics = self.weights.statistics()
-        found = followed(found, self.refinement.rule, self.trainer)
-        if self.guard.admits(self, features, statistics.get("effective_size"), found):
-            inner.step()
-            self.lr_schedulers().step()  # type: ignore[union-attr]
+        found = gathered_responses(found, self.trainer)
+        if self.guard.steps(self, inner, features, statistics.get("effective_size"), found):
+            self.refinement.follow(found)
+        else:
+            self.refinement.take_back()
+            statistics = {}
         self._log_step(losses | measures(found) | {f"weights/{name}": value for name, value in statistics.items()})
 
     def _optimizers(self) -> tuple[Any, Optimizer | None]:
@@ -225,16 +229,12 @@ class LitBilevel(LightningModule):
 
     def _problem(self, batch: dict[str, list[Batch]], optimizer: Optimizer) -> PolicyProblem:
         assert self.policy is not None
+        weigh = functools.partial(self.refinement.weigh, self.weights)
+        needs_loss = self.weights.needs_loss or self.refinement.needs_loss
+        engine, objectives = lightning_engine(self), (self.lower_objective, self.upper_objective)
+        lower, upper = batch["lower"], batch["upper"]
         return PolicyProblem(
-            self.policy,
-            batch["lower"],
-            batch["upper"],
-            functools.partial(self.refinement.weigh, self.weights),
-            self.weights.needs_loss or self.refinement.needs_loss,
-            self.upper_weight,
-            optimizer,
-            lightning_engine(self),
-            (self.lower_objective, self.upper_objective),
+            self.policy, lower, upper, weigh, needs_loss, self.upper_weight, optimizer, engine, objectives
         )
 
     def _log_step(self, values: dict[str, Tensor]) -> None:
@@ -242,6 +242,9 @@ class LitBilevel(LightningModule):
         bar = {"upper/loss", "lower/loss", "weights/effective_size"}
         self.log_dict({k: v for k, v in shown.items() if k in bar}, prog_bar=True)
         self.log_dict({k: v for k, v in shown.items() if k not in bar})
+
+    def on_fit_start(self) -> None:
+        part_random_states(self.global_rank)  # after the policy is made; a resumed run takes its own up later
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.guard.stop_if_asked()
@@ -275,6 +278,8 @@ class LitBilevel(LightningModule):
     def predict_step(self, batch: list[Question], batch_idx: int) -> list[dict[str, str]]:
         """Greedy answers to test prompts: dicts of `id`, `prompt` and `response`."""
         assert self.policy is not None
+        if not batch:  # another process has a prompt more
+            return []
         return answers(self.policy, self.tokenizer, batch, self.max_new_tokens)
 
     # ---- checkpoints ----
@@ -286,11 +291,7 @@ class LitBilevel(LightningModule):
         Raises:
             UserError: always, with what to do instead.
         """
-        raise UserError(
-            "a checkpoint of `LitBilevel` holds no settings and no frozen parameters, so it cannot be loaded by itself;"
-            " load `policy/` of the run folder with `from_pretrained`, or build the module and give the checkpoint to"
-            " `trainer.test(model, data, ckpt_path=…)`, `validate`, `predict` or `fit`."
-        )
+        raise settings_missing()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         save_own(self, checkpoint)

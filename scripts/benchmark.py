@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] not in NAMES:
         print(__doc__, file=sys.stderr)
         return 2
-    return importlib.import_module(f"benchmark_{arguments[0]}").main(arguments[1:])
+    return importlib.import_module(f"benchmarks.{arguments[0]}").main(arguments[1:])
 
 
 if __name__ == "__main__":

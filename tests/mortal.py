@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 import pyarrow.parquet
 import torch
 
-import lit_bilevel.atomic
+import lit_bilevel.training.checkpoint_io
 from lit_bilevel.__main__ import main
 from lit_bilevel.callbacks import BilevelCheckpoint, Export, SelfRefine
-from lit_bilevel.callbacks.record import ResponseFile
 from lit_bilevel.cli import BilevelCLI  # noqa: F401  (loaded once, in the server)
+from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.policy.generate import HFGenerate
 from lit_bilevel.policy.load import load_policy  # noqa: F401
+from lit_bilevel.refinement.responses_file import ResponseFile
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,7 +69,7 @@ MOMENTS: dict[str, tuple[Any, str, Callable | None]] = {
     "epoch end": (LitBilevel, "on_train_epoch_end", None),
     "half a checkpoint": (torch, "save", half_saved),
     "checkpoint": (BilevelCheckpoint, "_save_last_checkpoint", None),
-    "renamed checkpoint": (lit_bilevel.atomic, "_sync_folder", None),
+    "renamed checkpoint": (lit_bilevel.training.checkpoint_io, "_sync_folder", None),
     "generation": (HFGenerate, "generate", None),
     "half the responses": (ResponseFile, "append", half_appended),
     "responses": (SelfRefine, "_report", None),

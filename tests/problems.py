@@ -34,7 +34,7 @@ WEIGHTINGS: dict[str, Callable[[], ExampleWeights]] = {
     "softmax": SoftmaxWeights,
     "sigmoid": SigmoidWeights,
     "softmax+temperature": partial(SoftmaxWeights, temperature=2.0),
-    "softmax+kl": partial(SoftmaxWeights, kl_to_uniform=0.1),
+    "softmax+kl": partial(SoftmaxWeights, kl_to_prior=0.1),
     "softmax+floor": partial(SoftmaxWeights, floor=0.1),
     "softmax+cap": partial(SoftmaxWeights, cap=3.0),
     "sigmoid+keep+cap": partial(SigmoidWeights, keep=0.8, cap=2.0),

@@ -13,9 +13,36 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py"))
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in FILES}
 HEAVY = ("lightning", "transformers", "peft", "datasets")
 PURE = (
-    *("types.py", "losses.py", "problem.py", "optim.py", "ratios.py", "errors.py"),
-    *("weights/", "solvers/", "objectives/"),
+    *("types.py", "losses.py", "problem.py", "errors.py", "refinement/response_weights.py", "refinement/choose.py"),
+    *("refinement/groups.py", "weights/", "solvers/", "objectives/"),
 )
+# Each room, or file at the root, and those it may import: only ones above it, so that there is no way round.
+ROOMS = {
+    "errors": "",
+    "types": "",
+    "problem": "",
+    "resources": "",
+    "version": "",
+    "losses": "types",
+    "weights": "errors types",
+    "solvers": "errors problem",
+    "objectives": "errors losses types",
+    "data": "errors resources types version",
+    "refinement": "errors types weights",
+    "policy": "errors losses objectives problem refinement resources types",
+    "generation": "data errors policy types",
+    "scores": "data errors policy types version",
+    "training": "data errors losses objectives policy problem refinement types weights",
+    "module": "errors generation objectives policy refinement solvers training types weights",
+    "inspection": "errors module training",
+    "callbacks": "data errors generation inspection module policy refinement training types version",
+    "commands": "data errors resources",
+    "__init__": "version",
+    "parser": "__init__ errors",
+    "cli": "callbacks data errors generation module objectives parser refinement resources solvers training weights",
+    "comparison": "cli commands data errors inspection losses policy resources types",
+    "__main__": "cli commands comparison inspection version",
+}
 
 
 def imports(name: str) -> set[str]:
@@ -31,6 +58,11 @@ def imports(name: str) -> set[str]:
     return found
 
 
+def room_of(name: str) -> str:
+    """The room of a file: its folder, or itself where it stands at the root."""
+    return name.split("/")[0].removesuffix(".py")
+
+
 def inside(name: str, *places: str) -> list[str]:
     """Imports of a file that lead into the given places of the package."""
     return [other for other in imports(name) if any(f"{other}.".startswith(f"lit_bilevel.{p}.") for p in places)]
@@ -39,7 +71,7 @@ def inside(name: str, *places: str) -> list[str]:
 @pytest.mark.parametrize("name", [n for n in TREES if n.startswith(PURE)])
 def test_the_mathematics_knows_torch_alone(name):
     assert not [other for other in imports(name) if other.split(".")[0] in HEAVY]
-    assert not inside(name, "data", "policy", "module", "callbacks", "cli")
+    assert not inside(name, "data", "policy", "generation", "training", "module", "inspection", "callbacks", "cli")
 
 
 @pytest.mark.parametrize("name", [n for n in TREES if n.startswith(("weights/", "solvers/"))])
@@ -52,22 +84,30 @@ def test_weights_and_solvers_do_not_know_each_other(name):
 
 
 @pytest.mark.parametrize("name", list(TREES))
-def test_floors(name):
-    if name.startswith("data/"):
-        assert not inside(name, "policy", "module", "callbacks", "cli")
-    if name.startswith("policy/"):
-        assert not inside(name, "data", "module", "callbacks", "cli")
-    if not name.startswith("callbacks/") and name not in ("cli.py", "__init__.py"):
-        assert not inside(name, "callbacks")
-    if name != "__main__.py" and not name.startswith("comparison/"):  # the top floor: runs whole commands
-        assert not inside(name, "cli", "comparison")
+def test_a_room_imports_the_rooms_of_its_line(name):
+    room = room_of(name)
+    used = {other.split(".")[1] for other in imports(name) if other.startswith("lit_bilevel.")} & set(ROOMS) - {room}
+    if "lit_bilevel" in imports(name):
+        used.add("__init__")
+    assert used <= set(ROOMS[room].split()), f"{name} imports {sorted(used - set(ROOMS[room].split()))}"
+
+
+def test_the_lines_of_rooms_run_one_way():
+    assert {room_of(name) for name in TREES} == set(ROOMS)
+    above: set[str] = set()
+    for room, allowed in ROOMS.items():
+        assert set(allowed.split()) <= above, f"`{room}` may import a room that stands below it"
+        above.add(room)
+
+
+SOCKETS = ("weights.base", "weights.optimizer", "solvers.base")
 
 
 def test_the_module_knows_sockets_only():
     concrete = [
         other
         for other in inside("module.py", "weights", "solvers")
-        if not other.startswith(("lit_bilevel.weights.base", "lit_bilevel.solvers.base"))
+        if not other.startswith(tuple(f"lit_bilevel.{socket}" for socket in SOCKETS))
     ]
     assert not concrete
 

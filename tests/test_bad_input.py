@@ -16,9 +16,9 @@ from transformers import AutoTokenizer
 
 from lit_bilevel.cli import main
 from lit_bilevel.data import files, formats
+from lit_bilevel.data.announce import write_skipped
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.module import BilevelDataModule
-from lit_bilevel.data.report import write_skipped
 from lit_bilevel.errors import UserError
 from lit_bilevel.types import Row
 

@@ -10,8 +10,8 @@ from conftest import ROOT
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(ROOT / "scripts"))
-import benchmark_memory
-import benchmark_step
+from benchmarks import memory as benchmark_memory
+from benchmarks import step as benchmark_step
 
 
 def test_a_method_that_there_is_not_is_refused(capsys):

@@ -18,7 +18,7 @@ BY_NAME = ("import_module", "find_spec", "importorskip")  # calls that import th
 
 
 homes = functools.cache(importlib.metadata.packages_distributions)
-OWN = {"lit_bilevel", *(path.stem for path in (ROOT / "scripts").glob("*.py"))}
+OWN = {"lit_bilevel", *(path.stem for path in (ROOT / "scripts").rglob("*"))}
 
 
 def normal(name: str) -> str:
@@ -71,7 +71,7 @@ def test_what_the_package_imports_is_declared(path):
     assert undeclared((ROOT / path).read_text()) == []
 
 
-@pytest.mark.parametrize("path", sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "scripts").glob("*.py")))
+@pytest.mark.parametrize("path", sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "scripts").rglob("*.py")))
 def test_what_scripts_import_is_declared(path):
     assert undeclared((ROOT / path).read_text(), extras_at_once=True) == []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,12 @@ from test_resume import fit, short
 from lit_bilevel import SFT, Mixing, OneStep, Penalty, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
-from lit_bilevel.guard import Guard, GuardSettings
+from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.losses import example_nll
-from lit_bilevel.policy.generate import HFGenerate
 from lit_bilevel.policy.load import load_policy
-from lit_bilevel.ratios import Token
+from lit_bilevel.refinement.choose import LowestFraction
+from lit_bilevel.refinement.response_weights import SelfNormalised, Token
+from lit_bilevel.training.guard import Guard, GuardSettings
 from lit_bilevel.weights import BMOWeights, NetworkWeights
 
 
@@ -65,6 +68,59 @@ def test_a_row_without_a_finite_loss_costs_its_step_alone(small, tmp_path, poiso
     assert table.std() > 0
 
 
+class Spoil(Callback):
+    """Makes the policy's gradient infinite in one step, by its backward pass alone: all losses stay finite."""
+
+    def __init__(self, step: int):
+        self.step, self.seen = step, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.broken = batch_idx == self.step
+        if not self.seen:
+            pl_module.policy.trainable()[0].register_hook(lambda g: g * torch.inf if self.broken else None)
+
+    def on_train_batch_end(self, trainer, pl_module, *rest):
+        rule = pl_module.refinement.rule
+        parts = {
+            "weights": pl_module.weights.state_dict(),
+            "groups": pl_module.refinement.weights.state_dict() if pl_module.refinement.active else {},
+            "optimizer": pl_module.optimizers()[1].optimizer.state_dict() if pl_module.learns_weights else {},
+            "rule": rule.state_dict(),
+            "rate": pl_module.lr_schedulers().get_last_lr(),
+        }
+        self.seen.append(copy.deepcopy(parts))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("settings", "refined"),
+    [
+        ({"solver": OneStep(), "weights": SoftmaxWeights()}, False),
+        ({"solver": Mixing(), "weights": BMOWeights()}, False),
+        ({"solver": OneStep(), "weights": SoftmaxWeights(), "response_weights": SelfNormalised()}, True),
+        (
+            {
+                "solver": OneStep(),
+                "weights": SoftmaxWeights(),
+                "weight_optimizer": functools.partial(torch.optim.SparseAdam, lr=0.1, eps=1.0),
+            },
+            False,
+        ),
+    ],
+    ids=["table", "closed", "refined", "optimizer with a state"],
+)
+def test_a_skipped_policy_step_takes_neither_weight_step_nor_rule_along(small, tmp_path, settings, refined, accumulate):
+    spoil = Spoil(3)
+    watch = refine_all(choose=LowestFraction(0.9), responses=1) if refined else Callback()
+    with pytest.warns(UserWarning, match="was skipped.*every row of the pool has a finite loss"):
+        model = run(small, tmp_path, watch, watch=[spoil], steps=5, accumulate_grad_batches=accumulate, **settings)
+    assert model.guard.skipped == 1
+    before, skipped, after = spoil.seen[2:5]
+    torch.testing.assert_close(skipped, before, rtol=0, atol=0, equal_nan=True)
+    for part in ("groups", "rule") if refined else ("weights",):
+        assert str(after[part]) != str(skipped[part]), part
+
+
 def test_validation_rows_without_a_finite_loss_spoil_no_later_score(small, tmp_path, poison):
     class Heal(Callback):
         def on_train_batch_end(self, *rest):
@@ -104,7 +160,7 @@ class Collapse(Callback):
         if trainer.global_step == 4:
             weight_N = torch.full((90,), 1e-6)
             weight_N[7], weight_N[60] = 80.0, 10.0
-            pl_module.weights.start_from(weight_N)
+            pl_module.weights.set_prior(weight_N)
 
 
 def ids(small, *rows: int) -> list[str]:
@@ -123,7 +179,7 @@ def test_collapsed_weights_are_named_once(small, tmp_path):
     one, other = ids(small, 7, 60)
     assert heaviest.startswith(f"{one} (8")
     assert f"), {other} (" in heaviest
-    assert "`kl_to_uniform`" in text
+    assert "`kl_to_prior`" in text
     assert model.global_step == 9
 
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TOY, read_jsonl, write_jsonl
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_refine import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_bilevel import (
@@ -27,9 +28,9 @@ from lit_bilevel import (
     SoftmaxWeights,
 )
 from lit_bilevel.cli import BilevelCLI, main
-from lit_bilevel.curves import read_curves
 from lit_bilevel.errors import UserError
-from lit_bilevel.scoring import read_truth
+from lit_bilevel.inspection.curves import read_curves
+from lit_bilevel.inspection.truth import read_truth
 
 STEP_TAGS = ["upper/loss", "lower/loss", "lower/weighted_loss", "weights/effective_size", "weights/entropy"]
 
@@ -285,6 +286,22 @@ def test_bad_data_is_refused(flags, small, capsys, tmp_path):
     bad = write_jsonl(tmp_path / "bad.jsonl", records)
     message = refusal(["fit", *flags, f"--data.pool={bad}"], capsys)
     assert re.search(r"bad\.jsonl.*line 5.*`response` is empty", message)
+
+
+def test_lambda_that_falls_by_steps_is_the_same_whatever_an_epoch_is(small, tmp_path):
+    class Lambda(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *rest):
+            seen.append(pl_module.upper_weight)
+
+    found = []
+    for size, every in ((30, 4), (10, 4), (30, None)):
+        seen: list[float] = []
+        falling = {"upper_weight": 0.5, "upper_weight_decay": 0.2, "upper_weight_decay_every": every}
+        run(small, tmp_path, Lambda(), size=size, steps=13, **falling)
+        found.append(seen)
+    by_steps = [max(0.0, 0.5 - 0.2 * (step // 4)) for step in range(13)]
+    assert found[:2] == [by_steps, by_steps]
+    assert found[2] == [max(0.0, 0.5 - 0.2 * (step // 3)) for step in range(13)]  # three steps an epoch
 
 
 def test_settings_without_meaning_are_refused(flags, capsys):

@@ -15,12 +15,12 @@ from sources import Source
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lit_bilevel.data.announce import shown
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.examples import Examples
 from lit_bilevel.data.formats import Preference
 from lit_bilevel.data.module import BilevelDataModule
-from lit_bilevel.data.report import shown
 from lit_bilevel.data.table import column, encode_rows, write_rows
 from lit_bilevel.errors import UserError
 from lit_bilevel.types import Example, Row

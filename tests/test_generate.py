@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
 
-from lit_bilevel import generation
 from lit_bilevel.errors import UserError
-from lit_bilevel.generation import score
-from lit_bilevel.policy.backends import VLLM, ContinuousBatching, ended
-from lit_bilevel.policy.generate import HFGenerate, Request, Sample, Sampling, batches_by_length, draw, end_tokens
+from lit_bilevel.generation import respond as generation
+from lit_bilevel.generation.backends import VLLM, ContinuousBatching, ended
+from lit_bilevel.generation.hf import HFGenerate, Request, Sample, Sampling, batches_by_length, draw, end_tokens
+from lit_bilevel.generation.respond import score
 from lit_bilevel.policy.policy import Policy
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

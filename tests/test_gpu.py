@@ -20,8 +20,8 @@ from test_generate import ENDS, ask, make
 from test_refine import REFINE
 
 from lit_bilevel.cli import main
-from lit_bilevel.policy.backends import ContinuousBatching
-from lit_bilevel.policy.generate import HFGenerate, Sampling
+from lit_bilevel.generation.backends import ContinuousBatching
+from lit_bilevel.generation.hf import HFGenerate, Sampling
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 SOLVERS = {

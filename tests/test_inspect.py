@@ -23,17 +23,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lit_bilevel import BilevelDataModule, LitBilevel, OneStep, PolicySettings, SoftmaxWeights
-from lit_bilevel.arguments import nearest
 from lit_bilevel.callbacks import SelfRefine, WeightInspector
 from lit_bilevel.callbacks.figures import _trajectories
 from lit_bilevel.callbacks.progress import Bar, GenerationBar, Lines, Rate
 from lit_bilevel.cli import main
-from lit_bilevel.curves import read_curves, thinned
-from lit_bilevel.inspection import Inspection
-from lit_bilevel.page import escaped
-from lit_bilevel.report import main as inspect
-from lit_bilevel.settings import run_settings
-from lit_bilevel.statistics import correlation, precision_recall, quantile, quantiles, ranks, source_mass
+from lit_bilevel.inspection.curves import read_curves, thinned
+from lit_bilevel.inspection.folder import Inspection
+from lit_bilevel.inspection.page import escaped
+from lit_bilevel.inspection.settings import run_settings
+from lit_bilevel.inspection.statistics import correlation, precision_recall, quantile, quantiles, ranks, source_mass
+from lit_bilevel.inspection.terminal import main as inspect
+from lit_bilevel.parser import nearest
 
 FIGURES = ("weights", "kinds", "trajectories", "losses", "refinement", "overview")
 QUANTILES = [f"weights_quantile/{q}" for q in ("05", "25", "50", "75", "95")]
@@ -366,7 +366,7 @@ def test_an_epoch_of_a_hundred_thousand_rows_is_summed_up_in_a_second(tmp_path):
     inspector._before = torch.rand(rows, generator=random)
     module = LitBilevel(PolicySettings("lit_bilevel/toy/model"), SoftmaxWeights(), OneStep())
     module.weights.build(source_N)
-    module.weights.start_from(torch.rand(rows, generator=random) + 0.1)
+    module.weights.set_prior(torch.rand(rows, generator=random) + 0.1)
     board = TensorBoardLogger(tmp_path, name="", version="")
     assert board.experiment
     trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=board, enable_checkpointing=False)

@@ -11,10 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_bilevel import SFT, losses
 from lit_bilevel.data.collate import collate
-from lit_bilevel.evaluation import Evaluation
 from lit_bilevel.losses import OutputLayer, token_nll
 from lit_bilevel.policy.head import Shape, head_shape
 from lit_bilevel.policy.policy import Policy
+from lit_bilevel.training.evaluation import Evaluation
 from lit_bilevel.types import Example
 
 K, V, D = 11, 13, 5

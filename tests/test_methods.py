@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT
 
 from lit_bilevel.cli import main
-from lit_bilevel.curves import read_curves
-from lit_bilevel.inspection import read_lines
+from lit_bilevel.inspection.curves import read_curves
+from lit_bilevel.inspection.folder import read_lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 

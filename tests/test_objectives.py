@@ -42,12 +42,12 @@ from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.pairs import encoded_rows
 from lit_bilevel.errors import UserError
-from lit_bilevel.evaluation import Evaluation
+from lit_bilevel.inspection.truth import aurocs
 from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.load import load_policy
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
-from lit_bilevel.scoring import aurocs
+from lit_bilevel.training.evaluation import Evaluation
 from lit_bilevel.types import PADDING_ROW, Example, Row
 
 ROWS, BETA = 6, 0.5

@@ -8,7 +8,7 @@ from problems import WEIGHT_OPTIMIZERS, WEIGHTINGS, normal
 
 from lit_bilevel import ExponentiatedGradient
 from lit_bilevel.errors import UserError
-from lit_bilevel.optim import check_optimizer
+from lit_bilevel.weights.optimizer import check_optimizer
 
 ACCEPTED = {
     True: {"exponentiated_gradient", "sgd", "sparse_adam+eps"},

@@ -30,15 +30,15 @@ from lit_bilevel import (
     UniformWeights,
 )
 from lit_bilevel.callbacks import SelfRefine
-from lit_bilevel.checks import check_flags, check_precision, check_run
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
-from lit_bilevel.exchange import _keeps_digits
 from lit_bilevel.policy import compile as compiling
 from lit_bilevel.policy import load
 from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.load import load_policy
-from lit_bilevel.ratios import Aligned
+from lit_bilevel.refinement.response_weights import Aligned
+from lit_bilevel.training.exchange import _keeps_digits
+from lit_bilevel.training.refusals import check_flags, check_precision, check_run
 
 PATH = str(TOY / "model")
 LORA = LoraSettings(r=2)
@@ -159,7 +159,6 @@ def test_settings_that_would_do_nothing_are_refused(name):
 
 def test_groups_in_closed_form_need_an_upper_level_where_there_are_groups():
     made = module(ONE, upper_weight=0.0, refined_weights=BMOWeights())
-    check_run(made, "fit")
     made.trainer.callbacks = [SelfRefine()]
     with pytest.raises(UserError, match=r"`model.upper_weight` is 0, where `BMOWeights` for refined rows has no"):
         check_run(made, "fit")
@@ -169,6 +168,11 @@ def test_the_epoch_in_which_the_upper_level_vanishes_is_named():
     made = module(ONE, solver=Penalty(), upper_weight=0.3, upper_weight_decay=0.1, length=LENGTH | {"max_epochs": 9})
     with pytest.raises(UserError, match="λ is 0 in epoch 4, where `Penalty` has no meaning"):
         check_run(made, "fit")
+    made.upper_weight_decay_every = 100
+    with pytest.raises(UserError, match="λ is 0 after 300 policy steps, where `Penalty` has no meaning"):
+        check_run(made, "fit")  # nine epochs may have so many
+    made.trainer.max_steps = 300
+    check_run(made, "fit")
 
 
 def test_a_checkpoint_is_not_loaded_by_itself():

@@ -7,11 +7,11 @@ import io
 import pytest
 import torch
 
-from lit_bilevel.callbacks.record import ResponseFile
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.responses import ResponseStore, is_usable
 from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
+from lit_bilevel.refinement.responses_file import ResponseFile
 from lit_bilevel.types import PADDING_ROW, Example, Response
 
 POOL = 20

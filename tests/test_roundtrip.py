@@ -16,8 +16,8 @@ from sources import Source
 from test_formats import RECORDS, write
 from test_select import write_weights
 
+from lit_bilevel.commands.select import main
 from lit_bilevel.errors import UserError
-from lit_bilevel.select import main
 
 WEIGHTS = np.array([1.5, 0.1, 1.4])
 EXTRA = {"score": 0.5, "tags": ["a", None], "note": "é\n", "source": "web"}

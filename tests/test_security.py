@@ -12,7 +12,7 @@ from conftest import TOY, read_jsonl, write_jsonl
 from test_refine import refine_flags
 from test_resume import short
 
-from lit_bilevel.callbacks.inspect import table_cell
+from lit_bilevel.callbacks.inspector import table_cell
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer

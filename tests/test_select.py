@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, read_jsonl, write_jsonl
 from datasets import Dataset, load_dataset
 
-from lit_bilevel.select import apportioned, main
+from lit_bilevel.commands.select import apportioned, main
 
 ROWS = 100_000
 SOURCES = ["books", "chat", "web"]
@@ -247,5 +247,7 @@ def test_an_existing_weight_column_is_not_overwritten(tmp_path, capsys):
 
 
 def test_nothing_heavy_is_imported():
-    code = "import sys, lit_bilevel.select; sys.exit(any(name in sys.modules for name in ('torch', 'lightning')))"
+    code = (
+        "import sys, lit_bilevel.commands.select; sys.exit(any(name in sys.modules for name in ('torch', 'lightning')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

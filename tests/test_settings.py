@@ -57,7 +57,8 @@ FUZZED = {  # options, with values that are among others right for them; no numb
     },
     "model": {
         "upper_weight upper_weight_decay upper_weight_start weight_start warmup_steps gradient_clip_val": NUMBERS,
-        "accumulate_grad_batches max_new_tokens guard.max_skipped_steps guard.max_ratio guard.on_limit": NUMBERS,
+        "upper_weight_decay_every accumulate_grad_batches max_new_tokens": NUMBERS,
+        "guard.max_skipped_steps guard.max_ratio guard.on_limit": NUMBERS,
         "guard.min_effective_size optimizer.init_args.lr weight_optimizer.init_args.lr": NUMBERS,
         "weights.init_args.floor weights.init_args.cap weights.init_args.keep solver.init_args.epsilon": NUMBERS,
         "lr_scheduler": (*WORDS, "cosine", "linear", "polynomial", "cosine_with_min_lr", "reduce_lr_on_plateau"),

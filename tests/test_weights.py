@@ -13,8 +13,9 @@ from torchmetrics.functional.classification import binary_auroc
 
 from lit_bilevel import BMOWeights, ExampleWeights, ExponentiatedGradient, NetworkWeights, SoftmaxWeights
 from lit_bilevel.errors import UserError
-from lit_bilevel.optim import check_optimizer
 from lit_bilevel.types import PADDING_ROW, Features
+from lit_bilevel.weights.optimizer import check_optimizer
+from lit_bilevel.weights.undo import Undo
 
 ROWS, BATCH = 64, 8
 LEARNED = [name for name, make in WEIGHTINGS.items() if make().learnable]
@@ -163,6 +164,52 @@ def test_bmo_tells_two_groups_apart():
 def test_a_batch_of_one_row_is_refused(name):
     with pytest.raises(UserError, match=r"batch_size.*at least 2"):
         built(name).set_gradient(features_of(torch.tensor([3]), EQUAL), torch.ones(1).double())
+
+
+@pytest.mark.parametrize("nothing", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_step_without_scores_says_nothing_of_their_scale(name, nothing):
+    """c and all that follows are those of a run without such steps, which come first, once or often, and in between."""
+    rows, scores = torch.arange(2 * BATCH), normal(6, 2 * BATCH, seed=7)
+    given = {}
+    for first, between in ((0, 0), (1, 0), (4, 3)):
+        weights = built(name)
+        optimizer = ExponentiatedGradient(weights.parameters())
+        empty = torch.full((2 * BATCH,), nothing, dtype=torch.float64)
+        steps = [empty] * first + [s for score in scores for s in [score, *[empty] * between]]
+        features = features_of(rows, GROUPS)
+        weights.observe(features)
+        for s_B in steps:
+            weights.set_gradient(features, s_B)
+            optimizer.step()
+            optimizer.zero_grad()
+            weights.after_step()
+        given[first, between] = weights.updates[None]
+        if weights.kl_to_prior == 0:  # whose pull needs no scores
+            averages = torch.stack([weights.spread_average, weights.score_average])
+            given[first, between] = torch.cat([weights.updates[None], averages, weights(features).double()])
+    assert torch.equal(given[0, 0], given[1, 0])
+    assert torch.equal(given[0, 0], given[4, 3])
+    assert given[0, 0][0] == 6
+
+
+def test_one_finite_score_has_nothing_to_be_compared_with():
+    weights = built("softmax")
+    s_B = torch.full((BATCH,), math.nan, dtype=torch.float64)
+    s_B[3] = 1.0
+    weights.set_gradient(features_of(torch.arange(BATCH), EQUAL), s_B)
+    assert weights.updates == 0
+    assert not weights.logits.grad.to_dense().any()
+
+
+def test_rows_without_a_finite_score_do_not_shrink_the_scale():
+    whole, broken = built("softmax"), built("softmax")
+    s_B = normal(BATCH, seed=7)
+    whole.set_gradient(features_of(torch.arange(BATCH), EQUAL), s_B)
+    more_B = torch.cat([s_B, torch.full((BATCH,), math.nan, dtype=torch.float64)])
+    broken.set_gradient(features_of(torch.arange(2 * BATCH), EQUAL), more_B)
+    torch.testing.assert_close(broken.spread_average, whole.spread_average)
+    torch.testing.assert_close(broken.logits.grad.to_dense(), whole.logits.grad.to_dense())
 
 
 # ---- what weights are ----
@@ -332,16 +379,48 @@ def test_bmo_is_the_softmax_of_the_losses():
 def test_the_running_normaliser_is_that_of_the_method():
     weights, losses = BMOWeights(temperature=0.7, decay=0.9), normal(5, ROWS, seed=2).abs()
     weights.build(torch.zeros(ROWS, dtype=torch.int64), torch.float64)
-    running = (-losses[0] / 0.7).exp().mean()
-    for loss_N in losses:
+    running = 0.0
+    for step, loss_N in enumerate(losses):
         weights.observe(features_of(torch.arange(ROWS), loss_N))
         running = 0.9 * running + 0.1 * (-loss_N / 0.7).exp().mean()
-    torch.testing.assert_close(weights.log_normaliser, running.log())
+        torch.testing.assert_close(weights.log_normaliser, (running / (1 - 0.9 ** (step + 1))).log())
 
 
-def test_every_row_of_the_first_window_weighs_one():
+def test_a_window_without_a_finite_loss_is_not_counted():
+    weights, other = built("bmo"), built("bmo")
+    rows, loss_N = torch.arange(ROWS), normal(ROWS, seed=2).abs()
+    for each, windows in ((weights, (torch.nan, 1.0, torch.inf, 2.0)), (other, (1.0, 2.0))):
+        for factor in windows:
+            each.observe(features_of(rows, loss_N * factor))
+    assert torch.equal(weights.log_normaliser, other.log_normaliser)
+    assert all(torch.equal(weights.statistics()[key], other.statistics()[key]) for key in ("effective_size", "entropy"))
+
+
+def test_before_any_window_every_row_weighs_one():
     for name in RUNNING:
-        assert torch.equal(built(name)(features_of(torch.arange(ROWS), GROUPS)), torch.ones(ROWS).double())
+        weights = built(name)
+        assert torch.equal(weights(features_of(torch.arange(ROWS), GROUPS)), torch.ones(ROWS).double())
+        assert weights.statistics()["effective_size"] == ROWS
+        assert float(weights.statistics()["entropy"]) == pytest.approx(math.log(ROWS))
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_the_weights_that_training_uses_have_mean_one(name):
+    """Each window's, over the first few hundred steps, in which the losses of a young policy fall fast."""
+    weights, generator = built(name), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in weights.parameters():
+            parameter.add_(normal(*parameter.shape, seed=4))
+    weights.refresh()
+    hard_N, means = normal(ROWS, seed=5).abs() / 2, []
+    for step in range(300):
+        rows = torch.randperm(ROWS, generator=generator)[: 2 * BATCH]
+        features = features_of(rows, hard_N + 1.0 + 2 * math.exp(-step / 60))
+        weights.observe(features)
+        means.append(weights(features).mean())
+    parts = torch.stack([part.mean() for part in torch.stack(means).split(60)])
+    assert (parts - 1).abs().max() < 0.3, parts  # the normaliser is some ten windows behind
+    assert parts[-1] == pytest.approx(1, abs=0.05)
 
 
 def test_losses_too_large_for_exp():
@@ -387,10 +466,11 @@ def test_a_gate_keeps_the_asked_share():
     assert weights.table()[worst] > 0
 
 
-def test_the_pull_to_uniform_settles_at_the_softmax_of_the_scores():
-    weights = SoftmaxWeights(kl_to_uniform=0.5)
+def test_the_pull_to_the_prior_settles_at_the_softmax_of_the_scores():
+    weights = SoftmaxWeights(kl_to_prior=0.5)
     weights.build(torch.zeros(ROWS, dtype=torch.int64), torch.float64)
-    rows, scores = torch.arange(ROWS), normal(ROWS, seed=4)
+    rows, scores, prior = torch.arange(ROWS), normal(ROWS, seed=4), normal(ROWS, seed=6).exp()
+    weights.set_prior(prior)
     optimizer = ExponentiatedGradient(weights.parameters(), lr=0.1)
     for _ in range(3000):
         weights.set_gradient(features_of(rows, EQUAL), scores)
@@ -398,7 +478,7 @@ def test_the_pull_to_uniform_settles_at_the_softmax_of_the_scores():
         weights.after_step()
     b = (weights.table() * scores).mean()
     scaled = ((scores - b) / (scores - b).abs().mean()).clamp(-3, 3)
-    expected = ROWS * torch.softmax(-scaled / 0.5, 0)
+    expected = ROWS * torch.softmax(weights.log_prior_N.double() - scaled / 0.5, 0)
     torch.testing.assert_close(weights.table(), expected, rtol=1e-6, atol=1e-9)
 
 
@@ -407,20 +487,95 @@ def test_a_table_starts_from_earlier_weights(name):
     weights, earlier = built(name), normal(ROWS, seed=4).exp()
     earlier = (earlier / earlier.mean()).clamp_max(2.0)
     earlier = earlier / earlier.mean()
-    weights.start_from(earlier)
+    weights.set_prior(earlier)
     torch.testing.assert_close(weights.table(), earlier)
 
 
 def test_sources_start_from_the_mean_of_their_rows():
     weights = built("source")
-    weights.start_from(GROUPS * torch.where(torch.arange(ROWS) < 32, 0.5, 1.5))
+    weights.set_prior(GROUPS * torch.where(torch.arange(ROWS) < 32, 0.5, 1.5))
     torch.testing.assert_close(weights.table(), GROUPS / 1.5)
 
 
-@pytest.mark.parametrize("name", ["network", "bmo", "uniform"])
-def test_others_refuse_earlier_weights(name):
-    with pytest.raises(UserError, match="SoftmaxWeights"):
-        built(name).start_from(GROUPS)
+def test_equal_weights_refuse_a_prior():
+    with pytest.raises(UserError, match="SigmoidWeights"):
+        built("uniform").set_prior(GROUPS)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid", "network", "bmo"])
+def test_learning_multiplies_the_prior(name):
+    """The weights that learning gives after a prior are those without it, times the prior, over their mean."""
+    prior = normal(ROWS, seed=4).exp()
+    tables = []
+    for weights in (built(name), built(name)):
+        if tables:
+            weights.set_prior(prior)
+            features = features_of(torch.arange(ROWS), EQUAL)
+            torch.testing.assert_close(weights(features).double(), prior / prior.mean())  # before any step
+        if name == "bmo":
+            weights.observe(features_of(torch.arange(ROWS), normal(ROWS, seed=5).abs()))
+        elif name == "network":
+            with torch.no_grad():
+                weights.network[-1].weight.fill_(0.5)
+            weights.observe(features_of(torch.arange(ROWS), normal(ROWS, seed=5).abs()))
+        else:
+            with torch.no_grad():
+                weights.logits.copy_(normal(ROWS, seed=5))
+            weights.refresh()
+        tables.append(weights.table())
+    torch.testing.assert_close(tables[1], prior * tables[0] / (prior * tables[0]).mean(), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["softmax", "sigmoid", "network", "bmo", "source"])
+def test_weights_of_a_prior_have_mean_one(name):
+    weights = built(name)
+    weights.set_prior(GROUPS * 3)
+    weights.observe(features_of(torch.arange(ROWS), EQUAL))
+    assert abs(float(weights(features_of(torch.arange(ROWS), EQUAL)).double().mean()) - 1) < 1e-5
+
+
+def test_a_row_of_prior_zero_stays_near_zero_and_learning_goes_on():
+    weights = built("softmax")
+    prior = torch.ones(ROWS)
+    prior[3] = 0.0
+    weights.set_prior(prior)
+    table = visit(weights, ExponentiatedGradient(weights.parameters()), 5, lambda step, rows: rows.double(), EQUAL)
+    assert table.isfinite().all()
+    assert table[3] < 1e-6
+    assert table[0] > table[ROWS - 1]
+
+
+@pytest.mark.parametrize("bad", [[1.0, math.nan], [1.0, -1.0], [0.0, 0.0], [1.0, 1.0, 1.0]])
+def test_a_prior_that_says_nothing_is_refused(bad):
+    weights = SoftmaxWeights()
+    weights.build(torch.zeros(2, dtype=torch.int64))
+    with pytest.raises(UserError, match="prior"):
+        weights.set_prior(torch.tensor(bad))
+
+
+def test_scores_of_the_whole_pool_settle_in_closed_form():
+    prior, scores = normal(ROWS, seed=4).exp(), normal(ROWS, seed=5)
+    weights = SoftmaxWeights(kl_to_prior=0.5)
+    weights.build(torch.zeros(ROWS, dtype=torch.int64), torch.float64)
+    weights.set_prior(prior)
+    p = prior / prior.mean()
+    centred = scores - (p * scores).mean()
+    weights.settle(scores, 0.5)
+    expected = p * torch.exp(-(centred / centred.abs().mean()).clamp(-3, 3) / 0.5)
+    torch.testing.assert_close(weights.table(), expected / expected.mean(), rtol=1e-5, atol=1e-9)
+    features = features_of(torch.arange(ROWS), EQUAL)
+    torch.testing.assert_close(weights(features), weights.table())  # the running sums know it
+
+
+def test_a_row_without_a_finite_score_settles_at_its_prior():
+    weights = built("softmax")
+    scores = normal(ROWS, seed=5)
+    scores[2] = math.nan
+    weights.settle(scores, 1.0)
+    assert weights.table().isfinite().all()
+    assert weights.logits[2] == 0
+    weights.settle(torch.full((ROWS,), math.nan), 1.0)
+    torch.testing.assert_close(weights.table(), torch.ones(ROWS).double())
 
 
 @pytest.mark.parametrize(
@@ -432,7 +587,7 @@ def test_others_refuse_earlier_weights(name):
         ({"keep": 0.5, "cap": 2}, "cap"),
         ({"cap": 1}, "cap"),
         ({"keep": 0.5, "floor": 0.1}, "floor"),
-        ({"kl_to_uniform": -1}, "kl_to_uniform"),
+        ({"kl_to_prior": -1}, "kl_to_prior"),
     ],
 )
 def test_bad_settings_are_named(settings, word):
@@ -477,7 +632,7 @@ def test_a_floor_is_not_added_twice():
     earlier = torch.tensor([0.2, 0.3, 1.0, 2.5], dtype=torch.float64)
     weights = SoftmaxWeights(floor=0.1)
     weights.build(torch.zeros(4, dtype=torch.int64), torch.float64)
-    weights.start_from(3 * earlier)
+    weights.set_prior(3 * earlier)
     torch.testing.assert_close(weights.table(), earlier)
 
 
@@ -485,3 +640,48 @@ def test_any_number_of_sources_is_remembered():
     weights = NetworkWeights()
     weights.build(torch.arange(40_000))
     assert torch.equal(weights.source_N.long(), torch.arange(40_000))
+
+
+# ---- a step that is taken back ----
+
+
+@pytest.mark.parametrize(("name", "optimizer"), [*accepted(), ("bmo", None), ("uniform", None)])
+@pytest.mark.parametrize("earlier", [0, 3])
+def test_a_step_that_is_taken_back_leaves_no_trace(name, optimizer, earlier):
+    """Weights, averages and the optimizer's state are those of a run that never took it, and so is what follows."""
+    pairs = []
+    for skipped in (False, True):
+        weights = built(name)
+        stepped = WEIGHT_OPTIMIZERS[optimizer](weights.parameters()) if optimizer else None
+        for step in range(earlier + 4):
+            rows = torch.randperm(ROWS, generator=torch.Generator().manual_seed(step))[:BATCH]
+            rows = torch.cat([rows, rows[:2]])  # a window may hold a row twice
+            features = features_of(rows, GROUPS + step)
+            if step == earlier and not skipped:
+                continue
+            undo = Undo(weights, stepped, rows)
+            weights.observe(features)
+            if stepped is not None:
+                weights.set_gradient(features, normal(len(rows), seed=step))
+                stepped.step()
+                stepped.zero_grad()
+                weights.after_step()
+            if step == earlier:
+                assert int(weights.visits.sum()) == (earlier + 1) * len(rows)
+                undo.take_back()
+                assert int(weights.visits.sum()) == earlier * len(rows)
+        pairs.append((weights.state_dict(), stepped.state_dict() if stepped else {}))
+    (weights, state), (again, state_again) = pairs
+    for key, value in weights.items():
+        torch.testing.assert_close(again[key], value, rtol=0, atol=0, equal_nan=True, msg=key)
+    torch.testing.assert_close(state_again, state, rtol=0, atol=0)
+
+
+def test_taking_back_a_step_copies_no_table():
+    """O(batch) at any N: what is copied whole has a few numbers."""
+    for name in WEIGHTINGS:
+        weights = built(name)
+        if name == "network":
+            weights.network = weights.source_embedding = torch.nn.Identity()  # large, and of a size of its own
+        copies = Undo(weights, None, torch.arange(2))._copies
+        assert sum(copy.values.numel() for copy in copies.values()) < 20, name

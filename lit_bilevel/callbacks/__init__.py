@@ -2,15 +2,15 @@
 
 from lit_bilevel.callbacks.card import ModelCard
 from lit_bilevel.callbacks.checkpoint import BilevelCheckpoint
-from lit_bilevel.callbacks.choose import BelowThreshold, Choose, LowestFraction, RandomFraction
 from lit_bilevel.callbacks.export import Export
 from lit_bilevel.callbacks.figures import Figures
-from lit_bilevel.callbacks.inspect import WeightInspector
+from lit_bilevel.callbacks.inspector import WeightInspector
 from lit_bilevel.callbacks.predict import Predictions
 from lit_bilevel.callbacks.random_state import RandomState
 from lit_bilevel.callbacks.refine import SelfRefine
 from lit_bilevel.callbacks.summary import Summary
 from lit_bilevel.callbacks.warm_start import WarmStart
+from lit_bilevel.refinement.choose import BelowThreshold, Choose, LowestFraction, RandomFraction
 
 __all__ = [
     "BelowThreshold",

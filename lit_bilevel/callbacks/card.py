@@ -16,8 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.callbacks.summary import Summary
+from lit_bilevel.inspection.settings import Plain, run_settings
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.settings import Plain, run_settings
 from lit_bilevel.version import __version__
 
 

@@ -23,9 +23,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.tensor import DTensor
 
 from lit_bilevel.data.table import column
+from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.shard import whole_state
-from lit_bilevel.scoring import aurocs, flat, read_truth
 from lit_bilevel.types import Batch, Features
 
 
@@ -44,6 +44,10 @@ class Export(Callback):
     def __init__(self, policy: bool = True):
         self.policy = policy
         self._resumed = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._resumed = False
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed = True

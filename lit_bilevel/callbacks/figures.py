@@ -23,10 +23,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
-from lit_bilevel.callbacks.inspect import boards
-from lit_bilevel.curves import read_curves, thinned
-from lit_bilevel.inspection import read_lines
-from lit_bilevel.scoring import read_truth
+from lit_bilevel.callbacks.inspector import boards
+from lit_bilevel.inspection.curves import read_curves, thinned
+from lit_bilevel.inspection.folder import read_lines
+from lit_bilevel.inspection.truth import read_truth
 
 LOSSES = ("upper/loss", "lower/loss", "monitor/loss")
 CLEAN, CORRUPTED = "clean", "tab:orange"

@@ -13,11 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lit_bilevel.callbacks.export import evaluating, is_rehearsal
-from lit_bilevel.callbacks.inspect import boards
+from lit_bilevel.callbacks.inspector import boards
 from lit_bilevel.data.table import column
-from lit_bilevel.evaluation import Evaluation
+from lit_bilevel.inspection.settings import Plain, run_settings
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.settings import Plain, run_settings
+from lit_bilevel.training.evaluation import Evaluation
 
 
 class Summary(Callback):
@@ -32,6 +32,10 @@ class Summary(Callback):
         self.first: dict[str, float] = {}
         """Test metrics of the policy that the run began with."""
         self.monitor_losses: list[float] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # or what an earlier one showed would be taken for this one's
+            self.first, self.monitor_losses = {}, []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = trainer.callback_metrics.get("monitor/loss")

@@ -28,6 +28,10 @@ class WarmStart(Callback):
         self.path = weights
         self._resumed = False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._resumed = False
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed = True
 
@@ -44,7 +48,7 @@ class WarmStart(Callback):
             f"{known:,} of {len(ids):,} rows start with their weight in {self.path}, by id; the others with 1"
         )
         weight_N = torch.tensor([earlier.get(key, 1.0) for key in ids], dtype=torch.float64)
-        pl_module.weights.start_from(weight_N.to(pl_module.device))
+        pl_module.weights.set_prior(weight_N)
 
 
 def _read(path: str) -> dict[str, float]:

@@ -22,7 +22,7 @@ import numpy as np
 
 from lit_bilevel.comparison.results import replace_text
 from lit_bilevel.errors import UserError
-from lit_bilevel.inspection import read_lines
+from lit_bilevel.inspection.folder import read_lines
 
 REFUSALS = re.compile(
     r"\bI\s?(['’]m|am) (sorry|afraid|(not|un) ?(able|willing|going to))"

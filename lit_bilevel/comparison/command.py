@@ -21,7 +21,7 @@ from lit_bilevel.comparison.run import Runner
 from lit_bilevel.comparison.table import draw, markdown
 from lit_bilevel.comparison.variants import read_variants
 from lit_bilevel.errors import UserError
-from lit_bilevel.place import located
+from lit_bilevel.resources import located
 
 
 def main(arguments: list[str] | None = None) -> int:

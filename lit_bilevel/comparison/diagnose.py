@@ -26,10 +26,10 @@ from lit_bilevel.comparison.methods import BASELINES, UNIFORM
 from lit_bilevel.comparison.output import quiet, say
 from lit_bilevel.comparison.results import replace_text
 from lit_bilevel.comparison.rows import copy_records
-from lit_bilevel.curves import Curve, read_curves
 from lit_bilevel.errors import UserError
-from lit_bilevel.place import located
-from lit_bilevel.statistics import correlation, ranks
+from lit_bilevel.inspection.curves import Curve, read_curves
+from lit_bilevel.inspection.statistics import correlation, ranks
+from lit_bilevel.resources import located
 
 GOOD, SOME = 0.6, 0.3
 """Rank correlations from which weights are called stable, and from which they say something."""

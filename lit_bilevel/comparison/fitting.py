@@ -14,7 +14,7 @@ from typing import Any
 from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.comparison.results import replace_text
 from lit_bilevel.data.fingerprint import rows_digest
-from lit_bilevel.place import located
+from lit_bilevel.resources import located
 
 
 def built(config: str, flags: Sequence[str]) -> Any:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lit_bilevel.comparison.filters import (
+from lit_bilevel.comparison.filters.base import (
     CleanRows,
     Filter,
     HighestLoss,
@@ -32,17 +32,18 @@ from lit_bilevel.comparison.filters import (
     PerplexityDifference,
     RandomRows,
 )
-from lit_bilevel.comparison.gradients import GradientSimilarity
-from lit_bilevel.comparison.importance import NgramImportance
+from lit_bilevel.comparison.filters.gradients import GradientSimilarity
+from lit_bilevel.comparison.filters.ngrams import NgramImportance
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
 
 CONSTANT = ("--model.upper_weight_start=0", "--model.upper_weight_decay=0")
-UNIFORM = ("--model.weights=UniformWeights", "--model.solver=Mixing")
+UNIFORM = ("--model.weights=UniformWeights", "--model.solver=Mixing", "--model.weight_start=0")
+OF_RESPONSES = ("--model.response_weights=null", "--model.refined_weights=null")  # refused where nothing is generated
 BASELINES = {
     "mixing": (),
     "constant_mixing": CONSTANT[:1],
-    "pool_only": ("--model.upper_weight=0",),
+    "pool_only": ("--model.upper_weight=0", *CONSTANT),
     "validation_only": ("--model.upper_weight=1", *CONSTANT, "--trainer.val_check_interval=10"),
 }
 SHARES = ("mixing", "mixing@0.1", "mixing@0.25", "mixing@0.5")
@@ -169,7 +170,7 @@ class Method:
         rows = method.variant.rows if method.variant else None
         if not weighted:
             return cls(UNIFORM, LearnedWeights(), needs=first, variant=rows)
-        flags = ("--model.weights=SigmoidWeights", "--model.solver=Mixing")
+        flags = ("--model.weights=SigmoidWeights", *UNIFORM[1:])
         return cls(flags, needs=first, weighted=True, variant=rows)
 
     @classmethod
@@ -188,7 +189,7 @@ class Method:
         elif base in FILTERS:
             filter = FILTERS[base]()
         elif base == "bmo":
-            flags = ["--model.weights=BMOWeights", "--model.solver=Mixing", *CONSTANT]
+            flags = ["--model.weights=BMOWeights", *UNIFORM[1:], *CONSTANT]
         else:
             solver, _, weights = base.partition("@")
             if solver not in SOLVERS:
@@ -205,7 +206,7 @@ class Method:
     @property
     def learns(self) -> bool:
         """Whether a run leaves learned weights."""
-        return not (self.best_of or self.filter or self.weighted) and self.flags[:2] != UNIFORM
+        return not (self.best_of or self.filter or self.weighted) and self.flags[: len(UNIFORM)] != UNIFORM
 
     def callbacks(self, configured: Sequence[Mapping[str, Any]], earlier: Path | None = None) -> str:
         """The flag for the run's callbacks: `SelfRefine` put in or taken out, the configuration's others left.

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from lit_bilevel.commands.originals import plain
+from lit_bilevel.commands.select import apportioned
 from lit_bilevel.data.files import records
 from lit_bilevel.errors import UserError
-from lit_bilevel.place import located
-from lit_bilevel.pool import plain
-from lit_bilevel.select import apportioned
+from lit_bilevel.resources import located
 
 
 def copy_records(path: str | Sequence[str], columns: Mapping[str, str], chosen: Mapping[int, str], folder: Path) -> Any:

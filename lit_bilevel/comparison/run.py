@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from lit_bilevel.comparison.answers import measures
-from lit_bilevel.comparison.evidence import Evidence, row_losses
-from lit_bilevel.comparison.filters import CleanRows
+from lit_bilevel.comparison.filters.base import CleanRows
+from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
 from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
-from lit_bilevel.comparison.methods import Method
+from lit_bilevel.comparison.methods import OF_RESPONSES, Method
 from lit_bilevel.comparison.output import quiet
 from lit_bilevel.comparison.results import Result, Results
 from lit_bilevel.comparison.rows import copy_records, stratified
@@ -31,9 +31,9 @@ from lit_bilevel.comparison.stopwatch import Stopwatch
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.data.files import records
 from lit_bilevel.errors import UserError
-from lit_bilevel.inspection import read_lines
-from lit_bilevel.place import located
-from lit_bilevel.scoring import aurocs, flat, read_truth
+from lit_bilevel.inspection.folder import read_lines
+from lit_bilevel.inspection.truth import aurocs, flat, read_truth
+from lit_bilevel.resources import located
 
 
 class Runner:
@@ -135,6 +135,7 @@ class Runner:
         folder = self.results.run_folder(name, seed)
         parts = self._parts(method.variant, folder.parent / "rows") if method.variant else []
         flags = [*method.flags, *parts, f"--seed_everything={seed}"]
+        flags += () if method.refine else OF_RESPONSES
         flags.append(method.callbacks(self._callbacks(), earlier))
         prepare(folder, [*self.shared, *flags])
         row: Result = {"method": name, "seed": seed}
@@ -158,6 +159,12 @@ class Runner:
 
     # ---- parts of a run ----
 
+    @property
+    def _epoch_steps(self) -> int:
+        """Policy steps of an epoch on the whole pool."""
+        window = self.settings.data.batch_size * self.settings.model.accumulate_grad_batches
+        return math.ceil(len(self.sets["pool"]) / window)
+
     def _run_steps(self, trainer: Any) -> int:
         """Policy steps of a run on the whole pool.
 
@@ -169,20 +176,22 @@ class Runner:
                 f"`trainer.limit_train_batches` is {trainer.limit_train_batches}, and methods on fewer rows would see"
                 " another part of them; give `--max_steps` or `--subset`."
             )
-        window = self.settings.data.batch_size * self.settings.model.accumulate_grad_batches
-        epoch = math.ceil(len(self.sets["pool"]) / window)
-        ends = [trainer.max_steps, -1 if trainer.max_epochs is None else epoch * trainer.max_epochs]
+        ends = [trainer.max_steps, -1 if trainer.max_epochs is None else self._epoch_steps * trainer.max_epochs]
         ends = [steps for steps in ends if steps >= 0]
         if not ends:
             raise UserError("no run would end by its steps; set `trainer.max_epochs` or `--max_steps`.")
         return min(ends)
 
     def _as_many_steps(self, variant: Variant | None) -> list[str]:
-        """Flags for a run on fewer rows, which takes as many steps as the others where its variant sets none."""
+        """Flags for a run on fewer rows: as many steps as the others take, where its variant sets none, under their λ.
+
+        Such a run has more epochs, and a λ that falls after each of its own would not be that of the methods beside it.
+        """
         own = {name.removeprefix("trainer.") for name in (variant and variant.flags) or {}}
-        steps = {"max_steps": self.steps} if not own & {"max_steps", "max_epochs"} else {}
-        steps |= {"max_epochs": -1} if "max_epochs" not in own else {}
-        return [f"--trainer.{name}={value}" for name, value in steps.items()]
+        flags = [] if "max_epochs" in own else ["--trainer.max_epochs=-1"]
+        if own & {"max_steps", "max_epochs"}:
+            return flags
+        return [f"--trainer.max_steps={self.steps}", *flags, f"--model.upper_weight_decay_every={self._epoch_steps}"]
 
     def _subset(self, cli: Any, count: int) -> Any:
         """Files with a part of the pool, stratified by source and, where there is a truth, by kind of corruption."""

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 from lit_bilevel.data.files import records
 from lit_bilevel.data.formats import FORMATS, Format, Preference, detect
 from lit_bilevel.errors import UserError
-from lit_bilevel.place import located
+from lit_bilevel.resources import located
 from lit_bilevel.types import Row
 
 PATIENCE = 100

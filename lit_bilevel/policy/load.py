@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.place import located
 from lit_bilevel.policy.policy import Policy
+from lit_bilevel.resources import located
 
 
 @dataclass(frozen=True)

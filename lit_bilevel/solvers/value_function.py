@@ -5,8 +5,9 @@
 By the envelope theorem this is the gradient of f + γ·(g(θ) − min g), whose minimiser is off by O(1/γ).
 
 Source: PBGD (arXiv 2302.05185), F2SA (2301.10945), BOME (2209.08709), ScaleBiO (2406.19976), SEAL's full form
-(2410.07471). φ starts as a copy of θ and is trained on (1−λ)·g beside it, at the policy's current learning rate: a
-second set of adapter values on the same frozen base, or a second copy where the whole model is tuned.
+(2410.07471). φ starts as a copy of θ, so the scores are 0 until it has moved. It is trained on (1−λ)·g beside the
+policy, at the policy's current learning rate: a second set of adapter values on the same frozen base, or a second copy
+where the whole model is tuned.
 
 Left out: a schedule that raises γ (`upper_weight` decides it), and gradient clipping for φ.
 """
@@ -56,10 +57,13 @@ class ValueFunction(BilevelSolver):
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:
         gamma = penalty_strength(problem)
         policy_loss_B = problem.lower_losses()
-        if self._optimizer is None:
+        begins = self._optimizer is None
+        if begins:
             self._begin(problem.values())
         for _ in range(self.inner_steps):
             pool_loss_B = self._inner_step(problem)
+        if begins and self.inner_steps == 1:  # φ was θ in that pass; what differs is the rounding of two kernels
+            return torch.zeros_like(policy_loss_B)
         return gamma * (policy_loss_B - pool_loss_B)
 
     def _begin(self, values: Values) -> None:

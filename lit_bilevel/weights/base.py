@@ -10,8 +10,12 @@ policy optimizer whose moments are still poor decide single rows for good (measu
 of the pool without, 43 % with). b and c are computed in float64 and checkpointed. A row with a score that is not finite
 is left alone, without asking the device.
 
-With `kl_to_uniform` ρ the objective gains ρ·Σ_i p_i·log(N·p_i), p = w/N: a row's scaled score gains ρ·log w_i, centred
-in the same way, and the weights settle at w ∝ exp(−(s − b)/(ρ·c)) where they would otherwise run to the best row.
+Weights begin at a **prior** p_i, equal for all rows unless `set_prior` says more (a score of the untouched policy, a
+density ratio, the weights of an earlier run), and what is learned multiplies it: w_i ∝ p_i·u_i with u = 1 at the start.
+For example, a row with prior 0.5 that learning makes three times heavier than the others weighs 1.5 times as much.
+
+With `kl_to_prior` ρ the objective gains ρ·Σ_i (w_i/N)·log(w_i/p_i): a row's scaled score gains ρ·log(w_i/p_i), centred
+in the same way, and the weights settle at w ∝ p·exp(−(s − b)/(ρ·c)) where they would otherwise run to the best row.
 
 Left out: weights that depend on the policy's hidden states; they would need the policy inside the weighting.
 """
@@ -40,7 +44,8 @@ class ExampleWeights(nn.Module, ABC):
     of that. Parameters and buffers keep their precision whatever the policy is cast to, and stay whole everywhere.
 
     Args:
-        kl_to_uniform: strength ρ of the pull towards equal weights, in units of the scaled score.
+        kl_to_prior: strength ρ of the pull towards the prior, in units of the scaled score; without a prior, towards
+            equal weights.
     """
 
     learnable: bool = True
@@ -53,20 +58,24 @@ class ExampleWeights(nn.Module, ABC):
     """Whether the weights learn about validation only through a policy that trains on it (λ > 0)."""
     sparse: bool = False
     """Whether the gradient is sparse, and an optimizer that moves rows without one spoils the order."""
+    by_row: frozenset[str] = frozenset({"visits", "log_prior_N"})
+    """Parameters and buffers [N] of which a step changes the visited rows only; `Undo` copies all others whole."""
 
     spread_average: Tensor
     score_average: Tensor
     updates: Tensor
     visits: Tensor
+    log_prior_N: Tensor
 
-    def __init__(self, kl_to_uniform: float = 0.0) -> None:
+    def __init__(self, kl_to_prior: float = 0.0) -> None:
         super().__init__()
-        if kl_to_uniform < 0:
-            raise UserError(f"`kl_to_uniform` is {kl_to_uniform}; it must be at least 0.")
-        self.kl_to_uniform = kl_to_uniform
+        if kl_to_prior < 0:
+            raise UserError(f"`kl_to_prior` is {kl_to_prior}; it must be at least 0.")
+        self.kl_to_prior = kl_to_prior
         for name in ("spread_average", "score_average", "updates"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
         self.register_buffer("visits", torch.zeros(0, dtype=torch.int32))
+        self.register_buffer("log_prior_N", torch.zeros(0))
         self.dtype = torch.float32
 
     @property
@@ -77,6 +86,7 @@ class ExampleWeights(nn.Module, ABC):
     def build(self, source_N: Tensor, dtype: torch.dtype = torch.float32) -> None:
         """Take the shape of a pool; `source_N` and `dtype` as in `create`."""
         self.visits = torch.zeros(len(source_N), dtype=torch.int32, device=self.updates.device)
+        self.log_prior_N = torch.zeros(len(source_N), device=self.updates.device)
         self.dtype = dtype
         self.create(source_N, dtype)
 
@@ -111,16 +121,29 @@ class ExampleWeights(nn.Module, ABC):
     def score(self, features: Features) -> None:
         """Take the losses of rows under the final policy; where `needs_scoring`, every row comes by before `table`."""
 
-    def start_from(self, weight_N: Tensor) -> None:
-        """Begin with the weights of an earlier run.
+    def set_prior(self, weight_N: Tensor) -> None:
+        """Begin at these weights instead of at equal ones; call it between `build` and the first step.
 
         Args:
-            weight_N: [N] weights, at least 0; what counts is their ratios.
+            weight_N: [N] weights, at least 0; what counts is their ratios, down to e⁻²⁰ of the largest.
 
         Raises:
-            UserError: if this weighting cannot.
+            UserError: for numbers that are not finite or below 0, another count than N, or nothing above 0.
         """
-        raise UserError(f"`{type(self).__name__}` cannot start from earlier weights; use `SoftmaxWeights`.")
+        weight_N = weight_N.to(self.log_prior_N.device, torch.float64)
+        if weight_N.shape != self.log_prior_N.shape:
+            raise UserError(f"the prior has {len(weight_N)} weights for {self.pool_rows} pool rows; give one a row.")
+        if not (weight_N.isfinite().all() and (weight_N >= 0).all() and weight_N.max() > 0):
+            raise UserError(
+                "the prior has weights that are not finite, below 0, or all 0; give finite ones, some above 0."
+            )
+        log_N = (weight_N / weight_N.max()).log().clamp_min(SMALLEST_LOG_WEIGHT)
+        self.log_prior_N.copy_(log_N - log_N.exp().mean().log())
+        self.refresh()
+
+    def log_prior(self, features: Features) -> Tensor:
+        """[B] log p of the rows in `features`, float64; p has mean 1 over the pool."""
+        return self.log_prior_N[features.row_B.clamp_min(0)].double()
 
     def refresh(self) -> None:
         """Recompute running sums exactly; called at epoch ends, may take O(N)."""
@@ -166,22 +189,34 @@ class ExampleWeights(nn.Module, ABC):
         valid_B = torch.isfinite(s_B) & torch.isfinite(w_B)
         s_B = torch.where(valid_B, s_B.double(), 0.0)
         w_B = torch.where(valid_B, w_B + TINY, 0.0)  # rows that all weigh 0 have the plain mean as their baseline
-        centred_B = _centred(s_B, w_B) * valid_B
-        self.updates += 1
-        self.spread_average.mul_(DECAY).add_(centred_B.abs().mean(), alpha=1 - DECAY)
-        self.score_average.mul_(DECAY).add_(s_B.abs().mean(), alpha=1 - DECAY)
-        scale = torch.maximum(self.spread_average, FLOOR * self.score_average) / (1 - DECAY**self.updates)
-        score_B = (centred_B / scale.clamp_min(TINY)).clamp(-CUT, CUT)
-        if self.kl_to_uniform > 0:
-            pull_B = _centred(w_B.clamp_min(TINY).log().clamp_min(SMALLEST_LOG_WEIGHT), w_B)
-            score_B = score_B + self.kl_to_uniform * pull_B * valid_B
+        centred_B = centred(s_B, w_B) * valid_B
+        score_B = (centred_B / self._scale(s_B, centred_B, valid_B)).clamp(-CUT, CUT)
+        if self.kl_to_prior > 0:
+            moved_B = w_B.clamp_min(TINY).log() - self.log_prior(features)
+            pull_B = centred(moved_B.clamp_min(SMALLEST_LOG_WEIGHT), w_B)
+            score_B = score_B + self.kl_to_prior * pull_B * valid_B
         self.assign_gradient(features, score_B)
+
+    def _scale(self, s_B: Tensor, centred_B: Tensor, valid_B: Tensor) -> Tensor:
+        """c, after it has taken in a step; one without two rows to compare, or whose scores are all 0, is none.
+
+        Such a step says nothing of how large scores are, and would blow up those of the next ones: (k + 1)-fold after
+        k steps.
+        """
+        rows = valid_B.sum()
+        counts = ((rows > 1) & (s_B != 0).any()).double()
+        share = (1 - DECAY) * counts
+        self.updates += counts
+        self.spread_average.lerp_(centred_B.abs().sum() / rows.clamp_min(1), share)
+        self.score_average.lerp_(s_B.abs().sum() / rows.clamp_min(1), share)
+        average = torch.maximum(self.spread_average, FLOOR * self.score_average)
+        return (average / (1 - DECAY**self.updates).clamp_min(TINY)).clamp_min(TINY)
 
     def _apply(self, fn, recurse: bool = True):
         """Follow the module to a device, never to another precision."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
 
 
-def _centred(values_B: Tensor, w_B: Tensor) -> Tensor:
+def centred(values_B: Tensor, w_B: Tensor) -> Tensor:
     """Values less their weighted mean."""
     return values_B - (w_B * values_B).sum() / w_B.sum().clamp_min(TINY)

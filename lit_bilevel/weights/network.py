@@ -24,7 +24,7 @@ class NetworkWeights(RunningWeights):
     Args:
         hidden_size: units of the hidden layer.
         source_size: numbers in a source's embedding.
-        kl_to_uniform: strength of the pull towards equal weights, in units of the scaled score.
+        kl_to_prior: strength of the pull towards the prior, in units of the scaled score.
         decay: β of the running normaliser.
     """
 
@@ -32,9 +32,9 @@ class NetworkWeights(RunningWeights):
     source_embedding: nn.Embedding
 
     def __init__(
-        self, hidden_size: int = 32, source_size: int = 4, kl_to_uniform: float = 0.0, decay: float = 0.99
+        self, hidden_size: int = 32, source_size: int = 4, kl_to_prior: float = 0.0, decay: float = 0.9
     ) -> None:
-        super().__init__(kl_to_uniform, decay)
+        super().__init__(kl_to_prior, decay)
         if hidden_size < 1 or source_size < 1:
             raise UserError(f"`hidden_size` is {hidden_size} and `source_size` {source_size}; both must be at least 1.")
         self.hidden_size = hidden_size
@@ -66,7 +66,7 @@ class NetworkWeights(RunningWeights):
         features = replace(features, loss_B=torch.where(valid_B, features.loss_B, 0.0))
         score_B = score_B * valid_B
         with torch.enable_grad():
-            weight_B = (self.log_unnormalised(features) - self.log_normaliser).exp()
+            weight_B = (self.log_unnormalised(features) + self.log_prior(features) - self.log_normaliser).exp()
             parameters = list(self.parameters())
             gradients = torch.autograd.grad((weight_B * score_B).mean(), parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -17,6 +17,3 @@ class SigmoidWeights(TableWeights):
 
     def log_unnormalised(self, logits: Tensor) -> Tensor:
         return logsigmoid(logits)
-
-    def logits_of(self, weight_N: Tensor) -> Tensor:
-        return (weight_N * (0.9 / weight_N.max())).logit()

@@ -16,6 +16,3 @@ class SoftmaxWeights(TableWeights):
 
     def log_unnormalised(self, logits: Tensor) -> Tensor:
         return logits
-
-    def logits_of(self, weight_N: Tensor) -> Tensor:
-        return weight_N.log()

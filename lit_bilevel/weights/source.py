@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.types import Features
-from lit_bilevel.weights.base import ExampleWeights
+from lit_bilevel.weights.base import TINY, ExampleWeights
 
 
 class SourceWeights(ExampleWeights):
@@ -19,26 +19,40 @@ class SourceWeights(ExampleWeights):
 
     Args:
         temperature: divides the logits; higher is more even.
-        kl_to_uniform: strength of the pull towards equal weights, in units of the scaled score.
+        kl_to_prior: strength of the pull towards the prior, in units of the scaled score.
     """
+
+    by_row = ExampleWeights.by_row | {"source_N"}
 
     logits: nn.Parameter
     source_N: Tensor
     share_of_source: Tensor
+    log_prior_of_source: Tensor
 
-    def __init__(self, temperature: float = 1.0, kl_to_uniform: float = 0.0) -> None:
-        super().__init__(kl_to_uniform)
+    def __init__(self, temperature: float = 1.0, kl_to_prior: float = 0.0) -> None:
+        super().__init__(kl_to_prior)
         if temperature <= 0:
             raise UserError(f"`temperature` is {temperature}; it must be above 0.")
         self.temperature = temperature
         self.register_buffer("source_N", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("share_of_source", torch.zeros(0, dtype=torch.float64))
+        self.register_buffer("log_prior_of_source", torch.zeros(0, dtype=torch.float64))
 
     def create(self, source_N: Tensor, dtype: torch.dtype) -> None:
         count = torch.bincount(source_N)
         self.source_N = source_N.to(self.source_N.device, torch.int32)
         self.share_of_source = (count.double() / len(source_N)).to(self.share_of_source.device)
+        self.log_prior_of_source = torch.zeros_like(self.share_of_source)
         self.logits = nn.Parameter(torch.zeros(len(count), dtype=dtype, device=self.source_N.device))
+
+    def set_prior(self, weight_N: Tensor) -> None:
+        """As in `ExampleWeights`; a source takes the mean over its rows."""
+        super().set_prior(weight_N)
+        total = torch.zeros_like(self.share_of_source)
+        total.index_add_(0, self.source_N.long(), self.log_prior_N.double().exp())
+        mean = total / (self.share_of_source * self.pool_rows).clamp_min(1)
+        self.log_prior_of_source = mean.clamp_min(TINY).log()
+        self.log_prior_N.copy_(self.log_prior_of_source[self.source_N.long()])
 
     def check_pool(self) -> None:
         if (self.share_of_source > 0).sum() < 2:
@@ -48,7 +62,8 @@ class SourceWeights(ExampleWeights):
             )
 
     def _per_source(self) -> Tensor:
-        share = torch.softmax(self.logits.detach().double() / self.temperature + self.share_of_source.log(), 0)
+        log_u = self.logits.detach().double() / self.temperature + self.log_prior_of_source
+        share = torch.softmax(log_u + self.share_of_source.log(), 0)
         return torch.where(self.share_of_source > 0, share / self.share_of_source, 1.0)
 
     def weigh(self, features: Features) -> Tensor:
@@ -66,9 +81,3 @@ class SourceWeights(ExampleWeights):
         weights, rows = self._per_source(), float(self.pool_rows)
         entropy = torch.tensor(rows, dtype=torch.float64).log() - (self.share_of_source * weights * weights.log()).sum()
         return {"effective_size": rows / (self.share_of_source * weights**2).sum(), "entropy": entropy}
-
-    def start_from(self, weight_N: Tensor) -> None:
-        total = torch.zeros_like(self.share_of_source).index_add_(0, self.source_N.long(), weight_N.double())
-        mean = total / (self.share_of_source * self.pool_rows).clamp_min(1)
-        with torch.no_grad():
-            self.logits.copy_(mean.clamp_min(1e-9).log() * self.temperature)

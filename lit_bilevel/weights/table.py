@@ -1,4 +1,5 @@
-"""One logit per pool row: w_i = N·u(ω_i) / Σ_j u(ω_j) for a positive function u. The base of `softmax` and `sigmoid`.
+"""One logit per pool row: w_i = N·p_i·u(ω_i) / Σ_j p_j·u(ω_j) for a positive function u. The base of `softmax` and
+`sigmoid`. p is the prior, at which the weights begin, for all logits are 0 at the start; below, u stands for p·u.
 
 The gradient is sparse, the idiom of `nn.Embedding(sparse=True)`: rows outside the batch are left alone, which keeps the
 learned order from following the order of visits (METHOD section 2). Σu, Σu² and Σu·log u are kept in float64 and
@@ -22,9 +23,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from lit_bilevel.errors import gathered
+from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.types import Features
-from lit_bilevel.weights.base import ExampleWeights
+from lit_bilevel.weights.base import CUT, FLOOR, TINY, ExampleWeights, centred
 
 TIE = 0.01  # rows whose log u is this close count as equal, or rounding noise would decide whom the gate drops
 
@@ -34,13 +35,14 @@ class TableWeights(ExampleWeights):
 
     Args:
         temperature: divides the logits; higher is more even.
-        kl_to_uniform: strength of the pull towards equal weights, in units of the scaled score.
+        kl_to_prior: strength of the pull towards the prior, in units of the scaled score.
         floor: least weight of any row.
         cap: largest weight of any row.
         keep: share of rows, from the top, that keep a weight above 0; begins after the first epoch.
     """
 
     sparse = True
+    by_row = ExampleWeights.by_row | {"logits"}
 
     logits: nn.Parameter
     sums: Tensor
@@ -51,12 +53,12 @@ class TableWeights(ExampleWeights):
     def __init__(
         self,
         temperature: float = 1.0,
-        kl_to_uniform: float = 0.0,
+        kl_to_prior: float = 0.0,
         floor: float = 0.0,
         cap: float | None = None,
         keep: float = 1.0,
     ) -> None:
-        super().__init__(kl_to_uniform)
+        super().__init__(kl_to_prior)
         self.temperature, self.floor, self.cap, self.keep = temperature, floor, cap, keep
         self._check_settings()
         limits = {"shift": 0.0, "log_ceiling": math.inf, "log_threshold": -math.inf}
@@ -91,7 +93,7 @@ class TableWeights(ExampleWeights):
     # ---- u ----
 
     def _free(self, rows: Tensor | slice) -> Tensor:
-        return self.log_unnormalised(self.logits.detach()[rows].double() / self.temperature)
+        return self.log_unnormalised(self.logits.detach()[rows].double() / self.temperature) + self.log_prior_N[rows]
 
     def _limited(self, log_u: Tensor) -> Tensor:
         if self.keep < 1:
@@ -152,6 +154,35 @@ class TableWeights(ExampleWeights):
         u = self._log_u(slice(None)).exp()
         return self._floored(u * (len(u) / u.sum()))
 
+    def set_prior(self, weight_N: Tensor) -> None:
+        if self.floor > 0:  # it is added again, by `_floored`
+            weight_N = (weight_N / weight_N.double().mean() - self.floor).clamp_min(0)
+        super().set_prior(weight_N)
+
+    def settle(self, s_N: Tensor, strength: float) -> None:
+        """Set all logits at once from scores of the whole pool: ω_i = −T·(s_i − b) / (strength·c), cut as in a step.
+
+        For softmax weights, w ∝ p·exp(−(s − b)/(strength·c)), where steps with `kl_to_prior` = strength come to rest,
+        except that b and c are taken under the prior. A row whose score is not finite stays at its prior.
+
+        Args:
+            s_N: [N] a solver's score of every row, at one and the same state of the policy.
+            strength: ρ > 0; smaller moves the weights further from the prior.
+
+        Raises:
+            UserError: for a strength that is not above 0.
+        """
+        if strength <= 0:
+            raise UserError(f"the strength is {strength}; it must be above 0.")
+        valid_N = torch.isfinite(s_N)
+        p_N = self.log_prior_N.double().exp() * valid_N
+        s_N = torch.where(valid_N, s_N.to(p_N), 0.0)
+        centred_N = centred(s_N, p_N) * valid_N
+        scale = torch.maximum(centred_N.abs().mean(), FLOOR * s_N.abs().mean()).clamp_min(TINY)
+        with torch.no_grad():
+            self.logits.copy_((centred_N / scale).clamp(-CUT, CUT) * (-self.temperature / strength))
+        self.refresh()
+
     def statistics(self) -> dict[str, Tensor]:
         total, squares, u_log_u = self.sums
         kept = 1 - self.floor
@@ -159,18 +190,6 @@ class TableWeights(ExampleWeights):
         mean_square = kept**2 * rows * squares / total**2 + 1 - kept**2
         entropy = {"entropy": total.log() - u_log_u / total} if self.floor == 0 else {}
         return {"effective_size": rows / mean_square, **entropy}
-
-    def start_from(self, weight_N: Tensor) -> None:
-        weight_N = weight_N.double()
-        if self.floor > 0:  # it is added again
-            weight_N = weight_N / weight_N.mean() - self.floor
-        with torch.no_grad():
-            self.logits.copy_(self.logits_of(weight_N.clamp_min(1e-9)) * self.temperature)
-        self._recount(self._free(slice(None)))
-
-    def logits_of(self, weight_N: Tensor) -> Tensor:
-        """Logits that give these weights, up to a common factor; the inverse of u, for `start_from`."""
-        return super().start_from(weight_N)  # type: ignore[return-value]
 
 
 def _ceiling(log_u: Tensor, cap: float) -> Tensor:

@@ -24,6 +24,9 @@ class UniformWeights(ExampleWeights):
     def assign_gradient(self, features: Features, score_B: Tensor) -> None:
         raise UserError("`UniformWeights` cannot be learned; choose another `model.weights`, or the `Mixing` solver.")
 
+    def set_prior(self, weight_N: Tensor) -> None:
+        raise UserError("`UniformWeights` are equal; for fixed weights use `SigmoidWeights` with the `Mixing` solver.")
+
     def table(self) -> Tensor:
         return torch.ones(self.pool_rows, dtype=torch.float64, device=self.visits.device)
 

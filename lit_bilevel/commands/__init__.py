@@ -1,0 +1,1 @@
+"""Commands: what `lit-bilevel` does without training."""

@@ -1,0 +1,1 @@
+"""Generation: prompts in, responses with their token ids and log-probabilities out."""

@@ -1,0 +1,57 @@
+"""The settings of a run as a flat table of names and plain values: for the HParams tab, the model card, the summary.
+
+Objects keep their constructor arguments as attributes of the same name, so a class's signature says what to read.
+Left out: settings that are neither numbers nor strings; `config.yaml` has everything.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lit_bilevel.module import LitBilevel
+from lit_bilevel.training.refusals import refiners
+
+Plain = str | int | float | bool
+
+
+def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
+    """What a run was set to; call it once optimizers exist."""
+    found: dict[str, Plain] = {"policy": module.policy_settings.path}
+    if module.policy_settings.lora is not None:
+        found["policy.lora_r"] = module.policy_settings.lora.r
+    found |= own_settings("solver", module.solver) | own_settings("weights", module.weights)
+    for level in ("upper_objective", "lower_objective"):
+        found |= own_settings(level, getattr(module, level))
+    own = [] if module.own_optimizer is None else [module.own_optimizer]  # the strategy takes one optimizer
+    for name, optimizer in zip(("optimizer", "weight_optimizer"), [*trainer.optimizers, *own], strict=False):
+        found[name] = type(optimizer).__name__
+        found[f"{name}.lr"] = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])
+    found["upper_weight"] = module.initial_upper_weight
+    for name in ("upper_weight_decay", "upper_weight_start", "weight_start", "warmup_steps", "accumulate_grad_batches"):
+        found[name] = getattr(module, name)
+    found["lr_scheduler"] = module.lr_scheduler_name
+    for name in ("gradient_clip_val", "upper_weight_decay_every"):
+        if getattr(module, name) is not None:
+            found[name] = getattr(module, name)
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    for name in ("batch_size", "upper_batch_size", "max_length", "seed"):
+        found[f"data.{name}"] = getattr(data, name)
+    for callback in refiners(trainer):
+        found |= own_settings("refine", callback.choose) | {"refine.responses": callback.responses}
+        found |= own_settings("response_weights", module.refinement.rule)
+    found["precision"] = str(trainer.precision)
+    found["processes"] = trainer.world_size
+    return found
+
+
+def own_settings(name: str, thing: object) -> dict[str, Plain]:
+    """The class of an object, and the plain ones of its constructor's arguments."""
+    found: dict[str, Plain] = {name: type(thing).__name__}
+    for argument in inspect.signature(type(thing)).parameters:
+        value = getattr(thing, argument, None)
+        if isinstance(value, str | int | float | bool):
+            found[f"{name}.{argument}"] = value
+    return found

@@ -1,0 +1,1 @@
+"""Refinement: which rows are answered anew, how their responses share the weight of the row, the file of responses."""

@@ -1,0 +1,251 @@
+"""Response weights: how much each generated token counts inside its row's group.
+
+    ℓ̃_i = (1/G′)·Σ_g Σ_t r_gt·NLL_gt / L̄        ρ_t = π_θ(y_t | …) / π_old(y_t | …)        both at temperature T
+
+r is always detached, and ρ comes from passes without dropout (arXiv 2511.21056; METHOD section 3). What a rule does to
+the policy in expectation: with ρ = Π ρ_t unclipped, T = 1 and L̄ constant, E_{y~π_old}[ρ·∇ℓ] ∝ −E_{π_θ}[∇ log π_θ] = 0,
+so own samples teach nothing on average; what moves the policy is what a rule adds to that: clipping, a temperature τ,
+alignment with the validation gradient, and for every rule the dropping of unfinished responses (towards short ones)
+and the learned weight of the group.
+
+Left out: advantages from a reward model; validation gradients play that part here.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_bilevel.errors import UserError
+
+DECAY = 0.9
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Generated responses of a batch, as a rule sees them.
+
+    Args:
+        log_ratio_J: [J] log ρ_t of each generated token.
+        response_J: [J] the response (0 … R−1) of each token.
+        group_R: [R] the group (0 … groups−1) of each response.
+        groups: number of groups, empty ones included.
+        alignment_R: [R] ⟨∇f, ∇ℓ⟩ of each response, where the rule asked for it.
+    """
+
+    log_ratio_J: Tensor
+    response_J: Tensor
+    group_R: Tensor
+    groups: int
+    alignment_R: Tensor | None = None
+
+    @property
+    def log_ratio_R(self) -> Tensor:
+        """[R] log ρ of whole responses."""
+        return self.sums(self.log_ratio_J)
+
+    @property
+    def length_R(self) -> Tensor:
+        """[R] tokens of each response."""
+        return self.sums(torch.ones_like(self.log_ratio_J))
+
+    def sums(self, value_J: Tensor) -> Tensor:
+        """[R] sums over the tokens of each response."""
+        return value_J.new_zeros(len(self.group_R)).index_add(0, self.response_J, value_J)
+
+    def group_sums(self, value_R: Tensor) -> Tensor:
+        """[R] for each response the sum over its group."""
+        return value_R.new_zeros(self.groups).index_add(0, self.group_R, value_R)[self.group_R]
+
+    @property
+    def alone_R(self) -> Tensor:
+        """[R] whether a response is the only one of its group."""
+        return self.group_sums(torch.ones_like(self.group_R)) == 1
+
+
+class ResponseWeights(ABC):
+    """Gives the detached weight r of every generated token."""
+
+    needs_alignment: bool = False
+    """Whether `alignment_R` is to be computed first (one more pass over generated rows)."""
+
+    @abstractmethod
+    def weigh(self, ratios: Ratios) -> tuple[Tensor, Tensor]:
+        """[J] weights r, and [J] whether each was clipped."""
+
+    def singles(self, ratios: Ratios) -> Tensor:
+        """[2] sum and number of what groups of one response are divided by, for `follow`; zeros if nothing is."""
+        return ratios.log_ratio_J.new_zeros(2)
+
+    def follow(self, sums: Tensor) -> None:  # noqa: B027  (most rules have no state)
+        """Take in the `singles` of all processes and micro-batches of a policy step, after it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs: numbers only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take over what `state_dict` returned."""
+
+
+def _clipped(log_ratio: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    limit = math.log(clip)
+    return log_ratio.clamp(-limit, limit).exp(), log_ratio.abs() > limit
+
+
+def _checked(clip: float) -> float:
+    if clip <= 1:
+        raise UserError(f"`clip` is {clip}; it must be above 1: ratios are kept in [1/clip, clip].")
+    return clip
+
+
+class Uniform(ResponseWeights):
+    """r = 1. In expectation −∇E_{π_old}[log π_θ], which is 0 at the refresh and then holds the policy near π_old."""
+
+    def weigh(self, ratios: Ratios) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(ratios.log_ratio_J), torch.zeros_like(ratios.log_ratio_J, dtype=torch.bool)
+
+
+class Token(ResponseWeights):
+    """r_t = ρ_t, clipped: the authors' rule. The expected update given each prefix vanishes, but prefixes stay those
+    of π_old; clipping from above slows what the policy already gained on.
+
+    Args:
+        clip: ratios are kept in [1/clip, clip].
+    """
+
+    def __init__(self, clip: float = 10.0):
+        self.clip = _checked(clip)
+
+    def weigh(self, ratios: Ratios) -> tuple[Tensor, Tensor]:
+        return _clipped(ratios.log_ratio_J, self.clip)
+
+
+class Sequence(ResponseWeights):
+    """r = Π_t ρ_t, clipped. Unbiased until it clips, so the expected update is 0; its variance grows with length.
+
+    Args:
+        clip: ratios are kept in [1/clip, clip].
+    """
+
+    def __init__(self, clip: float = 10.0):
+        self.clip = _checked(clip)
+
+    def weigh(self, ratios: Ratios) -> tuple[Tensor, Tensor]:
+        weight_R, clipped_R = _clipped(ratios.log_ratio_R, self.clip)
+        return weight_R[ratios.response_J], clipped_R[ratios.response_J]
+
+
+class LengthNormalised(ResponseWeights):
+    """r = (Π_t ρ_t)^{1/length}, clipped: the geometric mean. Biased towards `Uniform`, hardly any variance.
+
+    Args:
+        clip: ratios are kept in [1/clip, clip].
+    """
+
+    def __init__(self, clip: float = 10.0):
+        self.clip = _checked(clip)
+
+    def weigh(self, ratios: Ratios) -> tuple[Tensor, Tensor]:
+        weight_R, clipped_R = _clipped(ratios.log_ratio_R / ratios.length_R, self.clip)
+        return weight_R[ratios.response_J], clipped_R[ratios.response_J]
+
+
+class _Relative(ResponseWeights):
+    """Scores ≥ 0 divided by their mean in the group; those of a lone response by a running mean of earlier steps.
+
+    The running mean, of scores above 0, takes in a step only after it, so that micro-batches of a step change nothing;
+    before there is one, a lone response with a score above 0 counts 1. It is one running sum by another, both from 0,
+    so the first step counts no more than any other.
+
+    Args:
+        most: largest weight of a lone response.
+    """
+
+    def __init__(self, most: float = math.inf) -> None:
+        self._sum = self._count = 0.0
+        self._most = most
+
+    @property
+    def mean(self) -> float | None:
+        """The running mean of lone scores, if any was seen."""
+        return self._sum / self._count if self._count > 0 else None
+
+    @abstractmethod
+    def score(self, ratios: Ratios) -> Tensor:
+        """[R] scores, at least 0."""
+
+    def weigh(self, ratios: Ratios) -> tuple[Tensor, Tensor]:
+        score_R = self.score(ratios)
+        sum_R = ratios.group_sums(score_R)
+        count_R = ratios.group_sums(torch.ones_like(score_R))
+        mean_R = sum_R / count_R
+        if self.mean is not None:
+            mean_R = torch.where(ratios.alone_R, torch.full_like(mean_R, self.mean), mean_R)
+        weight_R = torch.where(sum_R > 0, score_R / mean_R.clamp_min(torch.finfo(mean_R.dtype).tiny), 0.0)
+        clipped_R = ratios.alone_R & (weight_R > self._most)
+        weight_R = torch.where(clipped_R, self._most, weight_R)
+        return weight_R[ratios.response_J], clipped_R[ratios.response_J]
+
+    def singles(self, ratios: Ratios) -> Tensor:
+        score_R = self.score(ratios)
+        counted_R = ratios.alone_R & (score_R > 0)
+        return torch.stack([(score_R * counted_R).sum(), counted_R.sum()])
+
+    def follow(self, sums: Tensor) -> None:
+        total, count = sums.tolist()
+        if count > 0 and math.isfinite(total):
+            self._sum = DECAY * self._sum + total
+            self._count = DECAY * self._count + count
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sum": self._sum, "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._sum, self._count = state["sum"], state["count"]
+
+
+class SelfNormalised(_Relative):
+    """r ∝ ρ^{1/τ} over the group, mean 1: BMO online. At τ = 1 the expected update vanishes up to O(1/G); τ < 1 favours
+    what the policy gained on since the refresh (its mode sharpens), τ > 1 approaches `Uniform`.
+
+    Args:
+        tau: temperature τ of the weights.
+        limit: largest |log ρ|/τ, so that a lone response cannot overflow.
+    """
+
+    def __init__(self, tau: float = 1.0, limit: float = 20.0):
+        super().__init__()
+        if tau <= 0:
+            raise UserError(f"`tau` is {tau}; it must be above 0.")
+        self.tau, self.limit = tau, limit
+
+    def score(self, ratios: Ratios) -> Tensor:
+        scaled_R = ratios.log_ratio_R / self.tau
+        top_B = scaled_R.new_full((ratios.groups,), -torch.inf).scatter_reduce(0, ratios.group_R, scaled_R, "amax")
+        shift_R = torch.where(ratios.alone_R, 0.0, top_B[ratios.group_R])
+        return (scaled_R - shift_R).clamp(-self.limit, self.limit).exp()
+
+
+class Aligned(_Relative):
+    """r ∝ max(0, ⟨∇f, ∇ℓ⟩) over the group, mean 1: the closed form of L2RW (arXiv 1803.09050) on generations. Moves
+    the policy towards those of its responses whose imitation lowers the validation loss; a group without one counts 0.
+
+    Args:
+        clip: largest r of a response that is alone in its group, and so compared with those of earlier steps.
+    """
+
+    needs_alignment = True
+
+    def __init__(self, clip: float = 10.0):
+        super().__init__(_checked(clip))
+        self.clip = clip
+
+    def score(self, ratios: Ratios) -> Tensor:
+        assert ratios.alignment_R is not None
+        return ratios.alignment_R.clamp_min(0)

@@ -1,0 +1,72 @@
+"""What a checkpoint holds beside Lightning's own entries, whole whatever form the parameters have.
+
+Of the policy it holds the parameters that are trained. All else comes with the base model: frozen parameters, buffers,
+and what a quantized layer adds to its state. The solver's state may have the shape of the policy's values; where these
+are spread over processes it is gathered to be saved, and spread again when it is loaded.
+
+Left out: the position of the data and random states, which the data module and a callback keep; and buffers of a policy
+that training would change, such as running means, which causal language models do not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lit_bilevel.errors import misfit
+from lit_bilevel.policy.shard import spread
+from lit_bilevel.problem import whole
+from lit_bilevel.training.schema import VERSION, check_checkpoint
+
+
+def save_own(module: Any, checkpoint: dict[str, Any]) -> None:
+    """Add a `LitBilevel`'s state, and leave out what the base model brings; called on every process."""
+    kept = _kept(module, checkpoint["state_dict"])
+    checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in kept}
+    checkpoint["lit_bilevel"] = {
+        "schema": VERSION,
+        "solver": apply_to_collection(module.solver.state_dict(), Tensor, whole),
+        "guard": module.guard.state_dict(),
+        "refinement": module.refinement.checkpoint(),
+    }
+    if module.own_optimizer is not None:
+        checkpoint["lit_bilevel"]["optimizer"] = module.own_optimizer.state_dict()
+
+
+def restore_own(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Take over what `save_own` added; returned is what has to wait for `restore_late`.
+
+    Raises:
+        UserError: if the checkpoint does not fit the module or its data.
+    """
+    own = check_checkpoint(checkpoint, module._trainer)
+    module.guard.load_state_dict(own["guard"])
+    module.refinement.restore(own["refinement"], module.weights.pool_rows)
+    if "state_dict" in checkpoint:  # a strategy that shards parameters has loaded it already
+        state = module.state_dict()
+        expected = {name: state[name].shape for name in _kept(module, state)}
+        found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        if expected != found:
+            raise misfit(expected, found)
+    return {name: own[name] for name in ("solver", "optimizer") if name in own}
+
+
+def restore_late(module: Any, own: dict[str, Any]) -> None:
+    """Give solver and outer optimizer their states, once the policy is on its device; the solver's as the policy is."""
+    if "solver" in own:
+        parameters: list[Tensor] = list(module.policy.trainable())
+        state = move_data_to_device(own["solver"], parameters[0].device)
+        module.solver.load_state_dict(apply_to_collection(state, Tensor, spread, parameters=parameters))
+    if "optimizer" in own and module.own_optimizer is not None:
+        module.own_optimizer.load_state_dict(own["optimizer"])
+
+
+def _kept(module: Any, names: Iterable[str]) -> list[str]:
+    """Those of the names that a checkpoint keeps; of tied parameters, which have several, all."""
+    named = module.named_parameters(remove_duplicate=False)
+    trained = {name for name, parameter in named if parameter.requires_grad}
+    return [name for name in names if name in trained or not name.startswith("policy.")]

@@ -1,0 +1,49 @@
+"""Making the two optimizers of a run and the schedule of the policy's.
+
+Left out: a schedule of the weights' optimizer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lit_bilevel.errors import UserError
+from lit_bilevel.training.refusals import takes_one_optimizer
+from lit_bilevel.weights.optimizer import check_optimizer
+
+
+def made_optimizers(module: Any) -> Any:
+    """What Lightning is given by a `LitBilevel`: the inner optimizer and, if it takes two, the outer one; the schedule.
+
+    Raises:
+        UserError: for settings that an optimizer or the schedule does not take.
+    """
+    try:
+        return _made(module)
+    except (ValueError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"an optimizer or the schedule cannot be made: {error}; look at `model.optimizer`,"
+            " `model.weight_optimizer`, `model.lr_scheduler` and `model.lr_scheduler_kwargs`."
+        ) from error
+
+
+def _made(module: Any) -> Any:
+    from transformers import get_scheduler
+
+    inner = module.make_optimizer(module.policy.trainable())
+    parameters = list(module.weights.parameters())
+    optimizers = [inner, module.make_weight_optimizer(parameters)] if parameters else [inner]
+    if module.learns_weights:
+        check_optimizer(module.weights, optimizers[-1])
+        module.refinement.check()
+    steps = module.trainer.estimated_stepping_batches
+    total = None if steps == float("inf") else int(steps)
+    settings, name = module.lr_scheduler_kwargs, module.lr_scheduler_name
+    if name == "constant" and module.warmup_steps:
+        name = "constant_with_warmup"  # transformers' `constant` would leave them out without a word
+    scheduler = get_scheduler(name, inner, module.warmup_steps, total, scheduler_specific_kwargs=settings)
+    if takes_one_optimizer(module.trainer.strategy):
+        module.own_optimizer = optimizers.pop() if parameters else None
+    return optimizers, [{"scheduler": scheduler, "interval": "step"}]

@@ -1,0 +1,300 @@
+"""What cannot work, refused by name before anything is loaded: settings without meaning, and settings that do not go
+together with the Trainer's strategy, precision or flags.
+
+Left out: settings of the data, which the data module checks itself.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+)
+
+from lit_bilevel.data.table import longest
+from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.policy.load import context_length
+from lit_bilevel.training.effects import of_precision, without_effect, without_refinement
+from lit_bilevel.training.schedule import most_falls
+
+SHARDING = "configs/strategies/fsdp2.yaml"
+
+
+def check_settings(module: Any) -> None:
+    """Refuse settings of a `LitBilevel` that have no meaning, all in one message.
+
+    Raises:
+        UserError: naming each of them.
+    """
+    problems = []
+    if not (0 <= module.initial_upper_weight < 1 or (module.initial_upper_weight == 1 and not module.learns_weights)):
+        problems.append(
+            f"`model.upper_weight` is {module.initial_upper_weight}; it must be in [0, 1), or 1 with the `Mixing`"
+            " solver, for training on validation rows alone"
+        )
+    if module.upper_weight_decay < 0:
+        problems.append(f"`model.upper_weight_decay` is {module.upper_weight_decay}; it must be at least 0")
+    if module.upper_weight_decay_every is not None and module.upper_weight_decay_every < 1:
+        problems.append(
+            f"`model.upper_weight_decay_every` is {module.upper_weight_decay_every}; it must be at least 1 step"
+        )
+    if module.solver.learns and not module.weights.learnable:
+        problems.append(
+            f"`model.weights` is `{type(module.weights).__name__}`, which learns nothing from scores, so `model.solver:"
+            f" {type(module.solver).__name__}` would do nothing; use `Mixing`, or weights that learn"
+        )
+    for part in _need_upper_weight(module.weights, module.solver):
+        for name, value, wrong in (
+            ("upper_weight", module.initial_upper_weight, module.initial_upper_weight == 0),
+            ("upper_weight_start", module.upper_weight_start, module.upper_weight_start > 0),
+        ):
+            if wrong:
+                problems.append(
+                    f"`model.{name}` is {value}, so λ is 0 in some step, where `{type(part).__name__}` has no meaning;"
+                    " change it, or use `OneStep` with `SoftmaxWeights`"
+                )
+    groups = module.refinement.template
+    if groups.learnable and not module.weights.learnable:
+        problems.append(
+            f"`model.refined_weights` is `{type(groups).__name__}`, which learns from scores, and there are none where"
+            f" `model.weights` is `{type(module.weights).__name__}`; use `BMOWeights` or `UniformWeights`"
+        )
+    for level in ("upper", "lower"):
+        objective = getattr(module, f"{level}_objective")
+        if objective.needs_reference and module.policy_settings.lora is None:
+            problems.append(
+                f"`model.{level}_objective` is `{type(objective).__name__}`, whose reference is the policy with its"
+                " adapter switched off, and there is none; set one with `--model.policy.lora '{r: 16, alpha: 16}'`"
+            )
+    problems += _out_of_range(module) + module.guard.settings.problems() + without_effect(module)
+    if problems:
+        raise gathered("bad settings", problems)
+
+
+def _need_upper_weight(*parts: Any) -> list[Any]:
+    """Those of the solver and the weights that have no meaning where λ is 0."""
+    return [part for part in parts if part.needs_upper_weight]
+
+
+def _out_of_range(module: Any) -> list[str]:
+    problems = []
+    for name, least, most in (
+        ("accumulate_grad_batches", 1, None),
+        ("max_new_tokens", 1, None),
+        ("warmup_steps", 0, None),
+        ("upper_weight_start", 0, 1),
+        ("weight_start", 0, 1),
+    ):
+        value = getattr(module, name)
+        if not value >= least or (most is not None and value >= most):
+            wanted = f"at least {least}" if most is None else f"in [{least}, {most})"
+            problems.append(f"`model.{name}` is {value}; it must be {wanted}")
+    if module.gradient_clip_val is not None and module.gradient_clip_val <= 0:
+        problems.append(
+            f"`model.gradient_clip_val` is {module.gradient_clip_val}; it must be above 0, or null for none"
+        )
+    if module.lr_scheduler_name in ("reduce_lr_on_plateau", "greedy"):
+        problems.append(f"`model.lr_scheduler` is {module.lr_scheduler_name}, which follows a metric; use one of steps")
+    return problems
+
+
+def takes_one_optimizer(strategy: Any) -> bool:
+    """Whether the outer optimizer has to be stepped and checkpointed by the module itself.
+
+    DeepSpeed takes one optimizer. FSDP2 takes several, but Lightning cannot load one whose state is empty.
+    """
+    return isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy)
+
+
+def check_flags(trainer: Any) -> None:
+    """Refuse flags of the Trainer that are arguments of the module here.
+
+    Raises:
+        UserError: naming each of them.
+    """
+    given = {"gradient_clip_val": trainer.gradient_clip_val, "accumulate_grad_batches": trainer.accumulate_grad_batches}
+    problems = [
+        f"`trainer.{name}` is {value}; set `model.{name}` instead, for a step has two optimizers"
+        for name, value in given.items()
+        if value not in (None, 0, 1 if name == "accumulate_grad_batches" else None)
+    ]
+    if problems:
+        raise gathered("settings of another kind of training", problems)
+
+
+def check_run(module: Any, stage: str) -> None:
+    """Refuse what cannot work under the Trainer's strategy and precision, all in one message.
+
+    Raises:
+        UserError: naming each of them.
+    """
+    strategy = module.trainer.strategy
+    problems = _of_kernels(module) + _of_context(module) + of_precision(module)
+    if stage == "fit":
+        problems += _of_decay(module) + _of_length(module) + without_refinement(module, bool(refiners(module.trainer)))
+    if isinstance(strategy, SingleDeviceStrategy) and strategy.root_device.type == "mps":
+        problems.append(
+            "`trainer.accelerator` is (or chose) MPS, which has no float64, and the weights are summed in it; use"
+            " `trainer.accelerator: cpu`"
+        )
+    if module.trainer.precision == "16-true":
+        problems.append(
+            "`trainer.precision` is 16-true, in which small gradients become 0 and large ones overflow; use bf16-true,"
+            " or 16-mixed, which scales the loss"
+        )
+    if isinstance(strategy, FSDPStrategy):
+        problems.append(
+            "`trainer.strategy` is FSDP1 (`fsdp`), which does not allow a step with several backward passes; use FSDP2"
+            f" ({SHARDING}) or `ddp`"
+        )
+    if type(strategy) is DDPStrategy and strategy._ddp_kwargs.get("gradient_as_bucket_view"):
+        problems.append(
+            "`gradient_as_bucket_view` of `DDPStrategy` lets the second backward pass of a step write over the gradient"
+            " that the first one gave; leave it out"
+        )
+    if isinstance(strategy, ModelParallelStrategy):
+        problems += _of_sharding(module, stage)
+    if isinstance(strategy, DeepSpeedStrategy):
+        problems += _of_deepspeed(module)
+    if problems:
+        raise gathered("this combination cannot run", problems)
+
+
+def _of_decay(module: Any) -> list[str]:
+    groups = [module.refinement.template] if refiners(module.trainer) else []
+    names = [type(part).__name__ for part in _need_upper_weight(module.solver, module.weights, *groups)]
+    decay = module.upper_weight_decay
+    if names and module.initial_upper_weight == 0:
+        return [f"`model.upper_weight` is 0, where `{names[0]}` for refined rows has no meaning; set it above 0"]
+    if not names or decay == 0 or decay * most_falls(module) < module.initial_upper_weight:
+        return []
+    falls, every = math.ceil(module.initial_upper_weight / decay - 1e-9), module.upper_weight_decay_every
+    last = f"in epoch {falls + 1}" if module.trainer.max_epochs > 0 else "after some epochs"
+    last = last if every is None else f"after {falls * every} policy steps"
+    return [
+        f"`model.upper_weight_decay` is {decay}, so λ is 0 {last}, where `{names[0]}` has no meaning; lower it, set"
+        " `trainer.max_epochs` where it is not, or use `OneStep` with `SoftmaxWeights`"
+    ]
+
+
+def refiners(trainer: Any) -> list[Any]:
+    """The callbacks that are `SelfRefine` or made from it, told by name, since callbacks import the module."""
+    return [c for c in trainer.callbacks if any(kind.__name__ == "SelfRefine" for kind in type(c).__mro__)]
+
+
+def _of_length(module: Any) -> list[str]:
+    if module.trainer.max_epochs != -1 or module.trainer.max_steps != -1:
+        return []
+    return [
+        f"`model.{name}` is {getattr(module, name)}, a share of a run whose length is not known; set"
+        " `trainer.max_steps` or `trainer.max_epochs`"
+        for name in ("upper_weight_start", "weight_start")
+        if getattr(module, name) > 0
+    ]
+
+
+def _of_context(module: Any) -> list[str]:
+    sets = getattr(getattr(module.trainer, "datamodule", None), "sets", {})
+    context, found = context_length(module.policy_settings), longest(sets.values())
+    if context is None or found <= context:
+        return []
+    return [
+        f"the longest row has {found} tokens and the policy was made for {context}; set `data.max_length` to at most"
+        f" {context}"
+    ]
+
+
+def _of_kernels(module: Any) -> list[str]:
+    """Derivatives along a direction need forward mode below float32, and fused kernels do not have it."""
+    settings = module.policy_settings
+    problems: list[str] = []
+    directional = _aligned(module)
+    if module.solver.directional and module.learns_weights:
+        directional.insert(0, module.solver)
+    if not directional:
+        return problems
+    name = f"`{type(directional[0]).__name__}`"
+    if settings.quantization is not None:
+        problems.append(
+            f"{name} needs derivatives along a direction, and `model.policy.quantization` has kernels without forward"
+            " mode and too few digits for differences; use `ValueFunction`, or `BMOWeights` with `Mixing`, and other"
+            " `model.response_weights` than `Aligned`"
+        )
+    if "flash" in (settings.attn_implementation or ""):
+        problems.append(
+            f"{name} needs derivatives along a direction, and `model.policy.attn_implementation:"
+            f" {settings.attn_implementation}` has no forward mode; use `sdpa`"
+        )
+    return problems
+
+
+def _aligned(module: Any) -> list[Any]:
+    """The rule of the response weights where it asks for ∇f and derivatives along it."""
+    return [module.refinement.rule] if module.refinement.rule.needs_alignment else []
+
+
+def check_precision(asked: Any, trainer: Any) -> None:
+    """Refuse a precision that Lightning has put another one in place of.
+
+    Raises:
+        UserError: for loss scaling on a CPU.
+    """
+    if str(asked) in ("16", "16-mixed") and trainer.precision == "bf16-mixed":
+        raise UserError(
+            f"`trainer.precision` is {asked}, which CPUs do not have; use bf16-mixed, or `trainer.accelerator: gpu`."
+        )
+
+
+def _of_sharding(module: Any, stage: str) -> list[str]:
+    problems = []
+    if stage == "predict":
+        problems.append(
+            "`predict` generates, which a sharded policy does not allow; run it on one process, with the run's"
+            " `policy/` as `model.policy.path`"
+        )
+    if module.solver.second_order and module.learns_weights:
+        problems.append(
+            f"`{type(module.solver).__name__}` needs Hessian-vector products, which FSDP2 does not give; use `OneStep`,"
+            " or `trainer.strategy: ddp`"
+        )
+    if module.policy_settings.compile:
+        problems.append(
+            "`model.policy.compile` and FSDP2's gathering of parameters do not go together here; leave one of them out"
+        )
+    if module.policy_settings.quantization is not None:
+        problems.append("a quantized policy cannot be sharded by FSDP2; use `trainer.strategy: ddp`")
+    return problems
+
+
+def _of_deepspeed(module: Any) -> list[str]:
+    problems = []
+    takes_apart = [module.solver] if module.solver.substitutes and module.learns_weights else []
+    for part in [*takes_apart, *_aligned(module)]:
+        problems.append(
+            f"`{type(part).__name__}` evaluates the policy at other parameter values or takes gradients apart, which"
+            f" DeepSpeed does not allow; use `Penalty`, or FSDP2 ({SHARDING})"
+        )
+    if module.trainer.strategy.zero_stage_3:
+        problems.append(
+            "DeepSpeed stage 3 would split the output layer, which the policy reads directly, and learnable weights;"
+            f" use stage 2, or FSDP2 ({SHARDING})"
+        )
+    if module.policy_settings.compile:
+        problems.append("`model.policy.compile` was never tried under DeepSpeed; leave it out")
+    if module.gradient_clip_val is not None:
+        problems.append(
+            "`model.gradient_clip_val` cannot reach gradients that DeepSpeed keeps; set it to null, and"
+            " `gradient_clipping` in the strategy's `config`"
+        )
+    if module.accumulate_grad_batches > 1:
+        problems.append(
+            "`model.accumulate_grad_batches` above 1 needs several backward passes in a step, which DeepSpeed takes for"
+            " several steps; raise `data.batch_size`"
+        )
+    return problems

@@ -1,0 +1,1 @@
+"""The benchmarks, one file each; `scripts/benchmark.py` runs them by name."""
