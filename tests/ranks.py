@@ -82,6 +82,24 @@ def save_model(folder: Path) -> None:
     GPTNeoXForCausalLM(config).save_pretrained(folder)
 
 
+def save_wide_model(folder: Path) -> Path:
+    """A random Llama, with a tokenizer, whose heads are as wide as the kernels of engines take them."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=264, num_attention_heads=2, num_key_value_heads=2, eos_token_id=256, **sizes)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "lit_bilevel" / "toy" / "model").save_pretrained(folder)
+    return folder
+
+
 def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     """The module after the steps of a case, and its trainer."""
     from lightning.pytorch import Trainer, seed_everything

@@ -18,7 +18,7 @@ from conftest import TOY, read_jsonl, write_jsonl
 from mortal import Moment, Run, same
 from safetensors.torch import load_file
 from test_refine import REFINE
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from lit_bilevel import LoraSettings, PolicySettings
 from lit_bilevel.callbacks.export import saved_state
@@ -171,21 +171,8 @@ def test_four_bit_layers_are_not_packed_anew(monkeypatch):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A small model whose heads have a width that vLLM's kernels take, with sharp distributions."""
-    from transformers import AutoTokenizer
-
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
-    config = LlamaConfig(vocab_size=264, num_attention_heads=2, num_key_value_heads=2, eos_token_id=256, **sizes)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(TOY / "model").save_pretrained(folder)
-    return folder
+    """A small model whose heads have a width that vLLM's kernels take."""
+    return ranks.save_wide_model(tmp_path_factory.mktemp("base"))
 
 
 def refined(small, folder: Path, base: Path, backend: list[str]) -> list[str]:
