@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TOY, read_jsonl
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from test_refine import refine_all, refine_flags, run
 from test_resume import fit, short
 
@@ -347,3 +349,19 @@ def test_solvers_learn_the_same_weights_under_loss_scaling(small, tmp_path, solv
     assert (tables[1] - tables[0]).std() < 0.1 * tables[0].std()
     # where steps were skipped, scores are of another policy; what there are of them still move the weights
     assert all(table.isfinite().all() and table.std() > 0.3 * tables[0].std() for table in tables[2:])
+
+
+def test_a_step_that_deepspeed_skipped_by_itself_is_none():
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    taken, rates = [], []
+    module = SimpleNamespace(
+        trainer=SimpleNamespace(strategy=strategy, precision_plugin=SimpleNamespace()),
+        device=torch.device("cpu"),
+        lr_schedulers=lambda: SimpleNamespace(step=lambda: rates.append(1)),
+        weights=SimpleNamespace(pool_rows=9),
+    )
+    guard, optimizer = Guard(GuardSettings()), SimpleNamespace(step=lambda: taken.append(1))
+    for applied in (False, True):
+        strategy._model = SimpleNamespace(was_step_applied=lambda applied=applied: applied)
+        assert guard.steps(module, optimizer, None, None, None) is applied
+    assert (len(taken), len(rates), guard.skipped) == (2, 1, 1)
