@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.nodes import check_shared
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.training.checkpoint_io import install
@@ -82,9 +83,11 @@ class BilevelCheckpoint(ModelCheckpoint):
             self._forget()
         self._place(trainer)
         self._refuse_clashes(trainer)
-        if stage == "fit" and trainer.is_global_zero and not is_rehearsal(trainer):
-            try_folder(run_folder(trainer))
-            try_folder(str(self.dirpath), "checkpoint.dirpath")
+        if stage == "fit" and not is_rehearsal(trainer):
+            if trainer.is_global_zero:
+                try_folder(run_folder(trainer))
+                try_folder(str(self.dirpath), "checkpoint.dirpath")
+            check_shared(trainer, Path(str(self.dirpath)))
         super().setup(trainer, pl_module, stage)
         install(trainer.strategy)
 

@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.tensor import DTensor
 
 from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError
@@ -102,7 +103,10 @@ class Export(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         self._write_weights(trainer, pl_module, folder / "weights.parquet")
         if self.policy:
-            self._write_policy(pl_module, folder / "policy", state if best is None else saved_state(best))
+            assert pl_module.policy is not None
+            if best is not None:
+                state = with_untrained(pl_module.policy.model, saved_state(best))
+            self._write_policy(pl_module, folder / "policy", state)
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -210,13 +214,23 @@ def score_pool(trainer: Trainer, module: LitBilevel) -> None:
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:
-    """The policy's entries in a checkpoint, whether a file or a folder with a part from every process."""
-    if checkpoint.is_dir():
+    """The policy's entries in a checkpoint: a file, DeepSpeed's folder, or one with a part from every process."""
+    whole = checkpoint / "checkpoint" / "mp_rank_00_model_states.pt"  # DeepSpeed's, up to stage 2
+    if whole.is_file():
+        saved = torch.load(whole, map_location="cpu", weights_only=True)["module"]
+    elif checkpoint.is_dir():
         saved = _load_distributed_checkpoint(checkpoint)["state_dict"]
     else:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     prefix = "policy.model."
     return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+
+
+def with_untrained(model: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """A model's state with the entries of a checkpoint, which holds what was trained; the rest is as it was loaded."""
+    # parameters that are spread over processes are trained, or belong to the base of an adapter, which is not written
+    rest = {name: value for name, value in model.state_dict().items() if not isinstance(value, DTensor)}
+    return rest | saved
 
 
 def is_rehearsal(trainer: Trainer) -> bool:

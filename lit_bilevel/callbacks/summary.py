@@ -111,7 +111,7 @@ def _validation(trainer: Trainer) -> str:
 def _policy(module: LitBilevel) -> str:
     assert module.policy is not None
     trained = sum(parameter.numel() for parameter in module.policy.trainable())
-    total = sum(parameter.numel() for parameter in module.policy.parameters())
+    total = module.policy.causal_lm.num_parameters()  # which knows that four-bit ones are packed
     settings = module.policy_settings
     adapter = adapter_of(settings)
     lora = "" if settings.lora is None else f" (LoRA, rank {settings.lora.r})"

@@ -6,6 +6,7 @@ Left out: other adapters than LoRA (prompt-learning ones change the input, which
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -117,6 +118,8 @@ def load_model(settings: PolicySettings, adapter: Adapter | None, dtype: torch.d
         if adapter is not None:
             raise _base_missing(adapter, error) from error
         raise _unloadable("causal language model", path, error) from error
+    if settings.quantization is not None:
+        keep_backward(model)
     if getattr(model.config, "rescale_every", 0):
         # RWKV divides its parameters in evaluation mode, for float16; in a run they would change between two losses
         model.config.rescale_every = 0
@@ -132,6 +135,17 @@ def checkpoint_activations(model: Any) -> None:
     """Let a transformers model compute its layers again in the backward pass instead of keeping what they gave."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def keep_backward(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew, which it does at the first evaluation pass on some CPUs.
+
+    Those are CPUs with AVX512-BF16; layers packed in that way have no backward pass, and say nothing.
+    """
+    bitsandbytes = importlib.import_module("bitsandbytes")
+    for layer in model.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _quantization(settings: PolicySettings) -> Any:
