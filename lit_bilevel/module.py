@@ -38,11 +38,12 @@ from lit_bilevel.policy.shard import shard
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import ResponseWeights, Uniform
 from lit_bilevel.solvers.base import BilevelSolver
-from lit_bilevel.training.checkpoint import restore_late, restore_own, save_own
+from lit_bilevel.training.checkpoint import NOT_ALONE, restore_late, restore_own, save_own
 from lit_bilevel.training.evaluation import Evaluation
 from lit_bilevel.training.exchange import gathered_responses, gathered_scores, lightning_engine
 from lit_bilevel.training.guard import Guard, GuardSettings
 from lit_bilevel.training.optimizers import made_optimizers
+from lit_bilevel.training.phases import WHOLE, Phase, place_of
 from lit_bilevel.training.refusals import check_flags, check_run, check_settings
 from lit_bilevel.training.schedule import upper_weight_of
 from lit_bilevel.types import Batch, Question
@@ -66,9 +67,7 @@ class LitBilevel(LightningModule):
         upper_weight: λ; the policy minimises λ·f + (1−λ)·g.
         upper_weight_decay: taken off λ after every epoch, down to 0.
         upper_weight_decay_every: policy steps after which it is taken off instead, whatever an epoch is.
-        upper_weight_start: share of the run after which λ takes effect; until then it is 0 and the policy sees no
-            validation row, so that scores come from a gradient that is not memorised.
-        weight_start: share of the run after which the weights begin to move.
+        phases: parts of the run with settings of their own, in their order; by default it has one.
         lr_scheduler: schedule of the policy's learning rate, by its name in `transformers.get_scheduler`.
         lr_scheduler_kwargs: settings of that schedule, such as `min_lr_rate`.
         warmup_steps: policy steps over which the learning rate rises from 0.
@@ -89,8 +88,7 @@ class LitBilevel(LightningModule):
         weight_optimizer: OptimizerCallable = ExponentiatedGradient,
         upper_weight: float = 0.5,
         upper_weight_decay: float = 0.0,
-        upper_weight_start: float = 0.0,
-        weight_start: float = 0.0,
+        phases: list[Phase] | None = None,
         lr_scheduler: str = "constant",
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         warmup_steps: int = 0,
@@ -118,8 +116,7 @@ class LitBilevel(LightningModule):
         self.initial_upper_weight = upper_weight
         self.upper_weight_decay = upper_weight_decay
         self.upper_weight_decay_every = upper_weight_decay_every
-        self.upper_weight_start = upper_weight_start
-        self.weight_start = weight_start
+        self.phases = tuple(phases or [WHOLE])
         self.lr_scheduler_name = lr_scheduler
         self.lr_scheduler_kwargs = lr_scheduler_kwargs
         self.warmup_steps = warmup_steps
@@ -177,10 +174,14 @@ class LitBilevel(LightningModule):
     # ---- training ----
 
     @property
-    def progress(self) -> float:
-        """Share of the run that is done; 1 where its length is not known."""
-        steps = self.trainer.estimated_stepping_batches
-        return 1.0 if steps == float("inf") else self.global_step / steps
+    def place(self) -> int:
+        """Which of the phases this step is in."""
+        return place_of(self.phases, self.global_step, self.trainer.estimated_stepping_batches)
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that this step is in."""
+        return self.phases[self.place]
 
     @property
     def upper_weight(self) -> float:
@@ -203,12 +204,13 @@ class LitBilevel(LightningModule):
         inner.optimizer.zero_grad(set_to_none=True)
         problem = self._problem(batch, inner.optimizer)
         found = weigh_responses(problem, self.refinement.rule) if self.refinement.active else None
-        s_B = self.solver(problem) if self.learns_weights else None
+        phase = self.phase  # before the step, which may be its last
+        s_B = self.solver(problem) if self.learns_weights and phase.runs_solver else None
         if s_B is None:
             problem.complete()
         features, s_B, losses = gathered_scores(problem, s_B, self.trainer.strategy, self.refinement.active)
         self.refinement.observe(self.weights, outer, features)
-        if self.learns_weights and self.progress >= self.weight_start:
+        if self.learns_weights and phase.learn_weights:
             self.refinement.step(self.weights, outer, features, s_B)
         problem.complete()  # with the new weights: a row's first score counts at its first visit
         statistics = self.weights.statistics()
@@ -245,6 +247,9 @@ class LitBilevel(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.guard.stop_if_asked()
+        self.log("phase", float(self.place))
+        if not any(phase.runs_solver for phase in self.phases[self.place :]):
+            self.solver.release()
 
     def on_train_start(self) -> None:
         restore_late(self, self._own_state)
@@ -256,8 +261,8 @@ class LitBilevel(LightningModule):
             self.refinement.weights.refresh()
         table = self.weights.table()
         self.guard.look(self, table)
-        extremes = {"weights/max": table.max().float(), "weights/min": table.min().float()}
-        self.log_dict(extremes | {"skipped_steps": float(self.guard.skipped)})
+        self.log_dict({"weights/max": table.max().float(), "weights/min": table.min().float()})
+        self.log("skipped_steps", float(self.guard.skipped))
 
     # ---- evaluation ----
 
@@ -286,11 +291,7 @@ class LitBilevel(LightningModule):
         Raises:
             UserError: always, with what to do instead.
         """
-        raise UserError(
-            "a checkpoint of `LitBilevel` holds no settings and no frozen parameters, so it cannot be loaded by itself;"
-            " load `policy/` of the run folder with `from_pretrained`, or build the module and give the checkpoint to"
-            " `trainer.test(model, data, ckpt_path=…)`, `validate`, `predict` or `fit`."
-        )
+        raise UserError(NOT_ALONE)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         save_own(self, checkpoint)

@@ -35,11 +35,11 @@ ROOMS = {
     "training": "data errors losses objectives policy problem refinement types weights",
     "module": "errors generation objectives policy refinement solvers training types weights",
     "inspection": "errors module training",
-    "callbacks": "data errors generation inspection module policy refinement training types version",
-    "commands": "data errors resources",
+    "callbacks": "data errors generation inspection module policy refinement scores training types version weights",
     "__init__": "version",
     "parser": "__init__ errors",
     "cli": "callbacks data errors generation module objectives parser refinement resources solvers training weights",
+    "commands": "cli data errors inspection policy resources scores",
     "comparison": "cli commands data errors inspection losses policy resources types",
     "__main__": "cli commands comparison inspection version",
 }

@@ -222,4 +222,7 @@ def _about_rise(name: str, where: dict[str, float] | None) -> list[str]:
     text += f" {where['risen']:.0f} of {where['last']:.0f}"
     if name == "validation_only":
         return [f"{text}: that is how long these rows last before they are memorised."]
-    return [f"{text}: lower `model.upper_weight`, or let it start later (`model.upper_weight_start`)."]
+    return [
+        f"{text}: lower `model.upper_weight`, or let it start later (`model.phases`, a first one with"
+        " `upper_weight: 0`)."
+    ]
