@@ -38,6 +38,7 @@ from lit_bilevel.policy.shard import shard
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import ResponseWeights, Uniform
 from lit_bilevel.solvers.base import BilevelSolver
+from lit_bilevel.training.begin import begin
 from lit_bilevel.training.checkpoint import NOT_ALONE, restore_late, restore_own, save_own
 from lit_bilevel.training.evaluation import Evaluation
 from lit_bilevel.training.exchange import gathered_responses, gathered_scores, lightning_engine
@@ -108,6 +109,7 @@ class LitBilevel(LightningModule):
         self.policy_settings = policy
         self.policy: Policy | None = None
         self.weights = weights
+        self.of_responses = {"response_weights": response_weights, "refined_weights": refined_weights}
         self.refinement = Refinement(refined_weights or weights, response_weights or Uniform(), weight_optimizer)
         self.solver = solver
         self.max_new_tokens = max_new_tokens
@@ -125,8 +127,8 @@ class LitBilevel(LightningModule):
         self.guard = Guard(guard or GuardSettings())
         self.upper_objective, self.lower_objective = upper_objective or SFT(), lower_objective or SFT()
         self.evaluation = Evaluation(self.lower_objective, self.upper_objective)
-        self.own_optimizer: Optimizer | None = None
-        """The outer optimizer where the strategy takes one only."""
+        self.own_optimizer: Optimizer | None = None  # the outer one, where the strategy takes one only
+        self.pool_digest: str | None = None  # of the pool that the weights are for
         self._own_state: dict[str, Any] = {}
         check_settings(self)
 
@@ -139,12 +141,7 @@ class LitBilevel(LightningModule):
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)
-        self.guard.reason = None  # of an earlier run of this object
-        if self.weights.pool_rows == 0:
-            sources = getattr(getattr(self.trainer, "datamodule", None), "pool_sources", None)
-            if sources is None:
-                raise UserError("`LitBilevel` needs a `BilevelDataModule`, to know how many rows to weight; pass one.")
-            self.weights.build(sources, torch.float64 if self.trainer.precision == "64-true" else torch.float32)
+        begin(self, stage)
 
     def configure_callbacks(self) -> list[Any]:
         check_flags(self.trainer)  # Lightning asks for callbacks before it raises errors of its own
@@ -280,6 +277,8 @@ class LitBilevel(LightningModule):
     def predict_step(self, batch: list[Question], batch_idx: int) -> list[dict[str, str]]:
         """Greedy answers to test prompts: dicts of `id`, `prompt` and `response`."""
         assert self.policy is not None
+        if not batch:  # another process has a prompt more
+            return []
         return answers(self.policy, self.tokenizer, batch, self.max_new_tokens)
 
     # ---- checkpoints ----

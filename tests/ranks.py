@@ -1,7 +1,8 @@
 """Runs of the same policy steps on one process or several; `python ranks.py SPEC OUTPUT` is one process of them.
 
 A specification is a list of cases (name, strategy, precision, solver, …). Every process runs all of them in turn, so
-that the libraries are imported once; the first one writes the weights and the policy that each case ended with.
+that the libraries are imported once; the first one writes the weights and the policy that each case ended with. A case
+that is a list is a command line of `lit-bilevel`, and ends with its status.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def runs(cases: list[dict[str, Any]], folder: Path, world_size: int, timeout: float = 1200) -> dict[str, Any]:
-    """What each case ended with, by name; `world_size` processes on this machine."""
+def runs(cases: list[Any], folder: Path, world_size: int, timeout: float = 1200) -> Any:
+    """What each case ended with, by name, or the statuses of command lines; `world_size` processes on this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
     with socket.socket() as free:
@@ -151,7 +152,12 @@ def main(specification: str, output: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     cases = json.loads(Path(specification).read_text())
-    ends = {case["name"]: end(case) for case in cases}
+    if isinstance(cases[0], list):
+        from lit_bilevel.cli import main as command_line
+
+        ends: Any = [command_line(case) for case in cases]
+    else:
+        ends = {case["name"]: end(case) for case in cases}
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(ends, output)
     if torch.distributed.is_initialized():

@@ -76,7 +76,7 @@ def test_phases_without_a_meaning_are_refused(name):
 def test_a_solver_needs_the_upper_level_in_the_phases_in_which_it_runs():
     zero = Phase("pool", 0.5, upper_weight=0.0, learn_weights=False)
     made([zero, Phase("weights", 0.5)], solver=Penalty())
-    for phase in (Phase("pool", 0.5, upper_weight=0.0), Phase("pool", 0.5, 0.0, False, prepare_solver=True)):
+    for phase in (Phase("pool", 0.5, 0.0), Phase("pool", 0.5, 0.0, learn_weights=False, prepare_solver=True)):
         with pytest.raises(UserError, match=r"of the phase 'pool' is 0.0, so λ is 0 in some step, where `Penalty` has"):
             made([phase, Phase("weights", 0.5)], solver=Penalty())
     with pytest.raises(UserError, match="where `BMOWeights` has no meaning"):  # they weigh in every step

@@ -37,7 +37,7 @@ def sgd(values):
 @pytest.mark.parametrize("method", ["conjugate_gradient", "neumann"])
 def test_implicit_is_the_hypergradient(upper_weight, method):
     problem = ridge_problem(upper_weight)
-    solver = Implicit(method, iterations=2000, tolerance=1e-14)
+    solver = Implicit(method, iterations=2000, **({"tolerance": 1e-14} if method == "conjugate_gradient" else {}))
     assert distance(solver(problem), hypergradient(problem)) < 1e-8
 
 

@@ -63,6 +63,7 @@ class BilevelCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
+        self._own_dirpath = self.dirpath
         self.every_n_steps = every_n_steps
         self.every_minutes = every_minutes
         self._saved_at = time.monotonic()
@@ -72,13 +73,22 @@ class BilevelCheckpoint(ModelCheckpoint):
     # ---- the run ----
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._forget()
         self._place(trainer)
         super().setup(trainer, pl_module, stage)
         install(trainer.strategy)
 
     def _place(self, trainer: Trainer) -> None:
-        if self.dirpath is None:  # Lightning's choice would be the first logger's folder
-            self.dirpath = os.path.join(run_folder(trainer), "checkpoints")
+        # Lightning's choice would be the first logger's folder; an earlier Trainer's may be another
+        self.dirpath = self._own_dirpath or os.path.join(run_folder(trainer), "checkpoints")
+
+    def _forget(self) -> None:
+        """Put away what an earlier fit found, or its best state would be that of this one."""
+        self.best_model_path = self.kth_best_model_path = self.last_model_path = ""
+        self.best_model_score, self.current_score = None, None
+        self.best_k_models = {}
+        self.kth_value, self._last_global_step_saved = torch.tensor(torch.inf), 0
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         self._place(trainer)  # `--ckpt_path last` is looked up before `setup`

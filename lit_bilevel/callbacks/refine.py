@@ -79,9 +79,7 @@ class SelfRefine(Callback):
         self.rows_shown = rows_shown
         self.on_failure = on_failure
         self._file: ResponseFile | None = None
-        self._length = 0
-        self._refined_at = -1
-        self._pending = False
+        self._length, self._refined_at, self._pending = 0, -1, False
         self._check_settings(every_n_epochs, every_n_steps)
 
     def _check_settings(self, every_n_epochs: int | None, every_n_steps: int | None) -> None:
@@ -236,6 +234,10 @@ class SelfRefine(Callback):
 
     # ---- the run ----
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # what an earlier one left
+            self._length, self._refined_at, self._pending = 0, -1, False
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, LitBilevel) and pl_module.lower_objective.pairs:
             raise UserError(
@@ -267,8 +269,7 @@ class SelfRefine(Callback):
         return {"length": length, "refined_at": self._refined_at, "pending": self._pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._length, self._refined_at = state_dict["length"], state_dict["refined_at"]
-        self._pending = state_dict["pending"]
+        self._length, self._refined_at, self._pending = (state_dict[k] for k in ("length", "refined_at", "pending"))
 
 
 def _is_last_epoch(trainer: Trainer) -> bool:

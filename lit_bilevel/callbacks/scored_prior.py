@@ -72,9 +72,9 @@ class ScoredPrior(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.ckpt_path is not None:  # what was set is in it
-            return
         assert isinstance(pl_module, LitBilevel)
+        if trainer.ckpt_path is not None or pl_module.weights.visits.any():  # they have their prior already
+            return
         started = time.monotonic()
         found = self._found(trainer, pl_module)
         for name in self.columns:

@@ -35,6 +35,10 @@ class Summary(Callback):
         self.monitor_losses: list[float] = []
         self._place = -1
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # or what an earlier one showed would be taken for this one's
+            self.first, self.monitor_losses = {}, []
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = trainer.callback_metrics.get("monitor/loss")
         if loss is not None and not trainer.sanity_checking:

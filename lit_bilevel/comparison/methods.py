@@ -6,6 +6,8 @@
     pool_only, validation_only, oracle
     random, lowest_loss, highest_loss, perplexity_difference, ngram_importance, gradient_similarity
     bmo, SOLVER[@WEIGHTS]                   weights and policy learned together: one_step, penalty@softmax, …
+    curate             `configs/curate.yaml`, at this configuration's rates, with as many steps in its last phase; what
+                       comes before is counted in the seconds
     two_stage:METHOD, seal                  rows selected by METHOD's weights, then a fresh policy trained on them
     weighted:METHOD                         a fresh policy trained on all rows under METHOD's weights, which stay
     …+refine[:RULE]                         with `SelfRefine`: one_step@sigmoid+refine:token
@@ -34,15 +36,18 @@ from lit_bilevel.comparison.filters.base import (
 )
 from lit_bilevel.comparison.filters.gradients import GradientSimilarity
 from lit_bilevel.comparison.filters.ngrams import NgramImportance
+from lit_bilevel.comparison.recipe import Settings, callbacks_of, named, other_flags, recipe_flags
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
 
-CONSTANT = ("--model.upper_weight_start=0", "--model.upper_weight_decay=0")
+CONSTANT = ("--model.upper_weight_decay=0",)  # and the phases' λ, see `Method.constant`
 UNIFORM = ("--model.weights=UniformWeights", "--model.solver=Mixing")
+OF_RESPONSES = ("--model.response_weights=null", "--model.refined_weights=null")  # refused where nothing is generated
+CONSTANT_SHARE = ("constant_mixing", "pool_only", "validation_only", "bmo")
 BASELINES = {
     "mixing": (),
-    "constant_mixing": CONSTANT[:1],
-    "pool_only": ("--model.upper_weight=0",),
+    "constant_mixing": (),
+    "pool_only": ("--model.upper_weight=0", *CONSTANT),
     "validation_only": ("--model.upper_weight=1", *CONSTANT, "--trainer.val_check_interval=10"),
 }
 SHARES = ("mixing", "mixing@0.1", "mixing@0.25", "mixing@0.5")
@@ -104,6 +109,8 @@ class Method:
         refine: whether `SelfRefine` runs, as the configuration has it or with the settings of `REFINE`.
         stopped_early: whether it ends when the monitor loss has not fallen for 15 looks. For methods that memorise the
             validation rows and never recover.
+        constant: whether λ is the module's (or the method's) in every phase.
+        recipe: a configuration whose phases, weights, solver and callbacks are this method's.
         weighted: whether every row keeps the weight that it has after the run that the method needs.
         variant: what the method is a variant of, and the rows that it sees, which may be those of the run it needs.
     """
@@ -115,6 +122,8 @@ class Method:
     refine: bool = False
     stopped_early: bool = False
     weighted: bool = False
+    constant: bool = False
+    recipe: str = ""
     variant: Variant | None = None
 
     @classmethod
@@ -132,6 +141,8 @@ class Method:
         if name in variants:
             return cls._variant(name, variants[name], {k: v for k, v in variants.items() if k != name})
         kind, _, rest = name.partition(":")
+        if name == "curate":
+            return cls(recipe="configs/curate.yaml")
         if name == "best_mixing":
             return cls(best_of=SHARES)
         if kind == "best" and rest:
@@ -169,7 +180,7 @@ class Method:
         rows = method.variant.rows if method.variant else None
         if not weighted:
             return cls(UNIFORM, LearnedWeights(), needs=first, variant=rows)
-        flags = ("--model.weights=SigmoidWeights", "--model.solver=Mixing")
+        flags = ("--model.weights=SigmoidWeights", *UNIFORM[1:])
         return cls(flags, needs=first, weighted=True, variant=rows)
 
     @classmethod
@@ -179,6 +190,7 @@ class Method:
             raise unknown(name)
         base, refine, rule = parts.groups()
         filter, flags, stopped_early = None, list(UNIFORM), False
+        constant = base in CONSTANT_SHARE or base.startswith("mixing@")
         if base in BASELINES:
             flags += BASELINES[base]
             stopped_early = base in ("constant_mixing", "validation_only")
@@ -188,24 +200,34 @@ class Method:
         elif base in FILTERS:
             filter = FILTERS[base]()
         elif base == "bmo":
-            flags = ["--model.weights=BMOWeights", "--model.solver=Mixing", *CONSTANT]
+            flags = ["--model.weights=BMOWeights", *UNIFORM[1:], *CONSTANT]
         else:
             solver, _, weights = base.partition("@")
             if solver not in SOLVERS:
                 raise unknown(name)
-            flags = [f"--model.solver={SOLVERS[solver]}", *(CONSTANT if solver in NEEDS_VALIDATION else ())]
+            constant = solver in NEEDS_VALIDATION
+            flags = [f"--model.solver={SOLVERS[solver]}", *(CONSTANT if constant else ())]
             flags += [f"--model.weights={WEIGHTS[known(weights, WEIGHTS, 'weights')]}"] if weights else []
         if rule is not None:
             if not refine:
                 raise UserError(f"{name!r}: `:{rule}` names the weights of generated responses, which need `+refine`.")
             flags.append(f"--model.response_weights={RULES[known(rule, RULES, 'response weights')]}")
         needs = filter.needs if filter is not None else ""
-        return cls(tuple(flags), filter, needs, refine=bool(refine), stopped_early=stopped_early)
+        return cls(tuple(flags), filter, needs, refine=bool(refine), stopped_early=stopped_early, constant=constant)
+
+    def phases(self, configured: Settings | None, steps: int) -> list[str]:
+        """Flags for the phases of the run, to stand before those of the method; see `recipe`.
+
+        Args:
+            configured: the configuration's own.
+            steps: policy steps of a run.
+        """
+        return recipe_flags(self.recipe, configured, steps) if self.recipe else other_flags(configured, self.constant)
 
     @property
     def learns(self) -> bool:
         """Whether a run leaves learned weights."""
-        return not (self.best_of or self.filter or self.weighted) and self.flags[:2] != UNIFORM
+        return not (self.best_of or self.filter or self.weighted) and self.flags[: len(UNIFORM)] != UNIFORM
 
     def callbacks(self, configured: Sequence[Mapping[str, Any]], earlier: Path | None = None) -> str:
         """The flag for the run's callbacks: `SelfRefine` put in or taken out, the configuration's others left.
@@ -214,8 +236,8 @@ class Method:
             configured: the configuration's own, as `class_path` and `init_args`.
             earlier: folder of the run that the method needs.
         """
-        mine = [callback for callback in configured if str(callback["class_path"]).endswith("SelfRefine")]
-        chosen: list[Any] = [callback for callback in configured if callback not in mine]
+        mine = [callback for callback in configured if named(callback, "SelfRefine")]
+        chosen: list[Any] = callbacks_of(self.recipe, [callback for callback in configured if callback not in mine])
         if self.refine:
             callback = (mine or [REFINE])[0]
             own = (self.variant.refine if self.variant else None) or {}
@@ -254,7 +276,15 @@ def means(name: str, variants: Mapping[str, Variant]) -> bool:
 
 def unknown(name: str) -> UserError:
     """The error for a name that is no method's."""
-    names = [*BASELINES, "mixing@SHARE", "best_mixing", *FILTERS, "bmo", *(f"{solver}[@WEIGHTS]" for solver in SOLVERS)]
+    names = [
+        *BASELINES,
+        "mixing@SHARE",
+        "best_mixing",
+        *FILTERS,
+        "bmo",
+        "curate",
+        *(f"{solver}[@WEIGHTS]" for solver in SOLVERS),
+    ]
     names += ["two_stage:METHOD", "weighted:METHOD", "best:METHOD,METHOD", "seal", "METHOD+refine[:RULE]"]
     return UserError(f"unknown method {name!r}; there are: {', '.join(names)}.")
 

@@ -56,6 +56,8 @@ class Sampling:
             problems.append(f"`top_k` is {self.top_k}; it must be at least 0 (0 is off)")
         if not 0 < self.top_p <= 1:
             problems.append(f"`top_p` is {self.top_p}; it must be in (0, 1] (1 is off)")
+        if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
+            problems.append("`temperature` is 0 (greedy), where `top_k` and `top_p` do nothing; leave them out")
         if problems:
             raise gathered("bad sampling settings", problems)
 

@@ -75,6 +75,8 @@ class BelowThreshold(Choose):
     """
 
     def __init__(self, threshold: float = 0.1):
+        if not threshold > 0:
+            raise UserError(f"`threshold` is {threshold}; it must be above 0, or no row is ever chosen.")
         self.threshold = threshold
 
     def rows(self, weight_N: Tensor, seed: int) -> Tensor:

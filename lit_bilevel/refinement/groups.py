@@ -82,6 +82,11 @@ class Refinement(nn.Module):
         """Whether the groups' weights depend on their losses in this step."""
         return self.weights is not None and self.weights.needs_loss
 
+    def begin(self) -> None:
+        """Forget the rows that an earlier run refined."""
+        none = torch.zeros(0, dtype=torch.int64)
+        self._build(none, none, 0, 0.0, torch.float32)
+
     def refresh(self, rows_M: Tensor, offline: ExampleWeights, source_N: Tensor, share: float) -> None:
         """Start a round: these pool rows are refined, and every group weighs 1.
 

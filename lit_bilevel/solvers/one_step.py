@@ -62,6 +62,8 @@ class OneStep(BilevelSolver):
             raise UserError(f"`direction_every` is {direction_every}; above 1 it needs `direction_decay` above 0.")
         if epsilon is not None and epsilon <= 0:
             raise UserError(f"`epsilon` is {epsilon}; it must be above 0.")
+        if epsilon is not None and derivative == "forward":
+            raise UserError(f"`epsilon` is {epsilon}, and `derivative: forward` takes no finite step; leave one out.")
         self.derivative = derivative
         self.epsilon = epsilon
         self.preconditioned = preconditioned

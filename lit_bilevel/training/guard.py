@@ -54,6 +54,8 @@ class GuardSettings:
             found.append(f"`model.guard.max_skipped_steps` is {self.max_skipped_steps}; it must be at least 1")
         if not 0 <= self.min_effective_size < 1:
             found.append(f"`model.guard.min_effective_size` is {self.min_effective_size}; it must be in [0, 1)")
+        if self.on_limit not in ("warn", "stop"):
+            found.append(f"`model.guard.on_limit` is {self.on_limit!r}; it must be warn or stop")
         if not self.max_ratio > 1:
             found.append(f"`model.guard.max_ratio` is {self.max_ratio}; it must be above 1")
         return found
@@ -68,11 +70,14 @@ class Guard:
 
     def __init__(self, settings: GuardSettings):
         self.settings = settings
-        self.skipped = 0
-        self.in_a_row = 0
+        self.skipped = self.in_a_row = 0
         self.reason: str | None = None
         """Why the run must end; whoever saves checkpoints does so first."""
         self._told: set[str] = set()
+
+    def begin(self) -> None:
+        """Forget an earlier run."""
+        self.skipped, self.in_a_row, self.reason, self._told = 0, 0, None, set()
 
     def steps(self, module: Any, optimizer: Any, features: Features, size: Tensor | None, found: Tensor | None) -> bool:
         """Clip the policy's gradient and take its step and that of its schedule, unless the gradient is not finite.

@@ -81,6 +81,12 @@ def problems_of(phases: Sequence[Phase]) -> list[str]:
     names = [phase.name for phase in phases]
     if again := sorted({name for name in names if names.count(name) > 1}):
         found.append(f"`model.phases` has {', '.join(map(repr, again))} more than once; give each a name of its own")
+    for place, phase in enumerate(phases):
+        if phase.prepare_solver and (phase.learn_weights or not any(later.learn_weights for later in phases[place:])):
+            found.append(
+                f"`prepare_solver` of the phase {phase.name!r} is for one that learns no weights, before one that does;"
+                " leave it out"
+            )
     total = sum(phase.share for phase in phases)
     if not abs(total - 1) <= ROUNDING:
         found.append(f"the shares of `model.phases` come to {total:g}; they must come to 1")

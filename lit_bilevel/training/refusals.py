@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import (
 from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.policy.load import context_length
+from lit_bilevel.training.effects import of_precision, without_effect, without_refinement
 from lit_bilevel.training.phases import problems_of
 from lit_bilevel.training.schedule import most_falls
 
@@ -72,7 +73,7 @@ def check_settings(module: Any) -> None:
                 f"`model.{level}_objective` is `{type(objective).__name__}`, whose reference is the policy with its"
                 " adapter switched off, and there is none; set one with `--model.policy.lora '{r: 16, alpha: 16}'`"
             )
-    problems += _out_of_range(module) + module.guard.settings.problems()
+    problems += _out_of_range(module) + module.guard.settings.problems() + without_effect(module)
     if problems:
         raise gathered("bad settings", problems)
 
@@ -90,8 +91,8 @@ def _out_of_range(module: Any) -> list[str]:
         ("warmup_steps", 0, None),
     ):
         value = getattr(module, name)
-        if value < least or (most is not None and value > most):
-            wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
+        if not value >= least or (most is not None and value >= most):
+            wanted = f"at least {least}" if most is None else f"in [{least}, {most})"
             problems.append(f"`model.{name}` is {value}; it must be {wanted}")
     if module.gradient_clip_val is not None and module.gradient_clip_val <= 0:
         problems.append(
@@ -133,9 +134,9 @@ def check_run(module: Any, stage: str) -> None:
         UserError: naming each of them.
     """
     strategy = module.trainer.strategy
-    problems = _of_kernels(module) + _of_context(module)
+    problems = _of_kernels(module) + _of_context(module) + of_precision(module)
     if stage == "fit":
-        problems += _of_decay(module) + _of_length(module)
+        problems += _of_decay(module) + _of_length(module) + without_refinement(module, bool(refiners(module.trainer)))
     if isinstance(strategy, SingleDeviceStrategy) and strategy.root_device.type == "mps":
         problems.append(
             "`trainer.accelerator` is (or chose) MPS, which has no float64, and the weights are summed in it; use"

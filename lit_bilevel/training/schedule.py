@@ -72,12 +72,10 @@ def _schedule(module: Any, steps: float) -> Callable[[int], float]:
 
     length = None if math.isinf(steps) else max(1, int(steps))
     unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    settings = module.lr_scheduler_kwargs
-    made = get_scheduler(
-        module.lr_scheduler_name, unused, module.warmup_steps, length, scheduler_specific_kwargs=settings
-    )
+    settings, name = module.lr_scheduler_kwargs, module.lr_scheduler_name
+    if name == "constant" and module.warmup_steps:
+        name = "constant_with_warmup"  # transformers' `constant` would leave them out without a word
+    made = get_scheduler(name, unused, module.warmup_steps, length, scheduler_specific_kwargs=settings)
     if not isinstance(made, LambdaLR):
-        raise UserError(
-            f"`model.lr_scheduler` is {module.lr_scheduler_name}, which is no function of the step; use another."
-        )
+        raise UserError(f"`model.lr_scheduler` is {name}, which is no function of the step; use another.")
     return made.lr_lambdas[0]
