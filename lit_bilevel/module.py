@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_bilevel.errors import UserError
+from lit_bilevel.errors import settings_missing
 from lit_bilevel.generation.hf import answers
 from lit_bilevel.objectives.base import Objective
 from lit_bilevel.objectives.sft import SFT
@@ -34,17 +34,18 @@ from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.logprobs import measures, weigh_responses
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
+from lit_bilevel.policy.randomness import part_random_states
 from lit_bilevel.policy.shard import shard
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import ResponseWeights, Uniform
 from lit_bilevel.solvers.base import BilevelSolver
 from lit_bilevel.training.begin import begin
-from lit_bilevel.training.checkpoint import NOT_ALONE, restore_late, restore_own, save_own
+from lit_bilevel.training.checkpoint import restore_late, restore_own, save_own
 from lit_bilevel.training.evaluation import Evaluation
 from lit_bilevel.training.exchange import gathered_responses, gathered_scores, lightning_engine
 from lit_bilevel.training.guard import Guard, GuardSettings
 from lit_bilevel.training.optimizers import made_optimizers
-from lit_bilevel.training.phases import WHOLE, Phase, place_of
+from lit_bilevel.training.phases import WHOLE, Phase, enter_phase, place_of
 from lit_bilevel.training.refusals import check_flags, check_run, check_settings
 from lit_bilevel.training.schedule import upper_weight_of
 from lit_bilevel.types import Batch, Question
@@ -121,8 +122,7 @@ class LitBilevel(LightningModule):
         self.phases = tuple(phases or [WHOLE])
         self.lr_scheduler_name = lr_scheduler
         self.lr_scheduler_kwargs = lr_scheduler_kwargs
-        self.warmup_steps = warmup_steps
-        self.gradient_clip_val = gradient_clip_val
+        self.warmup_steps, self.gradient_clip_val = warmup_steps, gradient_clip_val
         self.accumulate_grad_batches = accumulate_grad_batches
         self.guard = Guard(guard or GuardSettings())
         self.upper_objective, self.lower_objective = upper_objective or SFT(), lower_objective or SFT()
@@ -242,11 +242,12 @@ class LitBilevel(LightningModule):
         self.log_dict({k: v for k, v in shown.items() if k in bar}, prog_bar=True)
         self.log_dict({k: v for k, v in shown.items() if k not in bar})
 
+    def on_fit_start(self) -> None:
+        part_random_states(self.global_rank)  # after the policy is made; a resumed run takes its own up later
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.guard.stop_if_asked()
-        self.log("phase", float(self.place))
-        if not any(phase.runs_solver for phase in self.phases[self.place :]):
-            self.solver.release()
+        enter_phase(self)
 
     def on_train_start(self) -> None:
         restore_late(self, self._own_state)
@@ -290,7 +291,7 @@ class LitBilevel(LightningModule):
         Raises:
             UserError: always, with what to do instead.
         """
-        raise UserError(NOT_ALONE)
+        raise settings_missing()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         save_own(self, checkpoint)

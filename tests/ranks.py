@@ -144,7 +144,12 @@ def end(case: dict[str, Any]) -> dict[str, Any]:
 
     policy = torch.cat([whole(parameter.detach()).flatten().double() for parameter in module.policy.trainable()])
     assert trainer.global_step == case["steps"]
-    return {"weights": module.weights.table().clone(), "policy": policy, "step": trainer.global_step}
+    random = [int(torch.randint(1 << 62, ()))]
+    if torch.distributed.is_initialized():
+        random = [None] * trainer.world_size
+        torch.distributed.all_gather_object(random, int(torch.randint(1 << 62, ())))
+    weights = module.weights.table().clone()
+    return {"weights": weights, "policy": policy, "step": trainer.global_step, "random": random}
 
 
 def main(specification: str, output: str) -> None:

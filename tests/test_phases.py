@@ -137,7 +137,7 @@ def reference(name: str, warmup: int, steps: int, rate: float) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "constant_with_warmup", "inverse_sqrt"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant_with_warmup", "inverse_sqrt"])
 def test_each_phase_with_a_rate_has_the_schedule_over_its_own_length(name):
     settings = {"lr_scheduler": name, "warmup_steps": 5}
     found = rates([LEARN, TRAIN], 60, **settings)

@@ -128,6 +128,14 @@ def test_steps_and_checkpoints_count_policy_steps_under_accumulation(folder, tmp
     assert {parameter.dtype for parameter in module.policy.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_processes_draw_masks_of_their_own(double, strategy):
+    """They are seeded alike; the first one draws what a single process draws."""
+    first, second = double[1][f"penalty {strategy}"]["random"]
+    assert first != second
+    assert [first] == double[0]["penalty auto"]["random"]
+
+
 def test_the_runs_move_the_policy(double, folder):
     from lit_bilevel.policy.load import PolicySettings, load_policy
 

@@ -154,6 +154,13 @@ def test_steps_without_alignment_do_not_blow_up_the_next_lone_response():
     assert (weight.item(), clipped.item()) == (4, True)
 
 
+def test_an_overflow_does_not_spoil_the_running_mean():
+    rule = Aligned()
+    for total, expected in ((math.inf, None), (4.0, 2.0), (math.inf, 2.0), (math.nan, 2.0)):
+        rule.follow(torch.tensor([total, 2.0]))
+        assert rule.mean == expected
+
+
 @pytest.mark.parametrize("make", [lambda: Aligned(1.0), lambda: Token(1.0), lambda: SelfNormalised(0.0)])
 def test_wrong_settings_are_refused(make):
     with pytest.raises(UserError, match="it must be above"):

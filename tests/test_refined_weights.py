@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from lit_bilevel.callbacks import RandomFraction
 from lit_bilevel.errors import UserError
 from lit_bilevel.generation.hf import Sampling
 from lit_bilevel.refinement.groups import Refinement
-from lit_bilevel.refinement.response_weights import Token, Uniform
+from lit_bilevel.refinement.response_weights import SelfNormalised, Token, Uniform
+from lit_bilevel.training.exchange import followed
 
 
 class SavedBeforeTheLastStep(Callback):
@@ -75,6 +77,31 @@ def test_groups_in_closed_form():
     torch.testing.assert_close(found[[1, 3]], expected)
     torch.testing.assert_close(refinement.table()[1], expected)
     assert found[0] < 1 < found[2]
+
+
+def test_a_lone_row_or_group_takes_no_step():
+    """It would be compared with itself."""
+    offline = SoftmaxWeights()
+    refinement = Refinement(offline, Uniform(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    offline.build(torch.zeros(6, dtype=torch.int64))
+    refinement.refresh(torch.tensor([1, 4]), offline, torch.zeros(6, dtype=torch.int64), 0.5)
+    steps = []
+    for weights in (offline, refinement.weights):
+        weights.set_gradient = lambda *given: steps.append(given)
+    stepped = torch.optim.SGD(offline.parameters(), lr=0.1)
+    refinement.step(offline, stepped, features(0, 1, 6), torch.tensor([1.0, 5.0, -5.0]))  # row 1 is frozen
+    assert not steps
+    refinement.step(offline, stepped, features(0, 2, 6), torch.tensor([1.0, -1.0, 5.0]))
+    assert len(steps) == 1
+
+
+def test_a_step_without_responses_is_not_followed():
+    rule = SelfNormalised()
+    trainer = SimpleNamespace(world_size=1)
+    assert followed(torch.zeros(10).double(), rule, trainer) is None
+    found = torch.tensor([1.0, 0, 4, 4, 0, 1, 1, 1, 3, 2]).double()
+    assert torch.equal(followed(found, rule, trainer), found)
+    assert rule.mean == 1.5
 
 
 def test_groups_that_could_never_learn_are_refused():

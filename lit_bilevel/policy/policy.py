@@ -9,6 +9,7 @@ packed ones are kept apart by the model, from their positions, which is tried on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -242,6 +243,6 @@ def _selected(call: Callable[..., Tensor], batch: Batch) -> Tensor:
 
 def _has_dropout(policy: Policy) -> bool:
     """Whether a forward pass in training mode draws random numbers."""
-    config = policy.causal_lm.config.to_dict()
-    rates = [value for key, value in config.items() if "drop" in key and isinstance(value, float)]
+    config = policy.causal_lm.config.get_text_config().to_dict()
+    rates = [value for key, value in config.items() if re.search("drop|noise", key) and isinstance(value, float)]
     return any(rate > 0 for rate in rates) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in policy.modules())

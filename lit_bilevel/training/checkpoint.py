@@ -19,12 +19,6 @@ from lit_bilevel.policy.shard import spread
 from lit_bilevel.problem import whole
 from lit_bilevel.training.schema import VERSION, check_checkpoint
 
-NOT_ALONE = (
-    "a checkpoint of `LitBilevel` holds no settings and no frozen parameters, so it cannot be loaded by itself; load"
-    " `policy/` of the run folder with `from_pretrained`, or build the module and give the checkpoint to"
-    " `trainer.test(model, data, ckpt_path=…)`, `validate`, `predict` or `fit`."
-)
-
 
 def save_own(module: Any, checkpoint: dict[str, Any]) -> None:
     """Add a `LitBilevel`'s state, and leave out frozen parameters; called on every process."""

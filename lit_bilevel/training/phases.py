@@ -18,6 +18,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lit_bilevel.errors import UserError
 
@@ -121,3 +122,10 @@ def place_named(phases: Sequence[Phase], name: str) -> int:
     if name not in names:
         raise UserError(f"there is no phase {name!r} in `model.phases`; there are: {', '.join(names)}.")
     return names.index(name)
+
+
+def enter_phase(module: Any) -> None:
+    """Begin a policy step of a `LitBilevel`: log its phase, and free what the solver keeps where it runs no more."""
+    module.log("phase", float(module.place))
+    if not any(phase.runs_solver for phase in module.phases[module.place :]):
+        module.solver.release()
