@@ -46,7 +46,6 @@ class RestingProblem(PolicyProblem):
 
     def lower_losses(self) -> Tensor:
         if self._lower_losses is None:
-            self._begin_lower_pass()
-            with torch.no_grad():
+            with self._lower_pass(), torch.no_grad():
                 self._lower_losses = self._lower_losses_of(self.lower[0]).detach()
         return self._lower_losses

@@ -27,19 +27,20 @@ def without_effect(module: Any) -> list[str]:
     return problems
 
 
-def without_refinement(module: Any, refines: bool) -> list[str]:
-    """Settings of generated responses in a fit that generates none.
+def without_callbacks(module: Any, refines: bool) -> list[str]:
+    """Settings of generated responses in a fit that generates none, and of scores in one that scores no rows.
 
     Args:
         module: the `LitBilevel`.
         refines: whether the fit has `SelfRefine`.
     """
-    return [
+    problems = [
         f"`model.{name}` is `{type(value).__name__}`, but nothing is generated without the callback `SelfRefine`; add"
         f" it to `trainer.callbacks`, or set `model.{name}` to null"
         for name, value in module.of_responses.items()
         if value is not None and not refines
     ]
+    return problems + _without_scores(module)
 
 
 def of_precision(module: Any) -> list[str]:
@@ -50,4 +51,18 @@ def of_precision(module: Any) -> list[str]:
     return [
         f"`model.policy.dtype` is {asked}, and `trainer.precision` {module.trainer.precision} makes everything {made};"
         " leave one of them out"
+    ]
+
+
+def _without_scores(module: Any) -> list[str]:
+    """Weights that read scores of rows in a fit that scores none; the callback is told by name, as it imports this."""
+    scores = any(
+        kind.__name__ == "ScoredPrior" for callback in module.trainer.callbacks for kind in type(callback).__mro__
+    )
+    names = module.weights.columns
+    if not names or scores:
+        return []
+    return [
+        f"`columns` of `model.weights` are {', '.join(names)}, and nothing scores rows without the callback"
+        " `ScoredPrior`; add it to `trainer.callbacks`, or leave the columns out"
     ]

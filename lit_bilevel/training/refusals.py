@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import (
 from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.policy.load import context_length
-from lit_bilevel.training.effects import of_precision, without_effect, without_refinement
+from lit_bilevel.training.effects import of_precision, without_callbacks, without_effect
 from lit_bilevel.training.phases import problems_of
 from lit_bilevel.training.schedule import most_falls
 
@@ -136,7 +136,7 @@ def check_run(module: Any, stage: str) -> None:
     strategy = module.trainer.strategy
     problems = _of_kernels(module) + _of_context(module) + of_precision(module)
     if stage == "fit":
-        problems += _of_decay(module) + _of_length(module) + without_refinement(module, bool(refiners(module.trainer)))
+        problems += _of_decay(module) + _of_length(module) + without_callbacks(module, bool(refiners(module.trainer)))
     if isinstance(strategy, SingleDeviceStrategy) and strategy.root_device.type == "mps":
         problems.append(
             "`trainer.accelerator` is (or chose) MPS, which has no float64, and the weights are summed in it; use"
