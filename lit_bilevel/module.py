@@ -114,16 +114,14 @@ class LitBilevel(LightningModule):
         self.refinement = Refinement(refined_weights or weights, response_weights or Uniform(), weight_optimizer)
         self.solver = solver
         self.max_new_tokens = max_new_tokens
-        self.make_optimizer = optimizer
-        self.make_weight_optimizer = weight_optimizer
+        self.make_optimizer, self.make_weight_optimizer = optimizer, weight_optimizer
         self.initial_upper_weight = upper_weight
         self.upper_weight_decay = upper_weight_decay
         self.upper_weight_decay_every = upper_weight_decay_every
         self.phases = tuple(phases or [WHOLE])
-        self.lr_scheduler_name = lr_scheduler
-        self.lr_scheduler_kwargs = lr_scheduler_kwargs
-        self.warmup_steps, self.gradient_clip_val = warmup_steps, gradient_clip_val
-        self.accumulate_grad_batches = accumulate_grad_batches
+        self.lr_scheduler_name, self.lr_scheduler_kwargs = lr_scheduler, lr_scheduler_kwargs
+        self.warmup_steps = warmup_steps
+        self.gradient_clip_val, self.accumulate_grad_batches = gradient_clip_val, accumulate_grad_batches
         self.guard = Guard(guard or GuardSettings())
         self.upper_objective, self.lower_objective = upper_objective or SFT(), lower_objective or SFT()
         self.evaluation = Evaluation(self.lower_objective, self.upper_objective)
@@ -136,8 +134,10 @@ class LitBilevel(LightningModule):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The policy's tokenizer."""
-        return load_tokenizer(self.policy_settings)
+        """The one that makes the rows: `data.tokenizer` where that is set, else the policy's."""
+        return load_tokenizer(
+            self.policy_settings, getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        )
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)

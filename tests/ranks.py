@@ -148,10 +148,10 @@ def end(case: dict[str, Any]) -> dict[str, Any]:
 
     policy = torch.cat([whole(parameter.detach()).flatten().double() for parameter in module.policy.trainable()])
     assert trainer.global_step == case["steps"]
-    random = [int(torch.randint(1 << 62, ()))]
+    own = int(torch.randint(1 << 62, ()))
+    random = [own] * trainer.world_size
     if torch.distributed.is_initialized():
-        random = [None] * trainer.world_size
-        torch.distributed.all_gather_object(random, int(torch.randint(1 << 62, ())))
+        torch.distributed.all_gather_object(random, own)
     weights = module.weights.table().clone()
     return {"weights": weights, "policy": policy, "step": trainer.global_step, "random": random}
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TOY, read_jsonl
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from test_refine import refine_all, refine_flags, run
 from test_resume import fit, short
 
@@ -326,3 +328,19 @@ def test_a_scaled_loss_is_unscaled_once_and_an_overflow_is_no_fault(small, tmp_p
     moved = torch.cat([(a - b).detach().flatten() for a, b in zip(precise.policy.trainable(), base, strict=True)])
     found = torch.cat([(a - b).detach().flatten() for a, b in zip(scaled.policy.trainable(), base, strict=True)])
     assert (found - moved).norm() < 0.05 * moved.norm()
+
+
+def test_a_step_that_deepspeed_skipped_by_itself_is_none():
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    taken, rates = [], []
+    module = SimpleNamespace(
+        trainer=SimpleNamespace(strategy=strategy, precision_plugin=SimpleNamespace()),
+        device=torch.device("cpu"),
+        lr_schedulers=lambda: SimpleNamespace(step=lambda: rates.append(1)),
+        weights=SimpleNamespace(pool_rows=9),
+    )
+    guard, optimizer = Guard(GuardSettings()), SimpleNamespace(step=lambda: taken.append(1))
+    for applied in (False, True):
+        strategy._model = SimpleNamespace(was_step_applied=lambda applied=applied: applied)
+        assert guard.steps(module, optimizer, None, None, None) is applied
+    assert (len(taken), len(rates), guard.skipped) == (2, 1, 1)

@@ -333,6 +333,11 @@ def test_passes_over_other_rows_leave_the_masks_of_the_step_alone(size):
         problem.complete()
         found.append(problem.lower_losses())
     assert distance(*found) < 1e-12
+    problem = made(policy, size)
+    _derivatives(problem, batches(3, 2), direction_of(policy))
+    before = torch.get_rng_state()
+    problem.lower_losses()  # draws for itself, though other rows came first
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(

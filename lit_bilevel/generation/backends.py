@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.generation.hf import GenerationBackend, Request, Sample, Sampling
+from lit_bilevel.generation.ending import without_settings
+from lit_bilevel.generation.hf import GenerationBackend
+from lit_bilevel.generation.sampling import Request, Sample, Sampling, ended
 from lit_bilevel.policy.policy import Policy
 
 VLLM_OLDEST, VLLM_NEWEST = (0, 10), (1, 0)
@@ -73,7 +75,7 @@ class ContinuousBatching(GenerationBackend):
             eos_token_id=list(end_ids),
             pad_token_id=end_ids[0],
         )
-        with policy.evaluating(), torch.random.fork_rng([device]):
+        with policy.evaluating(), without_settings(policy.causal_lm), torch.random.fork_rng([device]):
             torch.manual_seed(requests[0].seed)
             prompts = [request.prompt_ids for request in requests]
             outputs = list(policy.causal_lm.generate_batch(prompts, generation_config=config).values())
@@ -181,15 +183,6 @@ class VLLM(GenerationBackend):
         self._handed_over += 1  # a new id, or the engine would use the adapter it has cached
         request = importlib.import_module("vllm.lora.request").LoRARequest
         return request(f"policy-{self._handed_over}", self._handed_over, folder)
-
-
-def ended(token_ids: Sequence[int], end_ids: Sequence[int]) -> Sample:
-    """A sample cut after its first end token."""
-    ids = list(token_ids)
-    for position, token in enumerate(ids):
-        if token in end_ids:
-            return Sample(ids[: position + 1], True)
-    return Sample(ids, False)
 
 
 def _vllm() -> Any:

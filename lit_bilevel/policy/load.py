@@ -14,6 +14,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.policy.causal import check_causal
+from lit_bilevel.policy.context import context_of
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.resources import located
 
@@ -62,11 +64,11 @@ class PolicySettings:
     allow_pickle: bool = False
 
 
-def load_tokenizer(settings: PolicySettings) -> Any:
-    """The policy's tokenizer.
+def load_tokenizer(settings: PolicySettings, path: str | None = None) -> Any:
+    """The policy's tokenizer, or that at another path.
 
     Raises:
-        UserError: if there is none at `settings.path`.
+        UserError: if there is none.
     """
     from transformers import AutoTokenizer
 
@@ -76,20 +78,26 @@ def load_tokenizer(settings: PolicySettings) -> Any:
             " your rights and can read, change and send whatever you can. Turn it off unless you have read that code."
         )
     try:
-        return AutoTokenizer.from_pretrained(located(settings.path), trust_remote_code=settings.trust_remote_code)
+        place = located(path or settings.path)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise _unloadable("tokenizer", settings.path, error) from error
+        raise _unloadable("tokenizer", path or settings.path, error) from error
 
 
 def context_length(settings: PolicySettings) -> int | None:
     """Positions that the policy was made for; `None` where its configuration does not say, or cannot be read."""
+    config = policy_config(settings)
+    return None if config is None else context_of(config)
+
+
+def policy_config(settings: PolicySettings) -> Any | None:
+    """The configuration of the policy; `None` where it cannot be read."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(located(settings.path), trust_remote_code=settings.trust_remote_code)
+        return AutoConfig.from_pretrained(located(settings.path), trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError):
         return None  # `load_policy` tells it
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
@@ -117,6 +125,10 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
         )
     except (OSError, ValueError, ImportError) as error:  # the last where the package of an attention is missing
         raise _unloadable("causal language model", settings.path, error) from error
+    if getattr(model.config, "rescale_every", 0):
+        # RWKV divides its parameters in evaluation mode, for float16; in a run they would change between two losses
+        model.config.rescale_every = 0
+    check_causal(model)
     if settings.activation_checkpointing:
         checkpoint_activations(model)
     if settings.lora is not None:

@@ -49,6 +49,8 @@ class Policy(nn.Module):
         self.compiled = False
         self.isolated = False
         """Whether packed sequences were found not to see each other."""
+        self.decoder: Callable[..., list[list[int]]] | None = None
+        """How it generates, once that was tried."""
 
     @property
     def causal_lm(self) -> Any:

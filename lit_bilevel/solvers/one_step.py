@@ -130,6 +130,7 @@ class OneStep(BilevelSolver):
         finite = torch.isfinite(size)
         gradient = [torch.where(finite, new, old) for new, old in zip(gradient, self._average, strict=True)]
         torch._foreach_lerp_(self._average, gradient, 1 - self.direction_decay)
+        assert self._gradients is not None
         self._gradients += finite
 
     def release(self) -> None:

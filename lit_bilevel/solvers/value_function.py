@@ -14,6 +14,7 @@ Left out: a schedule that raises γ (`upper_weight` decides it), and gradient cl
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -100,4 +101,4 @@ class ValueFunction(BilevelSolver):
         if state:
             self._begin(state["values"])
             assert self._optimizer is not None
-            self._optimizer.load_state_dict(state["optimizer"])
+            self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on with the same tensors

@@ -17,12 +17,11 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
-from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.policy.load import context_length
 from lit_bilevel.training.effects import of_precision, without_callbacks, without_effect
 from lit_bilevel.training.phases import problems_of
 from lit_bilevel.training.schedule import most_falls
+from lit_bilevel.training.sizes import oversized
 
 SHARDING = "configs/strategies/fsdp2.yaml"
 
@@ -134,7 +133,7 @@ def check_run(module: Any, stage: str) -> None:
         UserError: naming each of them.
     """
     strategy = module.trainer.strategy
-    problems = _of_kernels(module) + _of_context(module) + of_precision(module)
+    problems = _of_kernels(module) + oversized(module, stage) + of_precision(module)
     if stage == "fit":
         problems += _of_decay(module) + _of_length(module) + without_callbacks(module, bool(refiners(module.trainer)))
     if isinstance(strategy, SingleDeviceStrategy) and strategy.root_device.type == "mps":
@@ -196,17 +195,6 @@ def _of_length(module: Any) -> list[str]:
         return []
     return [
         "`model.phases` are shares of a run whose length is not known; set `trainer.max_steps` or `trainer.max_epochs`"
-    ]
-
-
-def _of_context(module: Any) -> list[str]:
-    sets = getattr(getattr(module.trainer, "datamodule", None), "sets", {})
-    context, found = context_length(module.policy_settings), longest(sets.values())
-    if context is None or found <= context:
-        return []
-    return [
-        f"the longest row has {found} tokens and the policy was made for {context}; set `data.max_length` to at most"
-        f" {context}"
     ]
 
 
