@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from architectures import ARCHITECTURES, tiny
@@ -152,6 +154,26 @@ def test_models_whose_tokens_see_later_ones_are_refused():
     decoder = BertLMHeadModel(BertConfig(**sizes, intermediate_size=48, is_decoder=True)).train()
     check_causal(decoder)
     assert decoder.training
+
+
+def test_a_cache_with_a_state_is_never_padded(monkeypatch):
+    """In bfloat16 a state that padding went through may deviate little."""
+    policy = Policy(tiny("mamba2"))
+    monkeypatch.setattr(decode, "_deviation", lambda model, way: 0.0)
+    HFGenerate().check(policy)
+    assert policy.decoder is decode_unpadded
+
+
+@pytest.mark.parametrize("way", [decode_padded, decode_unpadded, decode_singly])
+def test_every_answer_has_its_own_limit(way):
+    """Also one whose batch goes on, and none is taken for ended that was cut."""
+    policy, told = Policy(tiny("mamba2" if way is not decode_padded else "llama")), []
+    requests = [replace(request, max_new_tokens=2 + row) for row, request in enumerate([ask()[3]] * 3)]
+    policy.decoder = way
+    samples = HFGenerate().generate(policy, requests, Sampling(3, 0), [63], told.append)
+    assert [len(sample.token_ids) for sample in samples] == [2, 3, 3]
+    assert not any(sample.finished for sample in samples)
+    assert sum(told) == 8
 
 
 def test_settings_of_the_model_do_not_change_what_a_state_gives():

@@ -29,7 +29,7 @@ BASES: dict[str, dict] = {
     "penalties": {"eos_token_id": 5, "repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "num_beams": 2},
     "lengths": {"eos_token_id": 5, "max_length": 3, "min_new_tokens": 11},
     "tokens": {"eos_token_id": 5, "suppress_tokens": list(range(100, 200)), "forced_eos_token_id": 9},
-    "cannot be saved": {"eos_token_id": 5, "do_sample": False, "temperature": 0.3, "num_beams": 1},
+    "no meaning": {"eos_token_id": -1, "do_sample": False, "temperature": 0.3, "num_beams": 1},
 }
 SPECIAL: dict[str, dict] = {
     "none": {"pad_token": None},

@@ -333,7 +333,7 @@ def test_passes_over_other_rows_leave_the_masks_of_the_step_alone(size):
         problem.complete()
         found.append(problem.lower_losses())
     assert distance(*found) < 1e-12
-    problem = made(policy, size)
+    problem = made(policy, size, 0.0)
     _derivatives(problem, batches(3, 2), direction_of(policy))
     before = torch.get_rng_state()
     problem.lower_losses()  # draws for itself, though other rows came first

@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_bilevel.data.table import column
-from lit_bilevel.generation.ending import exported_settings, without_settings
+from lit_bilevel.generation.ending import exported_settings
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.shard import whole_state
@@ -135,8 +135,7 @@ class Export(Callback):
         partial = path.with_name("policy.partial")
         _remove(partial)
         assert pl_module.policy is not None
-        with without_settings(pl_module.policy.causal_lm):  # which `save_pretrained` may refuse to write
-            pl_module.policy.model.save_pretrained(partial, state_dict=state)
+        pl_module.policy.model.save_pretrained(partial, state_dict=state)
         settings = exported_settings(pl_module.policy, pl_module.tokenizer, pl_module.max_new_tokens)
         settings.save_pretrained(partial)
         pl_module.tokenizer.save_pretrained(partial)

@@ -35,6 +35,8 @@ from lit_bilevel.scores.density import LEAST_TRUSTED
 from lit_bilevel.scores.sweep import sweep_for
 from lit_bilevel.scores.table import Scores, write_scores
 
+NOTHING = -1
+"""Stands for no part: Lightning refuses a process that has nothing to do while others have."""
 AGAIN = "Call the same command again: finished parts are kept."
 
 
@@ -107,10 +109,11 @@ class Scoring(LightningModule):
             disable=not trainer.is_global_zero or not missing,
             mininterval=0.2 if sys.stderr.isatty() else 20,  # plain lines in a log
         )
-        return [part.number for part in missing]
+        return [part.number for part in missing] or [NOTHING]
 
     def predict_step(self, number: int, batch_idx: int) -> int:
-        self.sweep.score(self.sweep.parts[number], self.bar.update)
+        if number != NOTHING:
+            self.sweep.score(self.sweep.parts[number], self.bar.update)
         return number
 
 

@@ -10,6 +10,8 @@
                        comes before is counted in the seconds
     two_stage:METHOD, seal                  rows selected by METHOD's weights, then a fresh policy trained on them
     weighted:METHOD                         a fresh policy trained on all rows under METHOD's weights, which stay
+    score:COLUMN, weights:COLUMN            rows kept, or weighted, by a score from one pass of the policy before
+                                            training: ifd, pmi, loss, density_ratio, … (`lit-bilevel score`)
     …+refine[:RULE]                         with `SelfRefine`: one_step@sigmoid+refine:token
 
 A file of `--variants` gives further names to methods with settings of their own; a method that is built on a variant
@@ -36,22 +38,30 @@ from lit_bilevel.comparison.filters.base import (
 )
 from lit_bilevel.comparison.filters.gradients import GradientSimilarity
 from lit_bilevel.comparison.filters.ngrams import NgramImportance
+from lit_bilevel.comparison.filters.scores import PassScore
+from lit_bilevel.comparison.names import (
+    BASELINES,
+    CONSTANT,
+    CONSTANT_SHARE,
+    EARLY_STOPPING,
+    FIXED,
+    NEEDS_VALIDATION,
+    REFINE,
+    RULES,
+    SEAL,
+    SHARES,
+    SOLVERS,
+    STOPWATCH,
+    UNIFORM,
+    WEIGHTS,
+    known,
+    share,
+)
 from lit_bilevel.comparison.recipe import Settings, callbacks_of, named, other_flags, recipe_flags
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
+from lit_bilevel.scores.columns import COLUMNS
 
-CONSTANT = ("--model.upper_weight_decay=0",)  # and the phases' λ, see `Method.constant`
-UNIFORM = ("--model.weights=UniformWeights", "--model.solver=Mixing")
-OF_RESPONSES = ("--model.response_weights=null", "--model.refined_weights=null")  # refused where nothing is generated
-CONSTANT_SHARE = ("constant_mixing", "pool_only", "validation_only", "bmo")
-BASELINES = {
-    "mixing": (),
-    "constant_mixing": (),
-    "pool_only": ("--model.upper_weight=0", *CONSTANT),
-    "validation_only": ("--model.upper_weight=1", *CONSTANT, "--trainer.val_check_interval=10"),
-}
-SHARES = ("mixing", "mixing@0.1", "mixing@0.25", "mixing@0.5")
-SEAL = "penalty@softmax"
 FILTERS: dict[str, type[Filter]] = {
     "oracle": CleanRows,
     "random": RandomRows,
@@ -61,40 +71,6 @@ FILTERS: dict[str, type[Filter]] = {
     "ngram_importance": NgramImportance,
     "gradient_similarity": GradientSimilarity,
 }
-SOLVERS = {
-    "one_step": "OneStep",
-    "penalty": "Penalty",
-    "value_function": "ValueFunction",
-    "implicit": "Implicit",
-}
-NEEDS_VALIDATION = ("penalty", "value_function")  # their scores have no meaning where λ is 0
-WEIGHTS = {
-    "softmax": "SoftmaxWeights",
-    "sigmoid": "SigmoidWeights",
-    "source": "SourceWeights",
-    "network": "NetworkWeights",
-}
-RULES = {
-    "uniform": "Uniform",
-    "token": "Token",
-    "sequence": "Sequence",
-    "length_normalised": "LengthNormalised",
-    "self_normalised": "SelfNormalised",
-    "aligned": "Aligned",
-}
-REFINE: dict[str, Any] = {
-    "class_path": "SelfRefine",
-    "init_args": {
-        "choose": {"class_path": "LowestFraction", "init_args": {"fraction": 0.4}},
-        "responses": 4,
-        "sampling": {"max_new_tokens": 64},
-    },
-}
-EARLY_STOPPING: dict[str, Any] = {
-    "class_path": "lightning.pytorch.callbacks.EarlyStopping",
-    "init_args": {"monitor": "monitor/loss", "patience": 15},
-}
-STOPWATCH: dict[str, Any] = {"class_path": "lit_bilevel.comparison.stopwatch.Stopwatch"}
 
 
 @dataclass(frozen=True)
@@ -112,6 +88,7 @@ class Method:
         constant: whether λ is the module's (or the method's) in every phase.
         recipe: a configuration whose phases, weights, solver and callbacks are this method's.
         weighted: whether every row keeps the weight that it has after the run that the method needs.
+        weights: the score that every row has a weight by, which it keeps.
         variant: what the method is a variant of, and the rows that it sees, which may be those of the run it needs.
     """
 
@@ -124,6 +101,7 @@ class Method:
     weighted: bool = False
     constant: bool = False
     recipe: str = ""
+    weights: PassScore | None = None
     variant: Variant | None = None
 
     @classmethod
@@ -149,6 +127,9 @@ class Method:
             for part in rest.split(","):
                 cls.parse(part, variants)
             return cls(best_of=tuple(rest.split(",")))
+        if kind in ("score", "weights") and rest:
+            score = PassScore(known(rest, COLUMNS, "score"))
+            return cls(UNIFORM, score) if kind == "score" else cls(FIXED, weights=score)
         if name == "seal" or (kind in ("two_stage", "weighted") and rest):
             return cls._second_stage(name, SEAL if name == "seal" else rest, kind == "weighted", variants)
         return cls._trained(name)
@@ -180,8 +161,7 @@ class Method:
         rows = method.variant.rows if method.variant else None
         if not weighted:
             return cls(UNIFORM, LearnedWeights(), needs=first, variant=rows)
-        flags = ("--model.weights=SigmoidWeights", *UNIFORM[1:])
-        return cls(flags, needs=first, weighted=True, variant=rows)
+        return cls(FIXED, needs=first, weighted=True, variant=rows)
 
     @classmethod
     def _trained(cls, name: str) -> Method:
@@ -227,14 +207,15 @@ class Method:
     @property
     def learns(self) -> bool:
         """Whether a run leaves learned weights."""
-        return not (self.best_of or self.filter or self.weighted) and self.flags[: len(UNIFORM)] != UNIFORM
+        fixed = self.best_of or self.filter or self.weighted or self.weights
+        return not fixed and self.flags[: len(UNIFORM)] != UNIFORM
 
     def callbacks(self, configured: Sequence[Mapping[str, Any]], earlier: Path | None = None) -> str:
         """The flag for the run's callbacks: `SelfRefine` put in or taken out, the configuration's others left.
 
         Args:
             configured: the configuration's own, as `class_path` and `init_args`.
-            earlier: folder of the run that the method needs.
+            earlier: folder of the run that the method needs, or of the weights that it was given.
         """
         mine = [callback for callback in configured if named(callback, "SelfRefine")]
         chosen: list[Any] = callbacks_of(self.recipe, [callback for callback in configured if callback not in mine])
@@ -243,26 +224,10 @@ class Method:
             own = (self.variant.refine if self.variant else None) or {}
             chosen.append({**callback, "init_args": {**callback.get("init_args", {}), **own}})
         chosen += [EARLY_STOPPING] if self.stopped_early else []
-        if self.weighted:
+        if self.weighted or self.weights:
             assert earlier is not None
             chosen.append({"class_path": "WarmStart", "init_args": {"weights": str(earlier / "weights.parquet")}})
         return f"--trainer.callbacks={json.dumps([*chosen, STOPWATCH])}"
-
-
-def share(name: str) -> float:
-    """λ of `mixing@λ`.
-
-    Raises:
-        UserError: if it is not a number between 0 and 1.
-    """
-    text = name.partition("@")[2]
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise UserError(f"the share {text!r} of {name!r} is not a number between 0 and 1, such as mixing@0.25.")
-    return value
 
 
 def means(name: str, variants: Mapping[str, Variant]) -> bool:
@@ -276,25 +241,7 @@ def means(name: str, variants: Mapping[str, Variant]) -> bool:
 
 def unknown(name: str) -> UserError:
     """The error for a name that is no method's."""
-    names = [
-        *BASELINES,
-        "mixing@SHARE",
-        "best_mixing",
-        *FILTERS,
-        "bmo",
-        "curate",
-        *(f"{solver}[@WEIGHTS]" for solver in SOLVERS),
-    ]
-    names += ["two_stage:METHOD", "weighted:METHOD", "best:METHOD,METHOD", "seal", "METHOD+refine[:RULE]"]
+    names = [*BASELINES, "mixing@SHARE", "best_mixing", *FILTERS, "bmo", "curate"]
+    names += [*(f"{solver}[@WEIGHTS]" for solver in SOLVERS), "score:COLUMN", "weights:COLUMN", "two_stage:METHOD"]
+    names += ["weighted:METHOD", "best:METHOD,METHOD", "seal", "METHOD+refine[:RULE]"]
     return UserError(f"unknown method {name!r}; there are: {', '.join(names)}.")
-
-
-def known(name: str, names: Sequence[str] | Mapping[str, str], what: str) -> str:
-    """The name itself.
-
-    Raises:
-        UserError: with the names there are.
-    """
-    if name not in names:
-        raise UserError(f"unknown {what} {name!r}; there are: {', '.join(names)}.")
-    return name

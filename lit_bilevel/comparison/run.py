@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_bilevel.comparison.answers import measures
+from lit_bilevel.comparison.answers import answer
 from lit_bilevel.comparison.filters.base import CleanRows
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
 from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
@@ -29,11 +29,8 @@ from lit_bilevel.comparison.results import Result, Results
 from lit_bilevel.comparison.rows import copy_records, stratified
 from lit_bilevel.comparison.stopwatch import Stopwatch
 from lit_bilevel.comparison.variants import Variant
-from lit_bilevel.data.files import records
 from lit_bilevel.errors import UserError
-from lit_bilevel.inspection.folder import read_lines
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
-from lit_bilevel.resources import located
 
 
 class Runner:
@@ -138,9 +135,14 @@ class Runner:
         flags = method.phases(phases, self.steps)
         flags += [*method.flags, *parts, f"--seed_everything={seed}"]
         flags += () if method.refine else OF_RESPONSES
-        flags.append(method.callbacks(callbacks, earlier))
+        given = folder / "given" if method.weights else earlier
+        flags.append(method.callbacks(callbacks, given))
         prepare(folder, [*self.shared, *flags])
         row: Result = {"method": name, "seed": seed}
+        if method.weights is not None:
+            with quiet(folder / "weights.txt"):
+                scores, seconds = self._weighted(method, parts, folder / "given", seed)
+            before, row = before + seconds, row | scores
         if method.filter is not None:
             with quiet(folder / "filter.txt"):
                 chosen, scores, seconds = self._chosen(method, parts, folder, earlier, seed)
@@ -236,7 +238,8 @@ class Runner:
         assert method.filter is not None
         started = time.perf_counter()
         cli = built(self.config, [*self.shared, *method.flags, *parts, f"--seed_everything={seed}"])
-        scores = method.filter.scores(Evidence(cli, earlier, seed))
+        evidence = Evidence(cli, earlier, seed, self.results.folder)
+        scores = method.filter.scores(evidence)
         mask = method.filter.chosen(scores, self.keep, seed)
         pool, data = cli.datamodule.sets["pool"], cli.config.data
         kept = {row: key for row, key, good in zip(pool["row"][:], pool["id"][:], mask, strict=True) if good}
@@ -248,7 +251,20 @@ class Runner:
 
             found["kept_clean"] = float(np.array([not kind for kind in kinds])[mask].mean())
             found |= flat(aurocs(torch.tensor(scores), kinds)) if method.filter.scored else {}
-        return files, found, time.perf_counter() - started
+        return files, found, time.perf_counter() - started + evidence.seconds
+
+    def _weighted(self, method: Method, parts: list[str], folder: Path, seed: int) -> tuple[Result, float]:
+        """Write the weights that the rows keep; returns their AUROC, and the time it took."""
+        import torch
+
+        assert method.weights is not None
+        started = time.perf_counter()
+        cli = built(self.config, [*self.shared, *method.flags, *parts, f"--seed_everything={seed}"])
+        evidence = Evidence(cli, None, seed, self.results.folder)
+        weights = method.weights.write_weights(evidence, folder)
+        kinds = self._kinds(cli.datamodule.sets["pool"])
+        found = flat(aurocs(torch.tensor(weights), kinds)) if kinds is not None else {}
+        return found, time.perf_counter() - started + evidence.seconds
 
     def _scored(self, cli: Any, folder: Path) -> Result:
         """What is measured of a finished fit, whose module holds the monitor-best policy."""
@@ -269,14 +285,4 @@ class Runner:
             loss_n, tokens_n = row_losses(policy, cli.datamodule, "test")
         table = {"id": cli.datamodule.sets["test"]["id"][:], "tokens": tokens_n, "loss": loss_n}
         pyarrow.parquet.write_table(pyarrow.table(table), folder / "test_losses.parquet")
-        return row | (self._answered(cli, folder) if self.answers else {})
-
-    def _answered(self, cli: Any, folder: Path) -> Result:
-        """Measures on greedy answers to the test prompts, which stay in `predictions.jsonl`."""
-        test, data = cli.datamodule.sets["test"], self.settings.data
-        cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
-        answers = [record["response"] for record in read_lines(folder / "predictions.jsonl")]
-        paths = [data.test] if isinstance(data.test, str) else data.test
-        raw = [record for path in paths for _, record in records(located(path))]
-        expected = [raw[row].get("expected") for row in test["row"][:]]
-        return measures(answers, test["response"][:], expected)
+        return row | (answer(cli, folder) if self.answers else {})

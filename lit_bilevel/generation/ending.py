@@ -26,7 +26,7 @@ def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
     """Tokens that end a response: the tokenizer's, which training teaches, and those the model came with."""
     own = getattr(policy.causal_lm.generation_config, "eos_token_id", None)
     others = [] if own is None else [own] if isinstance(own, int) else own
-    return list(dict.fromkeys([tokenizer.eos_token_id, *others]))
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(token for token in others if token >= 0)]))  # -1 is none
 
 
 def exported_settings(policy: Policy, tokenizer: Any, max_new_tokens: int) -> Any:

@@ -138,3 +138,11 @@ def read_scores(path: str | Path) -> Scores:
     numbers = [field.name for field in table.schema if pyarrow.types.is_floating(field.type)]
     made_of = json.loads((table.schema.metadata or {}).get(b"lit_bilevel", b"null"))
     return Scores(ids, {name: table[name].to_numpy() for name in numbers}, made_of)
+
+
+def made_in(path: str | Path) -> float:
+    """Seconds that a file of scores says it took; 0 where it does not."""
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_schema(path).metadata or {}
+    return json.loads(metadata.get(b"lit_bilevel", b"{}")).get("seconds", 0.0)
