@@ -103,6 +103,7 @@ def save_wide_model(folder: Path) -> Path:
 def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     """The module after the steps of a case, and its trainer."""
     from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch.callbacks import Checkpoint
     from lightning.pytorch.plugins import DoublePrecision
     from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -131,7 +132,10 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
         gradient_clip_val=case.get("clip", 1.0),
         upper_objective=getattr(lb, case.get("objective", "SFT"))(),
         lower_objective=getattr(lb, case.get("objective", "SFT"))(),
+        phases=[lb.Phase(**phase) for phase in case.get("phases", [])],
+        **case.get("module", {}),
     )
+    callbacks = [*(callbacks or []), *(getattr(lb, name)(**own) for name, own in case.get("callbacks", {}).items())]
     trainer = Trainer(
         strategy=strategies[case["strategy"]](),
         accelerator="cpu",
@@ -144,7 +148,7 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
         max_epochs=-1,
         limit_val_batches=0,
         logger=False,
-        enable_checkpointing=bool(callbacks),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
