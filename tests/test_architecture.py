@@ -35,7 +35,8 @@ ROOMS = {
     "training": "data errors losses objectives policy problem refinement types weights",
     "module": "errors generation objectives policy refinement solvers training types weights",
     "inspection": "errors module policy scores training",
-    "callbacks": "data errors generation inspection module policy refinement resources scores training types version weights",
+    "callbacks": "data errors generation inspection module policy refinement resources scores training types version"
+    " weights",
     "__init__": "version",
     "parser": "__init__ errors",
     "cli": "callbacks data errors generation module objectives parser refinement resources solvers training weights",
