@@ -117,8 +117,10 @@ def token_nll_and_entropy(hidden_KD: Tensor, layer: OutputLayer, target_K: Tenso
 def logits_nll_and_entropy(logits_KV: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
     """NLL of each target and entropy of the prediction, [K] each, computed in float32 or better."""
     logprob_KV = _precise(logits_KV).log_softmax(1)
-    entropy_K = -(logprob_KV.exp() * logprob_KV.clamp_min(torch.finfo(logprob_KV.dtype).min)).sum(1)  # 0·log 0 = 0
-    return -logprob_KV.gather(1, target_K[:, None])[:, 0], entropy_K
+    nll_K = -logprob_KV.gather(1, target_K[:, None])[:, 0]
+    share_KV = logprob_KV.exp()
+    logprob_KV.clamp_min_(torch.finfo(logprob_KV.dtype).min)  # 0·log 0 = 0
+    return nll_K, -torch.linalg.vecdot(share_KV, logprob_KV)
 
 
 class _ChunkedNLL(torch.autograd.Function):

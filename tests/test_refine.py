@@ -350,6 +350,7 @@ def test_when_to_refine():
     """The public code waited for step 5000 whatever the settings."""
     refine = SelfRefine(every_n_steps=3, start=4)
     assert [step for step in range(12) if refine.should_refine(step)] == [4, 7, 10]
+    assert [step for step in range(5) if SelfRefine(every_n_steps=2, start=0).should_refine(step)] == [2, 4]
     assert [epoch for epoch in range(5) if SelfRefine().should_refine(epoch)] == [1, 2, 3, 4]
 
 

@@ -94,7 +94,7 @@ class Measure:
             places = order[start : start + self.batch_size]
             rows = [replace(examples[place], row=number) for number, place in enumerate(places)]
             batch = collate(rows, len(rows), self.call_cost)
-            both = [values_K.double().cpu().numpy() for values_K in self.policy.nll_and_entropy(batch.to(device))]
+            both = [values_K.cpu().double().numpy() for values_K in self.policy.nll_and_entropy(batch.to(device))]
             segment = batch.segment_K.numpy()
             tokens = segment.argsort(kind="stable")
             ends = np.bincount(segment).cumsum()[:-1]

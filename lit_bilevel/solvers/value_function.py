@@ -84,6 +84,14 @@ class ValueFunction(BilevelSolver):
             self._optimizer.zero_grad(set_to_none=True)
         return loss_B
 
+    def scores_at_rest(self, problem: BilevelProblem) -> Tensor:
+        policy_loss_B = problem.lower_losses()
+        pool_loss_B = problem.lower_losses_at(self._values) if self._values else policy_loss_B  # φ is still θ
+        return penalty_strength(problem) * (policy_loss_B - pool_loss_B)
+
+    def release(self) -> None:
+        self._values, self._optimizer = [], None
+
     def state_dict(self) -> dict[str, Any]:
         if self._optimizer is None:
             return {}
