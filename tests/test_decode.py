@@ -23,12 +23,6 @@ from lit_bilevel.policy.policy import Policy
 
 ENDS = [7, 8, 9, 10]
 FEW = ("gemma2", "gpt2", "lfm2", "mamba2", "rwkv")  # a window, learned positions, a hybrid, a state, no cache
-    "gemma2",
-    "gpt2",
-    "lfm2",
-    "mamba2",
-    "rwkv",
-)  # a window, learned positions, a hybrid, a state, one without a cache
 STATES = {
     *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2", "minimax"),
     *("nemotron_h", "qwen3_5_text", "qwen3_next", "recurrent_gemma", "zamba2"),
