@@ -50,7 +50,7 @@ from lit_bilevel.module import LitBilevel
 from lit_bilevel.parser import NOTE, Parser
 from lit_bilevel.resources import with_own_configs
 from lit_bilevel.training.place import of_place, try_folder
-from lit_bilevel.training.refusals import check_precision
+from lit_bilevel.training.refusals import check_flags, check_precision
 
 # lines of libraries that say nothing to a user of this program; each is matched as a beginning
 UNTOLD = (
@@ -180,6 +180,7 @@ class BilevelCLI(LightningCLI):
         asked = config.get("precision")
         trainer = super()._instantiate_trainer(config, callbacks)
         check_precision(asked, trainer)
+        check_flags(trainer)  # a Trainer with some of the callbacks that it refuses would do something before it asks
         return trainer
 
     def after_fit(self) -> None:

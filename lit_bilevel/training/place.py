@@ -29,8 +29,8 @@ def try_folder(folder: str | Path, what: str = "trainer.default_root_dir") -> No
         UserError: if it cannot be made, or nothing can be written there.
     """
     path = Path(folder)
-    new = [place for place in (path, *path.parents) if not place.exists()]
     try:
+        new = [place for place in (path, *path.parents) if not place.exists()]
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path, prefix=".tried-") as file:
             file.write(b"x" * 4096)
