@@ -45,6 +45,7 @@ from lit_bilevel.training.evaluation import Evaluation
 from lit_bilevel.training.exchange import gathered_responses, gathered_scores, lightning_engine
 from lit_bilevel.training.guard import Guard, GuardSettings
 from lit_bilevel.training.optimizers import made_optimizers
+from lit_bilevel.training.phases import WHOLE, Phase, enter_phase, place_of
 from lit_bilevel.training.refusals import check_flags, check_run, check_settings
 from lit_bilevel.training.schedule import upper_weight_of
 from lit_bilevel.types import Batch, Question
@@ -68,9 +69,7 @@ class LitBilevel(LightningModule):
         upper_weight: λ; the policy minimises λ·f + (1−λ)·g.
         upper_weight_decay: taken off λ after every epoch, down to 0.
         upper_weight_decay_every: policy steps after which it is taken off instead, whatever an epoch is.
-        upper_weight_start: share of the run after which λ takes effect; until then it is 0 and the policy sees no
-            validation row, so that scores come from a gradient that is not memorised.
-        weight_start: share of the run after which the weights begin to move.
+        phases: parts of the run with settings of their own, in their order; by default it has one.
         lr_scheduler: schedule of the policy's learning rate, by its name in `transformers.get_scheduler`.
         lr_scheduler_kwargs: settings of that schedule, such as `min_lr_rate`.
         warmup_steps: policy steps over which the learning rate rises from 0.
@@ -91,8 +90,7 @@ class LitBilevel(LightningModule):
         weight_optimizer: OptimizerCallable = ExponentiatedGradient,
         upper_weight: float = 0.5,
         upper_weight_decay: float = 0.0,
-        upper_weight_start: float = 0.0,
-        weight_start: float = 0.0,
+        phases: list[Phase] | None = None,
         lr_scheduler: str = "constant",
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         warmup_steps: int = 0,
@@ -116,25 +114,19 @@ class LitBilevel(LightningModule):
         self.refinement = Refinement(refined_weights or weights, response_weights or Uniform(), weight_optimizer)
         self.solver = solver
         self.max_new_tokens = max_new_tokens
-        self.make_optimizer = optimizer
-        self.make_weight_optimizer = weight_optimizer
+        self.make_optimizer, self.make_weight_optimizer = optimizer, weight_optimizer
         self.initial_upper_weight = upper_weight
         self.upper_weight_decay = upper_weight_decay
         self.upper_weight_decay_every = upper_weight_decay_every
-        self.upper_weight_start = upper_weight_start
-        self.weight_start = weight_start
-        self.lr_scheduler_name = lr_scheduler
-        self.lr_scheduler_kwargs = lr_scheduler_kwargs
+        self.phases = tuple(phases or [WHOLE])
+        self.lr_scheduler_name, self.lr_scheduler_kwargs = lr_scheduler, lr_scheduler_kwargs
         self.warmup_steps = warmup_steps
-        self.gradient_clip_val = gradient_clip_val
-        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_clip_val, self.accumulate_grad_batches = gradient_clip_val, accumulate_grad_batches
         self.guard = Guard(guard or GuardSettings())
         self.upper_objective, self.lower_objective = upper_objective or SFT(), lower_objective or SFT()
         self.evaluation = Evaluation(self.lower_objective, self.upper_objective)
-        self.own_optimizer: Optimizer | None = None
-        """The outer optimizer where the strategy takes one only."""
-        self.pool_digest: str | None = None
-        """Of the pool that the weights are for."""
+        self.own_optimizer: Optimizer | None = None  # the outer one, where the strategy takes one only
+        self.pool_digest: str | None = None  # of the pool that the weights are for
         self._own_state: dict[str, Any] = {}
         check_settings(self)
 
@@ -142,8 +134,10 @@ class LitBilevel(LightningModule):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The policy's tokenizer."""
-        return load_tokenizer(self.policy_settings)
+        """The one that makes the rows: `data.tokenizer` where that is set, else the policy's."""
+        return load_tokenizer(
+            self.policy_settings, getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        )
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)
@@ -177,10 +171,14 @@ class LitBilevel(LightningModule):
     # ---- training ----
 
     @property
-    def progress(self) -> float:
-        """Share of the run that is done; 1 where its length is not known."""
-        steps = self.trainer.estimated_stepping_batches
-        return 1.0 if steps == float("inf") else self.global_step / steps
+    def place(self) -> int:
+        """Which of the phases this step is in."""
+        return place_of(self.phases, self.global_step, self.trainer.estimated_stepping_batches)
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that this step is in."""
+        return self.phases[self.place]
 
     @property
     def upper_weight(self) -> float:
@@ -203,12 +201,13 @@ class LitBilevel(LightningModule):
         inner.optimizer.zero_grad(set_to_none=True)
         problem = self._problem(batch, inner.optimizer)
         found = weigh_responses(problem, self.refinement.rule) if self.refinement.active else None
-        s_B = self.solver(problem) if self.learns_weights else None
+        phase = self.phase  # before the step, which may be its last
+        s_B = self.solver(problem) if self.learns_weights and phase.runs_solver else None
         if s_B is None:
             problem.complete()
         features, s_B, losses = gathered_scores(problem, s_B, self.trainer.strategy, self.refinement.active)
         self.refinement.observe(self.weights, outer, features)
-        if self.learns_weights and self.progress >= self.weight_start:
+        if self.learns_weights and phase.learn_weights:
             self.refinement.step(self.weights, outer, features, s_B)
         problem.complete()  # with the new weights: a row's first score counts at its first visit
         statistics = self.weights.statistics()
@@ -248,6 +247,7 @@ class LitBilevel(LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.guard.stop_if_asked()
+        enter_phase(self)
 
     def on_train_start(self) -> None:
         restore_late(self, self._own_state)
@@ -259,8 +259,8 @@ class LitBilevel(LightningModule):
             self.refinement.weights.refresh()
         table = self.weights.table()
         self.guard.look(self, table)
-        extremes = {"weights/max": table.max().float(), "weights/min": table.min().float()}
-        self.log_dict(extremes | {"skipped_steps": float(self.guard.skipped)})
+        self.log_dict({"weights/max": table.max().float(), "weights/min": table.min().float()})
+        self.log("skipped_steps", float(self.guard.skipped))
 
     # ---- evaluation ----
 

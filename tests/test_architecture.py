@@ -35,7 +35,7 @@ ROOMS = {
     "training": "data errors losses objectives policy problem refinement types weights",
     "module": "errors generation objectives policy refinement solvers training types weights",
     "inspection": "errors module scores training",
-    "callbacks": "data errors generation inspection module policy refinement scores training types version",
+    "callbacks": "data errors generation inspection module policy refinement scores training types version weights",
     "__init__": "version",
     "parser": "__init__ errors",
     "cli": "callbacks data errors generation module objectives parser refinement resources solvers training weights",

@@ -41,7 +41,7 @@ def test_names_of_methods():
     assert Method.parse("mixing").flags[:2] == ("--model.weights=UniformWeights", "--model.solver=Mixing")
     assert "--model.upper_weight=0.25" in Method.parse("mixing@0.25").flags
     assert Method.parse("one_step@sigmoid").flags == ("--model.solver=OneStep", "--model.weights=SigmoidWeights")
-    assert "--model.upper_weight_start=0" in Method.parse("penalty").flags  # λ must be above 0 in every step
+    assert Method.parse("penalty").constant  # λ must be above 0 in every step
     refined = Method.parse("one_step+refine:token")
     assert refined.refine
     assert "--model.response_weights=Token" in refined.flags

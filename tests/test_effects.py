@@ -16,6 +16,7 @@ from lit_bilevel import (
     LitBilevel,
     Mixing,
     OneStep,
+    Phase,
     PolicySettings,
     Sampling,
     SelfRefine,
@@ -57,16 +58,18 @@ REFUSED = {
         "takes none",
     ),
     "a schedule of a metric": (lambda: module(lr_scheduler="greedy"), "`model.lr_scheduler` is greedy, which follows"),
-    "λ that starts at 0": (lambda: module(upper_weight=0.0, upper_weight_start=0.5), "`model.upper_weight_start` is"),
     "λ that falls from 0": (lambda: module(upper_weight=0.0, upper_weight_decay=0.1), "`model.upper_weight_decay` is"),
-    "a start of no weights": (lambda: module(**NOTHING, weight_start=0.5), "`model.weight_start` is 0.5, .*learns no"),
-    "weights that never start": (
-        lambda: module(weight_start=1.0),
-        r"`model.weight_start` is 1.0; it must be in \[0",
+    "λ that falls in no phase": (
+        lambda: module(upper_weight_decay=0.1, phases=[Phase("a", 1.0, upper_weight=0.5)]),
+        "`model.upper_weight_decay` is 0.1, but every phase has an `upper_weight` of its own",
     ),
-    "λ that never starts": (
-        lambda: module(upper_weight_start=1.0),
-        "`model.upper_weight_start` is 1.0; it must be",
+    "a solver that is ready for nothing": (
+        lambda: module(phases=[Phase("a", 0.5), Phase("b", 0.5, learn_weights=False, prepare_solver=True)]),
+        "`prepare_solver` of the phase 'b' is for one that learns no weights, before one that does",
+    ),
+    "a solver that runs anyway": (
+        lambda: module(phases=[Phase("a", 1.0, prepare_solver=True)]),
+        "`prepare_solver` of the phase 'a'",
     ),
     "a rule of no responses": (
         lambda: check_run(fit(response_weights=Token()), "fit"),

@@ -22,7 +22,7 @@ from lit_bilevel.callbacks import BelowThreshold, LowestFraction, RandomFraction
 from lit_bilevel.cli import main
 from lit_bilevel.data.table import has_question
 from lit_bilevel.errors import UserError
-from lit_bilevel.generation.hf import Sampling
+from lit_bilevel.generation.sampling import Sampling
 from lit_bilevel.policy.load import LoraSettings
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import Aligned, LengthNormalised, SelfNormalised, Sequence, Token, Uniform
@@ -350,6 +350,7 @@ def test_when_to_refine():
     """The public code waited for step 5000 whatever the settings."""
     refine = SelfRefine(every_n_steps=3, start=4)
     assert [step for step in range(12) if refine.should_refine(step)] == [4, 7, 10]
+    assert [step for step in range(5) if SelfRefine(every_n_steps=2, start=0).should_refine(step)] == [2, 4]
     assert [epoch for epoch in range(5) if SelfRefine().should_refine(epoch)] == [1, 2, 3, 4]
 
 

@@ -16,6 +16,7 @@ from test_refine import Logged, features, refine_all, run
 
 from lit_bilevel import (
     BMOWeights,
+    ExponentiatedGradient,
     LitBilevel,
     Mixing,
     NetworkWeights,
@@ -26,10 +27,10 @@ from lit_bilevel import (
 )
 from lit_bilevel.callbacks import RandomFraction
 from lit_bilevel.errors import UserError
-from lit_bilevel.generation.hf import Sampling
+from lit_bilevel.generation.sampling import Sampling
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import SelfNormalised, Token, Uniform
-from lit_bilevel.training.exchange import followed
+from lit_bilevel.training.exchange import gathered_responses
 
 
 class SavedBeforeTheLastStep(Callback):
@@ -96,12 +97,15 @@ def test_a_lone_row_or_group_takes_no_step():
 
 
 def test_a_step_without_responses_is_not_followed():
-    rule = SelfNormalised()
-    trainer = SimpleNamespace(world_size=1)
-    assert followed(torch.zeros(10).double(), rule, trainer) is None
+    rule, trainer = SelfNormalised(), SimpleNamespace(world_size=1)
+    refinement = Refinement(SoftmaxWeights(), rule, ExponentiatedGradient)
+    refinement.follow(gathered_responses(torch.zeros(10).double(), trainer))
+    before = rule.state_dict()
     found = torch.tensor([1.0, 0, 4, 4, 0, 1, 1, 1, 3, 2]).double()
-    assert torch.equal(followed(found, rule, trainer), found)
+    assert torch.equal(gathered_responses(found, trainer), found)
+    refinement.follow(gathered_responses(found, trainer))
     assert rule.mean == 1.5
+    assert rule.state_dict() != before
 
 
 def test_groups_that_could_never_learn_are_refused():

@@ -108,10 +108,6 @@ REFUSED = {
         lambda: module(deepspeed(2), solver=Penalty(), response_weights=Aligned()),
         r"`Aligned` evaluates",
     ),
-    "a start in a run without an end": (
-        lambda: module(ONE, upper_weight_start=0.5, length={"max_epochs": -1, "max_steps": -1}),
-        r"`model.upper_weight_start` is 0.5, a share of a run whose length is not known; set `trainer.max_steps`",
-    ),
     "mps": (lambda: module(SingleDeviceStrategy("mps")), r"no float64.*use `trainer.accelerator: cpu`"),
     "half precision": (lambda: module(ONE, precision="16-true"), r"`trainer.precision` is 16-true.*use bf16-true"),
 }

@@ -27,10 +27,13 @@ from lit_bilevel.callbacks.inspector import table_cell
 from lit_bilevel.callbacks.progress import GenerationBar, say
 from lit_bilevel.data.responses import ResponseStore, is_usable, rows_to_choose_from
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.generation.hf import GenerationBackend, HFGenerate, Request, Sampling, end_tokens
+from lit_bilevel.generation.ending import end_tokens
+from lit_bilevel.generation.hf import GenerationBackend, HFGenerate
 from lit_bilevel.generation.respond import GenerationFailed, gathered_responses, respond
+from lit_bilevel.generation.sampling import Request, Sampling
 from lit_bilevel.inspection.folder import tallied
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.context import context_of, room
 from lit_bilevel.refinement.choose import Choose, LowestFraction
 from lit_bilevel.refinement.responses_file import ResponseFile, records, text_of
 from lit_bilevel.types import Response
@@ -165,14 +168,14 @@ class SelfRefine(Callback):
     def _responses(self, trainer: Trainer, pl_module: LitBilevel, rows: list[int]) -> dict[int, list[Response]]:
         """All responses of every row, on every process."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        round = data.responses.round + 1
+        round, context = data.responses.round + 1, context_of(pl_module.policy.causal_lm.config)  # type: ignore[union-attr]
         table = data.sets["pool"].select_columns(["row", "input_ids", "response_start"])[rows]
         owners, requests = [], []
         for row, number, ids, start in zip(rows, *(table[name] for name in table), strict=True):
-            room = min(self.sampling.max_new_tokens, data.max_length - start)
-            for sample in range(self.responses if room > 0 else 0):
+            own = room(context, start, min(self.sampling.max_new_tokens, data.max_length - start))
+            for sample in range(self.responses):  # there is room: the whole row was found to fit
                 owners.append(row)
-                requests.append(Request(ids[:start], (data.seed, round, number, sample), room))
+                requests.append(Request(ids[:start], (data.seed, round, number, sample), own))
         responses: dict[int, list[Response]] = {row: [] for row in rows}
         for owner, response in zip(owners, self._generated(trainer, pl_module, requests), strict=True):
             responses[owner].append(response)
@@ -261,6 +264,10 @@ class SelfRefine(Callback):
             self._file.cut(self._length)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LitBilevel)
+        assert pl_module.policy is not None
+        with trainer.precision_plugin.forward_context():
+            self.backend.check(pl_module.policy)  # now, and not after the first epochs
         if self._pending:
             self._pending = False
             self.refine(trainer, pl_module)

@@ -25,7 +25,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
 from lit_bilevel.cli import BilevelCLI, told
-from lit_bilevel.data.layout import layout_for
 from lit_bilevel.data.table import column, longest
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.truth import aurocs, read_truth
@@ -33,9 +32,7 @@ from lit_bilevel.policy.load import PolicySettings, context_length, load_policy,
 from lit_bilevel.resources import with_own_configs
 from lit_bilevel.scores.columns import COLUMNS
 from lit_bilevel.scores.density import LEAST_TRUSTED
-from lit_bilevel.scores.measure import Measure
-from lit_bilevel.scores.opening import opening_of
-from lit_bilevel.scores.sweep import Sweep
+from lit_bilevel.scores.sweep import sweep_for
 from lit_bilevel.scores.table import Scores, write_scores
 
 NOTHING = -1
@@ -98,16 +95,8 @@ class Scoring(LightningModule):
     def predict_dataloader(self) -> Any:
         """Numbers of the parts that this process has to do; the policy is there by now."""
         trainer, data = self.trainer, self.data
-        measure = Measure(
-            self.policy,
-            opening_of(self.tokenizer),
-            self.tokenizer.eos_token_id,
-            data.eval_batch_size,
-            layout_for(trainer, packing=False).call_cost,
-        )
-        sets = {name: data.sets[name] for name in ("pool", "upper")}
         folder = self.output.with_name(self.output.name + ".parts")
-        self.sweep = Sweep(measure, sets, folder, {"precision": str(trainer.precision)})
+        self.sweep = sweep_for(trainer, self.policy, self.tokenizer, data, folder)
         if trainer.is_global_zero and (known := self.sweep.files.open()):
             rank_zero_info(f"{known} of {len(self.sweep.parts)} parts are known from {folder}")
         trainer.strategy.barrier("parts")

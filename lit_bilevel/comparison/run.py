@@ -12,19 +12,20 @@ import json
 import math
 import shutil
 import time
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lit_bilevel.callbacks.export import run_checkpoint
 from lit_bilevel.comparison.answers import answer
 from lit_bilevel.comparison.filters.base import CleanRows
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
 from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
 from lit_bilevel.comparison.methods import OF_RESPONSES, Method
 from lit_bilevel.comparison.output import quiet
+from lit_bilevel.comparison.recipe import configured
 from lit_bilevel.comparison.results import Result, Results
 from lit_bilevel.comparison.rows import copy_records, stratified
 from lit_bilevel.comparison.stopwatch import Stopwatch
@@ -131,10 +132,12 @@ class Runner:
         self.say(f"{name}, seed {seed} …")
         folder = self.results.run_folder(name, seed)
         parts = self._parts(method.variant, folder.parent / "rows") if method.variant else []
-        flags = [*method.flags, *parts, f"--seed_everything={seed}"]
+        phases, callbacks = configured(self.settings)
+        flags = method.phases(phases, self.steps)
+        flags += [*method.flags, *parts, f"--seed_everything={seed}"]
         flags += () if method.refine else OF_RESPONSES
         given = folder / "given" if method.weights else earlier
-        flags.append(method.callbacks(self._callbacks(), given))
+        flags.append(method.callbacks(callbacks, given))
         prepare(folder, [*self.shared, *flags])
         row: Result = {"method": name, "seed": seed}
         if method.weights is not None:
@@ -229,11 +232,6 @@ class Runner:
             flags.append(data_flag("validation", files))
         return flags
 
-    def _callbacks(self) -> list[dict[str, Any]]:
-        own = self.settings.trainer.callbacks
-        found = own if isinstance(own, list) else [own] if own else []
-        return [callback.as_dict() if isinstance(callback, Namespace) else dict(callback) for callback in found]
-
     def _chosen(
         self, method: Method, parts: list[str], folder: Path, earlier: Path | None, seed: int
     ) -> tuple[Any, Result, float]:
@@ -277,8 +275,9 @@ class Runner:
         metrics = json.loads((folder / "metrics.json").read_text())
         row: Result = {key.replace("test/", "test_"): v for key, v in metrics.items() if key.startswith("test/")}
         row["perplexity"] = math.exp(row["test_loss_per_token"])
-        if cli.trainer.checkpoint_callback.best_model_score is not None:
-            row["monitor_loss"] = float(cli.trainer.checkpoint_callback.best_model_score)
+        own = run_checkpoint(cli.trainer)
+        if own is not None and own.best_model_score is not None:
+            row["monitor_loss"] = float(own.best_model_score)
         stopwatch = next(callback for callback in cli.trainer.callbacks if isinstance(callback, Stopwatch))
         row["steps"], row["seconds"] = cli.trainer.global_step, stopwatch.seconds
         if cli.model.learns_weights or cli.model.weights.needs_scoring:

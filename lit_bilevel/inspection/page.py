@@ -49,6 +49,7 @@ def page(report: Report) -> str:
         "<meta name=viewport content='width=device-width,initial-scale=1'>",
         f"<title>{escaped(report.run.name)} · lit-bilevel</title><style>{STYLE}</style></head><body>",
         f"<h1>Run {escaped(report.run.name)}</h1>",
+        *([f"<p>{escaped(phase)}</p>"] if (phase := report.phase()) else []),
         *_results(report),
         *_settings(report),
         *_weights(report),

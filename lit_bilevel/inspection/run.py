@@ -63,6 +63,15 @@ class Report:
         points = {name: self.curves[name][0] for name in self.metrics if self.curves.get(name)}
         return {name: value for name, (step, value) in points.items() if step == 0}
 
+    def phase(self) -> str:
+        """The phase that the run was in when it last logged, of which and in words; empty where it has one only."""
+        phases = str(self.settings.get("phases", "")).split("; ")
+        curve = self.curves.get("phase")
+        if len(phases) < 2 or not curve:
+            return ""
+        place = min(int(curve[-1][1]), len(phases) - 1)
+        return f"phase {place + 1} of {len(phases)}, {phases[place]}"
+
     def effective_share(self) -> float:
         """(Σw)² / (N·Σw²)."""
         weight = self.weights["weight"]

@@ -12,6 +12,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.origin import adapter_of
+from lit_bilevel.training.phases import Phase
 from lit_bilevel.training.refusals import refiners
 
 Plain = str | int | float | bool
@@ -20,6 +22,9 @@ Plain = str | int | float | bool
 def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
     """What a run was set to; call it once optimizers exist."""
     found: dict[str, Plain] = {"policy": module.policy_settings.path}
+    adapter = adapter_of(module.policy_settings)
+    if adapter is not None:
+        found |= {"policy.base": adapter.base, "policy.adapter": module.policy_settings.adapter or "continue"}
     if module.policy_settings.lora is not None:
         found["policy.lora_r"] = module.policy_settings.lora.r
     found |= own_settings("solver", module.solver) | own_settings("weights", module.weights)
@@ -30,7 +35,9 @@ def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
         found[name] = type(optimizer).__name__
         found[f"{name}.lr"] = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])
     found["upper_weight"] = module.initial_upper_weight
-    for name in ("upper_weight_decay", "upper_weight_start", "weight_start", "warmup_steps", "accumulate_grad_batches"):
+    if len(module.phases) > 1:
+        found["phases"] = "; ".join(map(in_words, module.phases))
+    for name in ("upper_weight_decay", "warmup_steps", "accumulate_grad_batches"):
         found[name] = getattr(module, name)
     found["lr_scheduler"] = module.lr_scheduler_name
     for name in ("gradient_clip_val", "upper_weight_decay_every"):
@@ -55,3 +62,13 @@ def own_settings(name: str, thing: object) -> dict[str, Plain]:
         if isinstance(value, str | int | float | bool):
             found[f"{name}.{argument}"] = value
     return found
+
+
+def in_words(phase: Phase) -> str:
+    """A phase and its settings, on one line."""
+    found = [f"{phase.name}: {phase.share:.0%} of the steps"]
+    found += [] if phase.upper_weight is None else [f"λ = {phase.upper_weight:g}"]
+    found += [] if phase.learning_rate is None else [f"learning rate × {phase.learning_rate:g}"]
+    if not phase.learn_weights:
+        found.append("weights stay, the solver runs" if phase.prepare_solver else "weights stay")
+    return ", ".join(found)

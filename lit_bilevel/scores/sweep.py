@@ -19,6 +19,7 @@ import torch
 
 from lit_bilevel.data.examples import Examples
 from lit_bilevel.data.fingerprint import rows_digest
+from lit_bilevel.data.layout import layout_for
 from lit_bilevel.data.table import column
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.scores.columns import FEATURES
@@ -101,6 +102,22 @@ class Sweep:
         """All numbers of the pool rows by name, when no part is missing."""
         tables = self.files.read(self.parts, {name: len(rows) for name, rows in self.rows.items()})
         return columns_of(tables["pool"], tables.get("upper"), seed)
+
+
+def sweep_for(trainer: Any, policy: Policy, tokenizer: Any, data: Any, folder: Path) -> Sweep:
+    """The pass over the pool and the trusted rows of a `BilevelDataModule`, under a Trainer's precision and device.
+
+    Args:
+        trainer: Lightning's.
+        policy: on its device.
+        tokenizer: of the policy.
+        data: set up.
+        folder: where finished parts lie.
+    """
+    cost = layout_for(trainer, packing=False).call_cost
+    measure = Measure(policy, opening_of(tokenizer), tokenizer.eos_token_id, data.eval_batch_size, cost)
+    sets = {name: data.sets[name] for name in ("pool", "upper")}
+    return Sweep(measure, sets, folder, {"precision": str(trainer.precision)})
 
 
 def score_rows(

@@ -32,6 +32,8 @@ class Scores:
 
     ids: list[str]
     columns: dict[str, np.ndarray]
+    made_of: Mapping[str, Any] | None = None
+    """What the numbers come from, where the file says so."""
 
     def directed(self, name: str) -> np.ndarray:
         """[N] a column with its sign turned where low values speak for a row, float64; high is for keeping.
@@ -134,7 +136,8 @@ def read_scores(path: str | Path) -> Scores:
     except (pyarrow.ArrowException, KeyError) as error:
         raise UserError(f"{path} is not a table of scores ({error}); `lit-bilevel score` writes one.") from error
     numbers = [field.name for field in table.schema if pyarrow.types.is_floating(field.type)]
-    return Scores(ids, {name: table[name].to_numpy() for name in numbers})
+    made_of = json.loads((table.schema.metadata or {}).get(b"lit_bilevel", b"null"))
+    return Scores(ids, {name: table[name].to_numpy() for name in numbers}, made_of)
 
 
 def made_in(path: str | Path) -> float:

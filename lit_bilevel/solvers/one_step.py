@@ -74,7 +74,14 @@ class OneStep(BilevelSolver):
         self._gradients: Tensor | None = None
 
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:
-        direction = self._direction(problem)
+        return self._scores(problem, self._direction(problem))
+
+    def scores_at_rest(self, problem: BilevelProblem) -> Tensor:
+        if self._average is None:  # no gradient so far
+            return torch.zeros_like(problem.lower_losses())
+        return self._scores(problem, self._mean(problem))
+
+    def _scores(self, problem: BilevelProblem, direction: Values) -> Tensor:
         if self._derivative(problem) == "forward":
             return -problem.lower_jvp(direction)
         values = problem.values()
@@ -103,6 +110,10 @@ class OneStep(BilevelSolver):
         if self._average is None or self._steps % self.direction_every == 0:
             self._take(problem.upper_gradient())
         self._steps += 1
+        return self._mean(problem)
+
+    def _mean(self, problem: BilevelProblem) -> Values:
+        """The corrected running mean, as the policy's optimizer would step along it."""
         assert self._average is not None
         assert self._gradients is not None
         # no gradient was finite so far: 0, without asking the device
@@ -119,7 +130,11 @@ class OneStep(BilevelSolver):
         finite = torch.isfinite(size)
         gradient = [torch.where(finite, new, old) for new, old in zip(gradient, self._average, strict=True)]
         torch._foreach_lerp_(self._average, gradient, 1 - self.direction_decay)
+        assert self._gradients is not None
         self._gradients += finite
+
+    def release(self) -> None:
+        self._steps, self._average, self._gradients = 0, None, None
 
     def state_dict(self) -> dict[str, Any]:
         if self._average is None:

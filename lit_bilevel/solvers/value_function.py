@@ -14,6 +14,7 @@ Left out: a schedule that raises γ (`upper_weight` decides it), and gradient cl
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -83,6 +84,14 @@ class ValueFunction(BilevelSolver):
             self._optimizer.zero_grad(set_to_none=True)
         return loss_B
 
+    def scores_at_rest(self, problem: BilevelProblem) -> Tensor:
+        policy_loss_B = problem.lower_losses()
+        pool_loss_B = problem.lower_losses_at(self._values) if self._values else policy_loss_B  # φ is still θ
+        return penalty_strength(problem) * (policy_loss_B - pool_loss_B)
+
+    def release(self) -> None:
+        self._values, self._optimizer = [], None
+
     def state_dict(self) -> dict[str, Any]:
         if self._optimizer is None:
             return {}
@@ -92,4 +101,4 @@ class ValueFunction(BilevelSolver):
         if state:
             self._begin(state["values"])
             assert self._optimizer is not None
-            self._optimizer.load_state_dict(state["optimizer"])
+            self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on with the same tensors

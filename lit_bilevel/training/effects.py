@@ -20,34 +20,27 @@ def without_effect(module: Any) -> list[str]:
             f"`model.lr_scheduler_kwargs` is {module.lr_scheduler_kwargs}, and the schedule"
             f" {module.lr_scheduler_name!r} takes none; leave it out, or choose another `model.lr_scheduler`"
         )
-    if module.initial_upper_weight == 0:
-        problems += [
-            f"`model.{name}` is {getattr(module, name)}, but λ is 0 all along (`model.upper_weight`), so there is"
-            " nothing that starts or falls; set it to 0"
-            for name in ("upper_weight_start", "upper_weight_decay")
-            if getattr(module, name) > 0
-        ]
-    if module.weight_start > 0 and not module.learns_weights:
-        problems.append(
-            f"`model.weight_start` is {module.weight_start}, but `{type(module.solver).__name__}` with"
-            f" `{type(module.weights).__name__}` learns no weights; set it to 0"
-        )
+    own = [phase for phase in module.phases if phase.upper_weight is None]
+    if module.upper_weight_decay > 0 and (module.initial_upper_weight == 0 or not own):
+        why = "λ is 0 (`model.upper_weight`)" if own else "every phase has an `upper_weight` of its own, which stays"
+        problems.append(f"`model.upper_weight_decay` is {module.upper_weight_decay}, but {why}; set it to 0")
     return problems
 
 
-def without_refinement(module: Any, refines: bool) -> list[str]:
-    """Settings of generated responses in a fit that generates none.
+def without_callbacks(module: Any, refines: bool) -> list[str]:
+    """Settings of generated responses in a fit that generates none, and of scores in one that scores no rows.
 
     Args:
         module: the `LitBilevel`.
         refines: whether the fit has `SelfRefine`.
     """
-    return [
+    problems = [
         f"`model.{name}` is `{type(value).__name__}`, but nothing is generated without the callback `SelfRefine`; add"
         f" it to `trainer.callbacks`, or set `model.{name}` to null"
         for name, value in module.of_responses.items()
         if value is not None and not refines
     ]
+    return problems + _without_scores(module)
 
 
 def of_precision(module: Any) -> list[str]:
@@ -58,4 +51,18 @@ def of_precision(module: Any) -> list[str]:
     return [
         f"`model.policy.dtype` is {asked}, and `trainer.precision` {module.trainer.precision} makes everything {made};"
         " leave one of them out"
+    ]
+
+
+def _without_scores(module: Any) -> list[str]:
+    """Weights that read scores of rows in a fit that scores none; the callback is told by name, as it imports this."""
+    scores = any(
+        kind.__name__ == "ScoredPrior" for callback in module.trainer.callbacks for kind in type(callback).__mro__
+    )
+    names = module.weights.columns
+    if not names or scores:
+        return []
+    return [
+        f"`columns` of `model.weights` are {', '.join(names)}, and nothing scores rows without the callback"
+        " `ScoredPrior`; add it to `trainer.callbacks`, or leave the columns out"
     ]

@@ -204,7 +204,8 @@ def _clipped(module: Any, scaler: Any) -> Tensor:
 
 def _skipped_by_strategy(strategy: Any) -> bool:
     """Whether DeepSpeed, which looks at gradients by itself, skipped the step because they overflowed its scale."""
-    return isinstance(strategy, DeepSpeedStrategy) and not strategy.model.was_step_applied()
+    engine: Any = strategy.model if isinstance(strategy, DeepSpeedStrategy) else None
+    return engine is not None and not engine.was_step_applied()
 
 
 def _step(module: Any) -> str:

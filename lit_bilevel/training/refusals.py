@@ -17,11 +17,12 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
-from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.policy.load import context_length
-from lit_bilevel.training.effects import of_precision, without_effect, without_refinement
+from lit_bilevel.training.callbacks import drop_savers, unfit_callbacks
+from lit_bilevel.training.effects import of_precision, without_callbacks, without_effect
+from lit_bilevel.training.phases import problems_of
 from lit_bilevel.training.schedule import most_falls
+from lit_bilevel.training.sizes import oversized
 
 SHARDING = "configs/strategies/fsdp2.yaml"
 
@@ -32,7 +33,7 @@ def check_settings(module: Any) -> None:
     Raises:
         UserError: naming each of them.
     """
-    problems = []
+    problems = problems_of(module.phases)
     if not (0 <= module.initial_upper_weight < 1 or (module.initial_upper_weight == 1 and not module.learns_weights)):
         problems.append(
             f"`model.upper_weight` is {module.initial_upper_weight}; it must be in [0, 1), or 1 with the `Mixing`"
@@ -49,15 +50,15 @@ def check_settings(module: Any) -> None:
             f"`model.weights` is `{type(module.weights).__name__}`, which learns nothing from scores, so `model.solver:"
             f" {type(module.solver).__name__}` would do nothing; use `Mixing`, or weights that learn"
         )
-    for part in _need_upper_weight(module.weights, module.solver):
-        for name, value, wrong in (
-            ("upper_weight", module.initial_upper_weight, module.initial_upper_weight == 0),
-            ("upper_weight_start", module.upper_weight_start, module.upper_weight_start > 0),
-        ):
-            if wrong:
+    for phase in module.phases:
+        name, value = "`model.upper_weight`", module.initial_upper_weight
+        if phase.upper_weight is not None:
+            name, value = f"`upper_weight` of the phase {phase.name!r}", phase.upper_weight
+        for part in _need_upper_weight(module.weights, *([module.solver] if phase.runs_solver else [])):
+            if value == 0:
                 problems.append(
-                    f"`model.{name}` is {value}, so λ is 0 in some step, where `{type(part).__name__}` has no meaning;"
-                    " change it, or use `OneStep` with `SoftmaxWeights`"
+                    f"{name} is {value}, so λ is 0 in some step, where `{type(part).__name__}` has no meaning; change"
+                    " it, or use `OneStep` with `SoftmaxWeights`"
                 )
     groups = module.refinement.template
     if groups.learnable and not module.weights.learnable:
@@ -67,10 +68,12 @@ def check_settings(module: Any) -> None:
         )
     for level in ("upper", "lower"):
         objective = getattr(module, f"{level}_objective")
-        if objective.needs_reference and module.policy_settings.lora is None:
+        settings = module.policy_settings
+        if objective.needs_reference and (settings.lora is None or settings.adapter == "continue"):
             problems.append(
                 f"`model.{level}_objective` is `{type(objective).__name__}`, whose reference is the policy with its"
-                " adapter switched off, and there is none; set one with `--model.policy.lora '{r: 16, alpha: 16}'`"
+                " adapter switched off, and there is no new one; set `--model.policy.lora '{r: 16, alpha: 16}'` (and"
+                " where `path` holds an adapter, `--model.policy.adapter merge`)"
             )
     problems += _out_of_range(module) + module.guard.settings.problems() + without_effect(module)
     if problems:
@@ -88,8 +91,6 @@ def _out_of_range(module: Any) -> list[str]:
         ("accumulate_grad_batches", 1, None),
         ("max_new_tokens", 1, None),
         ("warmup_steps", 0, None),
-        ("upper_weight_start", 0, 1),
-        ("weight_start", 0, 1),
     ):
         value = getattr(module, name)
         if not value >= least or (most is not None and value >= most):
@@ -113,7 +114,7 @@ def takes_one_optimizer(strategy: Any) -> bool:
 
 
 def check_flags(trainer: Any) -> None:
-    """Refuse flags of the Trainer that are arguments of the module here.
+    """Refuse flags of the Trainer that are arguments of the module here, and callbacks that cannot work with it.
 
     Raises:
         UserError: naming each of them.
@@ -124,7 +125,9 @@ def check_flags(trainer: Any) -> None:
         for name, value in given.items()
         if value not in (None, 0, 1 if name == "accumulate_grad_batches" else None)
     ]
+    problems += unfit_callbacks(trainer)
     if problems:
+        drop_savers(trainer)
         raise gathered("settings of another kind of training", problems)
 
 
@@ -135,9 +138,9 @@ def check_run(module: Any, stage: str) -> None:
         UserError: naming each of them.
     """
     strategy = module.trainer.strategy
-    problems = _of_kernels(module) + _of_context(module) + of_precision(module)
+    problems = _of_kernels(module) + oversized(module, stage) + of_precision(module)
     if stage == "fit":
-        problems += _of_decay(module) + _of_length(module) + without_refinement(module, bool(refiners(module.trainer)))
+        problems += _of_decay(module) + _of_length(module) + without_callbacks(module, bool(refiners(module.trainer)))
     if isinstance(strategy, SingleDeviceStrategy) and strategy.root_device.type == "mps":
         problems.append(
             "`trainer.accelerator` is (or chose) MPS, which has no float64, and the weights are summed in it; use"
@@ -168,7 +171,9 @@ def check_run(module: Any, stage: str) -> None:
 
 def _of_decay(module: Any) -> list[str]:
     groups = [module.refinement.template] if refiners(module.trainer) else []
-    names = [type(part).__name__ for part in _need_upper_weight(module.solver, module.weights, *groups)]
+    own = [phase for phase in module.phases if phase.upper_weight is None]
+    solvers = [module.solver] if any(phase.runs_solver for phase in own) else []
+    names = [type(part).__name__ for part in _need_upper_weight(*solvers, module.weights, *groups)] if own else []
     decay = module.upper_weight_decay
     if names and module.initial_upper_weight == 0:
         return [f"`model.upper_weight` is 0, where `{names[0]}` for refined rows has no meaning; set it above 0"]
@@ -191,22 +196,10 @@ def refiners(trainer: Any) -> list[Any]:
 def _of_length(module: Any) -> list[str]:
     if module.trainer.max_epochs != -1 or module.trainer.max_steps != -1:
         return []
-    return [
-        f"`model.{name}` is {getattr(module, name)}, a share of a run whose length is not known; set"
-        " `trainer.max_steps` or `trainer.max_epochs`"
-        for name in ("upper_weight_start", "weight_start")
-        if getattr(module, name) > 0
-    ]
-
-
-def _of_context(module: Any) -> list[str]:
-    sets = getattr(getattr(module.trainer, "datamodule", None), "sets", {})
-    context, found = context_length(module.policy_settings), longest(sets.values())
-    if context is None or found <= context:
+    if len(module.phases) == 1:
         return []
     return [
-        f"the longest row has {found} tokens and the policy was made for {context}; set `data.max_length` to at most"
-        f" {context}"
+        "`model.phases` are shares of a run whose length is not known; set `trainer.max_steps` or `trainer.max_epochs`"
     ]
 
 

@@ -58,6 +58,8 @@ class ExampleWeights(nn.Module, ABC):
     """Whether the weights learn about validation only through a policy that trains on it (λ > 0)."""
     sparse: bool = False
     """Whether the gradient is sparse, and an optimizer that moves rows without one spoils the order."""
+    columns: tuple[str, ...] = ()
+    """Names of the scores that the weights read of every row; `set_columns` gives them."""
     by_row: frozenset[str] = frozenset({"visits", "log_prior_N"})
     """Parameters and buffers [N] of which a step changes the visited rows only; `Undo` copies all others whole."""
 
@@ -140,6 +142,17 @@ class ExampleWeights(nn.Module, ABC):
         log_N = (weight_N / weight_N.max()).log().clamp_min(SMALLEST_LOG_WEIGHT)
         self.log_prior_N.copy_(log_N - log_N.exp().mean().log())
         self.refresh()
+
+    def set_columns(self, table_NF: Tensor) -> None:
+        """Take the scores that are named in `columns`; call it between `build` and the first step.
+
+        Args:
+            table_NF: [N, F] scores of the rows, each of about mean 0 and standard deviation 1.
+
+        Raises:
+            UserError: where these weights read none.
+        """
+        raise UserError(f"`{type(self).__name__}` read no scores of rows; use `NetworkWeights` with `columns`.")
 
     def log_prior(self, features: Features) -> Tensor:
         """[B] log p of the rows in `features`, float64; p has mean 1 over the pool."""

@@ -1,11 +1,11 @@
 """Weights that are a function of a row's features, p·u/Ẑ, with a running normaliser. The base of `bmo` and `network`.
 
-    log Z ← logaddexp(log β + log Z, log(1−β) + log mean_B u)        Ẑ = Z / (1 − βⁿ)        w_i = u_i / Ẑ
+    log Z ← logaddexp(log β + log Z, log(1−β) + log mean_B p·u)      Ẑ = Z / (1 − βⁿ)      w_i = p_i·u_i / Ẑ
 
-The mean of u over the pool cannot be had from a batch, so Z runs along in float64, once per policy step, over the rows
-of all processes. That way neither accumulation nor the number of processes changes anything. Z starts at 0 and is
+The mean of p·u over the pool cannot be had from a batch, so Z runs along in float64, once per policy step, over the
+rows of all processes. That way neither accumulation nor the number of processes changes anything. Z starts at 0 and is
 corrected for it after n windows: started at the first window it would remember that one for hundreds of steps, while
-losses fall and u grows. Before any window every row weighs 1.
+losses fall and u grows. Before any window a row weighs its prior.
 
 The features last seen of each row are kept, so `table` is exact (mean 1) for what is known; but losses last seen are
 ordered by visit, so an export scores every row under the final policy first.
