@@ -210,7 +210,7 @@ def test_scores_keep_and_weight_rows_by_one_pass(small, tmp_path, monkeypatch, c
     names = ["score:ifd", "weights:density_ratio", "weights:ifd"]
     assert compare(small, output, "--methods", *names, "--max_steps", "3") == 0, capsys.readouterr()
     assert len(passes) == 1
-    rows = {row["method"]: row for row in csv.DictReader((output / "results.csv").open())}
+    rows = table_of(output)
     assert set(rows) == set(names)
     assert float(rows["score:ifd"]["kept"]) == pytest.approx(0.6, abs=0.01)
     for name in names:
