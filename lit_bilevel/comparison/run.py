@@ -22,7 +22,8 @@ from lit_bilevel.comparison.answers import answer
 from lit_bilevel.comparison.filters.base import CleanRows
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
 from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
-from lit_bilevel.comparison.methods import OF_RESPONSES, Method
+from lit_bilevel.comparison.methods import Method
+from lit_bilevel.comparison.names import OF_RESPONSES
 from lit_bilevel.comparison.output import quiet
 from lit_bilevel.comparison.recipe import configured
 from lit_bilevel.comparison.results import Result, Results
