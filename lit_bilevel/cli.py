@@ -23,6 +23,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lit_bilevel.generation.backends
@@ -41,13 +42,14 @@ from lit_bilevel.callbacks import (
     Summary,
     WeightInspector,
 )
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.export import is_rehearsal, run_checkpoint, run_folder
 from lit_bilevel.callbacks.progress import Bar, Lines
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.parser import NOTE, Parser
 from lit_bilevel.resources import with_own_configs
+from lit_bilevel.training.place import of_place, try_folder
 from lit_bilevel.training.refusals import check_precision
 
 # lines of libraries that say nothing to a user of this program; each is matched as a beginning
@@ -69,6 +71,9 @@ COMMANDS = {
     "test": "The loss on the test file, of a checkpoint.",
     "predict": "Greedy answers to the test prompts, in `predictions.jsonl` of the run folder.",
 }
+
+
+WRITING = ("fit", "test", "predict")
 
 
 def _described(command: str, text: str) -> dict[str, str]:
@@ -141,6 +146,8 @@ class BilevelCLI(LightningCLI):
         unset = [f"`{name}`" for name, value in vars(config.as_flat()).items() if value == "set_me"]
         if unset and self.subcommand:
             raise UserError(f"{', '.join(unset)} still {'say' if len(unset) > 1 else 'says'} set_me; give your own.")
+        if self.subcommand in WRITING and not config.trainer.fast_dev_run and getattr(rank_zero_only, "rank", 0) == 0:
+            try_folder(config.trainer.default_root_dir)
         given = config.trainer.logger
         for logger in given if isinstance(given, list) else [given]:
             settings = getattr(logger, "init_args", None)
@@ -166,8 +173,8 @@ class BilevelCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
-        own = config.get("callbacks") or []
-        given = [*(own if isinstance(own, list) else [own]), *callbacks]
+        own = [config.get("callbacks") or [], self.trainer_defaults.get("callbacks") or []]
+        given = [*callbacks, *(c for part in own for c in (part if isinstance(part, list) else [part]))]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
             callbacks = [*callbacks, Bar() if sys.stdout.isatty() else Lines()]
         asked = config.get("precision")
@@ -180,7 +187,7 @@ class BilevelCLI(LightningCLI):
         if is_rehearsal(self.trainer) or not self.trainer.state.finished or self.trainer.received_sigterm:
             return
         if self.datamodule.paths["test"] is not None:
-            best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+            best = getattr(run_checkpoint(self.trainer), "best_model_path", "")
             self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best or None, verbose=False)
         if self.trainer.is_global_zero:
             sys.stdout.write(f"\n{self._results()}\n")
@@ -242,6 +249,12 @@ def told(run: Callable[[], object], program: str, again: str) -> int:
         run()
     except (UserError, MisconfigurationException) as error:  # the latter is Lightning's
         sys.stderr.write(f"{program}: {error}\n")
+        return 2
+    except OSError as error:
+        told = of_place(error)
+        if told is None:
+            raise
+        sys.stderr.write(f"lit-bilevel: {told}\n")
         return 2
     except SIGTERMException:  # while no state was at stake, as in a prediction
         return 128 + signal.SIGTERM

@@ -41,6 +41,7 @@ class Row:
         history: the turns before the prompt, as (role, content), a system turn included.
         place: file and line, for messages.
         rejected: of a preference pair whose both answers are asked for, the other one.
+        details: the whole conversation as JSON (`messages`, `learned`, `tools`), where role and text are not all of it.
     """
 
     row: int
@@ -51,6 +52,7 @@ class Row:
     history: tuple[tuple[str, str], ...] = ()
     place: str = field(default="", compare=False)
     rejected: str | None = None
+    details: str = ""
 
     @property
     def turns(self) -> tuple[tuple[str, str], ...]:

@@ -82,6 +82,24 @@ def save_model(folder: Path) -> None:
     GPTNeoXForCausalLM(config).save_pretrained(folder)
 
 
+def save_wide_model(folder: Path) -> Path:
+    """A random Llama, with a tokenizer, whose heads are as wide as the kernels of engines take them."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=264, num_attention_heads=2, num_key_value_heads=2, eos_token_id=256, **sizes)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "lit_bilevel" / "toy" / "model").save_pretrained(folder)
+    return folder
+
+
 def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     """The module after the steps of a case, and its trainer."""
     from lightning.pytorch import Trainer, seed_everything
@@ -96,7 +114,13 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     seed_everything(0, verbose=False)
     losses.CHUNK_ELEMENTS = case.get("chunk", 1 << 25)
     world_size, sharded = int(os.environ.get("WORLD_SIZE", 1)), case["strategy"] == "fsdp2"
-    strategies = {"auto": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(save_distributed_checkpoint=False)}
+    strategies = {
+        "auto": lambda: "auto",
+        "ddp": lambda: "ddp",
+        "fsdp2": lambda: ModelParallelStrategy(save_distributed_checkpoint=False),
+        "zero1": lambda: deepspeed(1),
+        "zero2": lambda: deepspeed(2),
+    }
     lora = {"lora": lb.LoraSettings(**case["lora"])} if "lora" in case else {}
     module = lb.LitBilevel(
         lb.PolicySettings(case["model"], **case.get("policy", {}), **lora),
@@ -113,7 +137,7 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     )
     callbacks = [*(callbacks or []), *(getattr(lb, name)(**own) for name, own in case.get("callbacks", {}).items())]
     trainer = Trainer(
-        strategy=strategies[case["strategy"]],
+        strategy=strategies[case["strategy"]](),
         accelerator="cpu",
         devices=world_size,
         precision=None if sharded and case["precision"] == "64-true" else case["precision"],
@@ -141,6 +165,13 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     return module, trainer
 
 
+def deepspeed(stage: int) -> Any:
+    """Only asked for where it is installed."""
+    from deepspeed_cpu import DeepSpeedOnCPU
+
+    return DeepSpeedOnCPU(stage=stage)
+
+
 def end(case: dict[str, Any]) -> dict[str, Any]:
     """Weights and policy after a case, whole."""
     module, trainer = fitted(case)
@@ -152,8 +183,10 @@ def end(case: dict[str, Any]) -> dict[str, Any]:
     random = [own] * trainer.world_size
     if torch.distributed.is_initialized():
         torch.distributed.all_gather_object(random, own)
+    dtypes = sorted({str(p.dtype) for p in (*module.weights.parameters(), *module.weights.buffers())})
     weights = module.weights.table().clone()
-    return {"weights": weights, "policy": policy, "step": trainer.global_step, "random": random}
+    found = {"weights": weights, "policy": policy, "random": random}
+    return {**found, "step": trainer.global_step, "dtypes": dtypes}
 
 
 def main(specification: str, output: str) -> None:

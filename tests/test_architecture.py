@@ -34,13 +34,14 @@ ROOMS = {
     "generation": "data errors policy types",
     "training": "data errors losses objectives policy problem refinement types weights",
     "module": "errors generation objectives policy refinement solvers training types weights",
-    "inspection": "errors module scores training",
-    "callbacks": "data errors generation inspection module policy refinement scores training types version weights",
+    "inspection": "errors module policy scores training",
+    "callbacks": "data errors generation inspection module policy refinement resources scores training types version"
+    " weights",
     "__init__": "version",
     "parser": "__init__ errors",
     "cli": "callbacks data errors generation module objectives parser refinement resources solvers training weights",
     "commands": "cli data errors inspection policy resources scores",
-    "comparison": "cli commands data errors inspection losses policy resources scores types",
+    "comparison": "callbacks cli commands data errors inspection losses policy resources scores types",
     "__main__": "cli commands comparison inspection version",
 }
 

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from test_refine import refine_all, refine_flags, run
 from test_resume import fit, short
 
-from lit_bilevel import SFT, Mixing, OneStep, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
+from lit_bilevel import SFT, Mixing, OneStep, Penalty, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
 from lit_bilevel.generation.hf import HFGenerate
@@ -328,6 +328,27 @@ def test_a_scaled_loss_is_unscaled_once_and_an_overflow_is_no_fault(small, tmp_p
     moved = torch.cat([(a - b).detach().flatten() for a, b in zip(precise.policy.trainable(), base, strict=True)])
     found = torch.cat([(a - b).detach().flatten() for a, b in zip(scaled.policy.trainable(), base, strict=True)])
     assert (found - moved).norm() < 0.05 * moved.norm()
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # where the first step is skipped
+@pytest.mark.parametrize("solver", [Penalty, OneStep])
+def test_solvers_learn_the_same_weights_under_loss_scaling(small, tmp_path, solver):
+    """Scales that fit, that hardly fit (Lightning's first one), and that overflow twice before they fit."""
+    tables, skipped = [], []
+    for scale in (None, 2.0**10, 2.0**16, 2.0**40):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, backoff_factor=2.0**-12)
+        plugins = [] if scale is None else [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+        model = run(small, tmp_path, Callback(), steps=11, solver=solver(), trainer_settings={"plugins": plugins})
+        tables.append(model.weights.table().log())
+        skipped.append(model.guard.skipped)
+        assert model.guard.in_a_row == 0
+        assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+    assert skipped[1] == 0
+    assert skipped[2] <= 1
+    assert skipped[3] > 1
+    assert (tables[1] - tables[0]).std() < 0.1 * tables[0].std()
+    # where steps were skipped, scores are of another policy; what there are of them still move the weights
+    assert all(table.isfinite().all() and table.std() > 0.3 * tables[0].std() for table in tables[2:])
 
 
 def test_a_step_that_deepspeed_skipped_by_itself_is_none():

@@ -15,10 +15,12 @@ import torch
 import yaml
 from conftest import ROOT, TOY, read_jsonl, write_jsonl
 from lightning.pytorch import Callback, Trainer, seed_everything
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_refine import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lit_bilevel.module
 from lit_bilevel import (
     BilevelDataModule,
     LitBilevel,
@@ -31,6 +33,7 @@ from lit_bilevel.cli import BilevelCLI, main
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.curves import read_curves
 from lit_bilevel.inspection.truth import read_truth
+from lit_bilevel.policy.load import load_policy
 
 STEP_TAGS = ["upper/loss", "lower/loss", "lower/weighted_loss", "weights/effective_size", "weights/entropy"]
 
@@ -233,6 +236,28 @@ def test_lora_trains_the_adapter_alone_and_checkpoints_it_alone(flags, tmp_path)
         if "lora" in name:
             assert torch.equal(value, saved[f"policy.model.{name}"])
     assert LoraSettings().r == 16
+
+
+def test_the_exported_policy_has_what_was_not_trained(flags, tmp_path, monkeypatch):
+    """A frozen parameter and a buffer of a model without an adapter: no checkpoint holds them."""
+
+    def partly(*settings):
+        policy = load_policy(*settings)
+        policy.causal_lm.model.norm.requires_grad_(False)
+        policy.causal_lm.register_buffer("bias", torch.arange(3.0))
+        return policy
+
+    monkeypatch.setattr(lit_bilevel.module, "load_policy", partly)
+    fit(flags)
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert not [name for name in saved if "model.norm" in name or "bias" in name]
+    base, exported = (
+        load_file(TOY / "model" / "model.safetensors"),
+        load_file(tmp_path / "run/policy/model.safetensors"),
+    )
+    assert exported.keys() - base.keys() == {"bias"}
+    assert torch.equal(exported["model.norm.weight"], base["model.norm.weight"])
+    assert not torch.equal(exported["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
 
 
 def test_accumulation_equals_the_larger_batch(flags, tmp_path):

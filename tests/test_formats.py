@@ -396,7 +396,7 @@ def test_preference_pairs_are_read_and_the_chosen_answer_is_learned(tmp_path):
         {"prompt": "And a dog?", "chosen": as_messages(LONG), "rejected": as_messages(other), "messages": []},
     ):
         turns, chosen, rejected = Preference().pair(record)
-        assert turns in (LONG[:-1], LONG[3:4])
+        assert [turn[:2] for turn in turns] in (LONG[:-1], LONG[3:4])
         assert (chosen, rejected) == ("Another.", "A wolf.")
         assert read(tmp_path, record).response == "Another."
     for bad, message in (

@@ -216,9 +216,23 @@ def test_end_tokens_are_those_of_training_and_of_the_model():
 # ---- other engines ----
 
 
-def test_continuous_batching_needs_cuda():
-    with pytest.raises(UserError, match="`HFGenerate`"):
-        ContinuousBatching().generate(make("llama"), ask(), Sampling(4), ENDS)
+def test_continuous_batching_gives_the_same_greedy_answers():
+    policy, requests = make("llama"), ask()
+    greedy = Sampling(12, temperature=0)
+    backend = ContinuousBatching({"num_blocks": 8, "max_batch_tokens": 64})
+    state = torch.get_rng_state()
+    told: list[int] = []
+    assert backend.generate(policy, requests, greedy, ENDS, told.append) == HFGenerate().generate(
+        policy, requests, greedy, ENDS
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert policy.training
+    assert len(told) == 1
+
+
+def test_options_that_continuous_batching_does_not_have():
+    with pytest.raises(UserError, match="does not take the `options`"):
+        ContinuousBatching({"blocks": 8}).generate(make("llama"), ask(), Sampling(4), ENDS)
 
 
 def test_vllm_has_to_be_there():
@@ -248,7 +262,7 @@ def fake_vllm(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.lora.request", lora)
 
     def install(version: str) -> None:
-        monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+        module.__version__ = version
 
     return install
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import replace
 from functools import partial, partialmethod
 
@@ -15,6 +17,7 @@ from lit_bilevel import SFT, BMOWeights, Implicit, Mixing, OneStep, Penalty, Val
 from lit_bilevel.data.collate import collate
 from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
+from lit_bilevel.policy import shard
 from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.load import checkpoint_activations
@@ -488,3 +491,15 @@ def test_weights_that_need_losses_do_not_depend_on_accumulation():
         if step == 0:
             weights.observe(batches(1, ROWS)[0].features.with_loss(problem.lower_losses()))
     assert distance(gradients[0], gradients[2]) > 1e-3
+
+
+def test_forward_mode_says_nothing_of_what_torch_is_written_in(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch._decomp.decompositions_for_jvp", raising=False)
+    monkeypatch.delattr(torch._decomp, "decompositions_for_jvp", raising=False)
+    shard._load_rules.cache_clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        problem = made(tiny_policy())
+        problem.lower_jvp([torch.ones_like(value) for value in problem.values()])
+    assert "torch._decomp.decompositions_for_jvp" in sys.modules
+    assert not [str(warning.message) for warning in told if "jit" in str(warning.message)]

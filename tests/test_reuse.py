@@ -115,7 +115,7 @@ def test_a_part_that_learned_in_another_module_is_refused(pools, tmp_path, part,
     callbacks: list = []
     if part == "rule":
         shared = {"response_weights": SelfNormalised()}
-        shared["response_weights"].mean = 1.0
+        shared["response_weights"].follow(torch.ones(2))
         callbacks = [SelfRefine(every_n_steps=100)]
     else:
         trainer(tmp_path).fit(module(**shared), data(pools))

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.export import is_rehearsal, run_checkpoint, run_folder
 from lit_bilevel.callbacks.summary import Summary
 from lit_bilevel.inspection.settings import Plain, run_settings
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.origin import adapter_of, base_of, origin, tunes_adapter
 from lit_bilevel.version import __version__
 
 SETTINGS = (
@@ -63,7 +65,8 @@ def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metri
     """The text of the card."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    base, adapter = file_name(module.policy_settings.path), module.policy_settings.lora is not None
+    given, held = module.policy_settings, adapter_of(module.policy_settings)
+    base, adapter = file_name(base_of(given)), tunes_adapter(given)
     loader = "PeftModel.from_pretrained(base, …)" if adapter else "AutoModelForCausalLM.from_pretrained(…)"
     sets = {"pool": ("pool",), "validation": ("upper", "monitor"), "test": ("test",)}
     rows = [
@@ -76,11 +79,14 @@ def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metri
         method = f"The solver is `{settings['solver']}`, which learns no weights."
     if "refine" in settings:
         method += " Answers of badly weighted rows were replaced by the policy's own (self-refining generation)."
-    best = getattr(trainer.checkpoint_callback, "best_model_score", None)
+    best = getattr(run_checkpoint(trainer), "best_model_score", None)
     results = {"monitor/loss (chose the checkpoint)": float(best)} if best is not None else {}
     first = next((callback.first for callback in callbacks if isinstance(callback, Summary)), {})
     results |= {f"{name} before the run": value for name, value in first.items()} | metrics
-    settings = settings | {"policy": base}
+    settings = settings | {"policy": file_name(given.path)}
+    if held is not None:
+        settings["policy.base"] = base
+        method += f" Before the run, {origin(replace(given, path=file_name(given.path)), replace(held, base=base))}."
     parts = [
         "---",
         f"base_model: {json.dumps(base)}",

@@ -28,9 +28,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.nodes import check_shared
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.training.checkpoint_io import install
+from lit_bilevel.training.place import check_room, try_folder
 
 
 class Stopped(SystemExit):
@@ -45,6 +47,9 @@ class BilevelCheckpoint(ModelCheckpoint):
         every_minutes: also save `last.ckpt` when so many minutes have passed since it was last saved.
         dirpath: folder of the checkpoints; by default `checkpoints/` in the run folder.
     """
+
+    of_run = True
+    """That this is the callback that a run's results are taken from."""
 
     def __init__(
         self, every_n_steps: int | None = None, every_minutes: float | None = None, dirpath: str | None = None
@@ -69,6 +74,7 @@ class BilevelCheckpoint(ModelCheckpoint):
         self._saved_at = time.monotonic()
         self._due = False
         self._signal = self._agreed = 0
+        self._began = False
 
     # ---- the run ----
 
@@ -76,8 +82,34 @@ class BilevelCheckpoint(ModelCheckpoint):
         if stage == "fit":
             self._forget()
         self._place(trainer)
+        self._refuse_clashes(trainer)
+        if stage == "fit" and not is_rehearsal(trainer):
+            if trainer.is_global_zero:
+                try_folder(run_folder(trainer))
+                try_folder(str(self.dirpath), "checkpoint.dirpath")
+            check_shared(trainer, Path(str(self.dirpath)))
         super().setup(trainer, pl_module, stage)
         install(trainer.strategy)
+
+    def _refuse_clashes(self, trainer: Trainer) -> None:
+        """Refuse other callbacks that would write over our files, or be taken for `last.ckpt`.
+
+        Raises:
+            UserError: saying which setting of theirs.
+        """
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if other is self or not isinstance(other, ModelCheckpoint):
+                continue
+            if other.save_last:
+                raise UserError(
+                    f"`{type(other).__name__}` has `save_last`, and `--ckpt_path last` would continue from whichever"
+                    " last checkpoint is newer; leave it out (`checkpoint.every_n_steps` saves `last.ckpt` more often)."
+                )
+            if other.filename in ("best", "last") and other.dirpath in (None, self.dirpath):
+                raise UserError(
+                    f"`{type(other).__name__}` saves to {self.dirpath}/{other.filename}.ckpt, which is the run's own;"
+                    " give it another `filename` or `dirpath`."
+                )
 
     def _place(self, trainer: Trainer) -> None:
         # Lightning's choice would be the first logger's folder; an earlier Trainer's may be another
@@ -96,17 +128,20 @@ class BilevelCheckpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._signal = self._agreed = 0
+        self._began = False
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _listen(self._note)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._began = True
         self._saved_at, self._due = time.monotonic(), False
         _listen(self._note)
         # not before, for a strategy that shards the policy loads the checkpoint only after `on_fit_start`
         if trainer.ckpt_path is None and trainer.is_global_zero and not is_rehearsal(trainer):
             self._set_aside()
+            check_room(str(self.dirpath), _bytes_of(pl_module))
         self._look_once(trainer)
 
     @staticmethod
@@ -120,6 +155,14 @@ class BilevelCheckpoint(ModelCheckpoint):
                 f"`trainer.val_check_interval` is {every} and the run has {steps:,} steps, so the monitor loss is"
                 f" looked at once, after the last of them; set it to {max(1, steps // 8)}, for example, to choose among"
                 " several checkpoints."
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where a run that was to be continued had come to its end before."""
+        if not self._began and trainer.ckpt_path is not None:
+            rank_zero_warn(
+                f"the run in {trainer.ckpt_path} is finished ({trainer.global_step:,} policy steps), so no step was"
+                " made; raise `trainer.max_epochs` or `trainer.max_steps` to go on."
             )
 
     def _set_aside(self) -> None:
@@ -213,6 +256,14 @@ class BilevelCheckpoint(ModelCheckpoint):
             pl_module.guard.stop_if_asked()
             rank_zero_info(f"stopped after {trainer.global_step} policy steps; continue with `--ckpt_path last`")
             raise Stopped(0 if _was_launched(trainer) else 128 + self._agreed)
+
+
+def _bytes_of(module: LightningModule) -> int:
+    """About what the best and the last checkpoint, the next one beside them and the exported policy take."""
+    assert isinstance(module, LitBilevel)
+    assert module.policy is not None
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in module.policy.trainable())
+    return 3 * trained + trained  # optimizer states, up to twice as much, come with the first step
 
 
 def _listen(handler: Any) -> None:

@@ -18,14 +18,21 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.tensor import DTensor
 
 from lit_bilevel.data.table import column
+from lit_bilevel.errors import UserError
 from lit_bilevel.generation.ending import exported_settings
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.adapter import BASE
+from lit_bilevel.policy.load import load_model
+from lit_bilevel.policy.origin import adapter_of
 from lit_bilevel.policy.shard import whole_state
+from lit_bilevel.resources import located
 from lit_bilevel.types import Batch, Features
 
 
@@ -46,8 +53,21 @@ class Export(Callback):
         self._resumed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._resumed = False
+        """Begin anew, and refuse a policy from the folder that the run would write its own into.
+
+        Raises:
+            UserError: naming both.
+        """
+        assert isinstance(pl_module, LitBilevel)
+        if stage != "fit":
+            return
+        self._resumed = False
+        own, given = run_folder(trainer).resolve() / "policy", Path(located(pl_module.policy_settings.path)).resolve()
+        if self.policy and (given == own or own in given.parents):
+            raise UserError(
+                f"`model.policy.path` is {pl_module.policy_settings.path}, which this run would replace by its own"
+                " policy; give it another `trainer.default_root_dir`."
+            )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed = True
@@ -70,7 +90,8 @@ class Export(Callback):
         assert isinstance(pl_module, LitBilevel)
         if pl_module.weights.needs_scoring:
             score_pool(trainer, pl_module)
-        best = Path(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+        own = run_checkpoint(trainer)
+        best = Path(own.best_model_path if own is not None else "")
         saved = trainer.strategy.broadcast(best.name != "" and best.exists())
         assert pl_module.policy is not None
         state = None if saved or not self.policy else whole_state(pl_module.policy.model)  # on every process
@@ -82,7 +103,10 @@ class Export(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         self._write_weights(trainer, pl_module, folder / "weights.parquet")
         if self.policy:
-            self._write_policy(pl_module, folder / "policy", state if best is None else saved_state(best))
+            assert pl_module.policy is not None
+            if best is not None:
+                state = with_untrained(pl_module.policy.model, saved_state(best))
+            self._write_policy(pl_module, folder / "policy", state)
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -139,8 +163,24 @@ class Export(Callback):
         settings = exported_settings(pl_module.policy, pl_module.tokenizer, pl_module.max_new_tokens)
         settings.save_pretrained(partial)
         pl_module.tokenizer.save_pretrained(partial)
+        if pl_module.policy.merged and pl_module.policy_settings.lora is not None:
+            _add_base(pl_module, partial, path)
         _remove(path)
         os.replace(partial, path)
+
+
+def _add_base(module: LitBilevel, partial: Path, place: Path) -> None:
+    """Put the base of an adapter beside it, where it was made by merging another adapter and is nowhere else.
+
+    It is loaded and merged once more, for the parameters of the policy may be spread over processes.
+    """
+    assert module.policy is not None
+    settings = module.policy_settings
+    base = load_model(settings, adapter_of(settings), module.policy.causal_lm.dtype)
+    base.save_pretrained(partial / BASE)
+    path = partial / "adapter_config.json"
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": str((place / BASE).resolve())}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 @contextlib.contextmanager
@@ -174,8 +214,11 @@ def score_pool(trainer: Trainer, module: LitBilevel) -> None:
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:
-    """The policy's entries in a checkpoint, whether a file or a folder with a part from every process."""
-    if checkpoint.is_dir():
+    """The policy's entries in a checkpoint: a file, DeepSpeed's folder, or one with a part from every process."""
+    whole = checkpoint / "checkpoint" / "mp_rank_00_model_states.pt"  # DeepSpeed's, up to stage 2
+    if whole.is_file():
+        saved = torch.load(whole, map_location="cpu", weights_only=True)["module"]
+    elif checkpoint.is_dir():
         saved = _load_distributed_checkpoint(checkpoint)["state_dict"]
     else:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
@@ -183,9 +226,26 @@ def saved_state(checkpoint: Path) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
 
 
+def with_untrained(model: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """A model's state with the entries of a checkpoint, which holds what was trained; the rest is as it was loaded."""
+    # parameters that are spread over processes are trained, or belong to the base of an adapter, which is not written
+    rest = {name: value for name, value in model.state_dict().items() if not isinstance(value, DTensor)}
+    return rest | saved
+
+
 def is_rehearsal(trainer: Trainer) -> bool:
     """Whether this is a `fast_dev_run`, which leaves no files."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def run_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
+    """The callback that keeps the monitor-best state, wherever it stands among others; `None` where there is none.
+
+    Not `trainer.checkpoint_callback`, the first of any kind: it may save every few steps and call its last file best.
+    """
+    callbacks = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
+    own = [c for c in callbacks if getattr(c, "of_run", False)]
+    return next((c for c in (*own, *callbacks) if c.monitor == "monitor/loss"), None)
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -18,6 +18,7 @@ from lit_bilevel.callbacks.progress import say
 from lit_bilevel.data.table import column
 from lit_bilevel.inspection.settings import Plain, in_words, run_settings
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.origin import adapter_of, origin
 from lit_bilevel.training.evaluation import Evaluation
 
 
@@ -126,9 +127,12 @@ def _validation(trainer: Trainer) -> str:
 def _policy(module: LitBilevel) -> str:
     assert module.policy is not None
     trained = sum(parameter.numel() for parameter in module.policy.trainable())
-    total = sum(parameter.numel() for parameter in module.policy.parameters())
-    lora = "" if module.policy_settings.lora is None else f" (LoRA, rank {module.policy_settings.lora.r})"
-    return f"{module.policy_settings.path}: {trained:,} of {total:,} parameters are trained{lora}"
+    total = module.policy.causal_lm.num_parameters()  # which knows that four-bit ones are packed
+    settings = module.policy_settings
+    adapter = adapter_of(settings)
+    lora = "" if settings.lora is None else f" (LoRA, rank {settings.lora.r})"
+    held = "" if adapter is None else f"; {origin(settings, adapter)}"
+    return f"{settings.path}: {trained:,} of {total:,} parameters are trained{lora}{held}"
 
 
 def _method(settings: dict[str, Plain], module: LitBilevel) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_bilevel.data.files import dataset, is_file, records
+from lit_bilevel.data.files import dataset, is_file, members, records
 from lit_bilevel.errors import UserError
 from lit_bilevel.resources import located
 
@@ -131,7 +131,7 @@ def read_pool(paths: Sequence[str], id_column: str = "id") -> Pool:
     """
     import pyarrow
 
-    pools = [_read(located(path), id_column) for path in paths]
+    pools = [_read(file, id_column) for path in paths for file in members(located(path))]
     if len(pools) == 1:
         return pools[0]
     tables = [pool.table for pool in pools if isinstance(pool, Table)]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lit_bilevel.comparison.results import replace_text
-from lit_bilevel.data.files import records
+from lit_bilevel.data.files import members, records
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.folder import read_lines
 from lit_bilevel.resources import located
@@ -74,7 +74,8 @@ def answer(cli: Any, folder: Path) -> dict[str, float]:
     cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     answers = [record["response"] for record in read_lines(folder / "predictions.jsonl")]
     paths = [path] if isinstance(path, str) else path
-    raw = [record for one in paths for _, record in records(located(one))]
+    files = [file for one in paths for file in members(located(one))]
+    raw = [record for file in files for _, record in records(file)]
     expected = [raw[row].get("expected") for row in test["row"][:]]
     return measures(answers, test["response"][:], expected)
 

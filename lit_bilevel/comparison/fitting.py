@@ -14,6 +14,7 @@ from typing import Any
 from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.comparison.results import replace_text
 from lit_bilevel.data.fingerprint import rows_digest
+from lit_bilevel.policy.origin import tokenizer_path
 from lit_bilevel.resources import located
 
 
@@ -21,7 +22,7 @@ def built(config: str, flags: Sequence[str]) -> Any:
     """A `BilevelCLI` with its module and its data, set up and not run."""
     cli: Any = BilevelCLI([f"--config={located(config)}", *flags], run=False)
     if cli.datamodule.tokenizer is None:
-        cli.datamodule.tokenizer = cli.model.policy_settings.path
+        cli.datamodule.tokenizer = tokenizer_path(cli.model.policy_settings)
     cli.datamodule.setup()
     return cli
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from lit_bilevel.commands.originals import plain
 from lit_bilevel.commands.select import apportioned
-from lit_bilevel.data.files import records
+from lit_bilevel.data.files import members, records
 from lit_bilevel.errors import UserError
 from lit_bilevel.resources import located
 
@@ -32,9 +32,10 @@ def copy_records(path: str | Sequence[str], columns: Mapping[str, str], chosen: 
         folder: of the new files; each has the name of its original.
 
     Returns:
-        The new file, or a list of files where `path` was one.
+        The new file, or a list of files where `path` was one, or a folder of several.
     """
-    paths = [path] if isinstance(path, str) else list(path)
+    given = [path] if isinstance(path, str) else list(path)
+    paths = [file for one in given for file in members(located(one))]
     written, position = [], 0
     for number, original in enumerate(paths):
         place = folder / str(number) if len(paths) > 1 else folder
@@ -43,7 +44,7 @@ def copy_records(path: str | Sequence[str], columns: Mapping[str, str], chosen: 
         partial = target.with_suffix(".partial")
         lines = 0
         with partial.open("w", encoding="utf-8") as file:
-            for _, record in records(located(original)):
+            for _, record in records(original):
                 if position in chosen:
                     file.write(_line(record, columns, chosen[position]))
                     lines += 1
@@ -51,7 +52,7 @@ def copy_records(path: str | Sequence[str], columns: Mapping[str, str], chosen: 
         os.replace(partial, target)
         if lines:
             written.append(str(target))
-    return written[0] if isinstance(path, str) else written
+    return written[0] if isinstance(path, str) and len(paths) == 1 else written
 
 
 def _line(record: dict[str, Any], columns: Mapping[str, str], key: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from lit_bilevel.callbacks.export import run_checkpoint
 from lit_bilevel.comparison.answers import answer
 from lit_bilevel.comparison.filters.base import CleanRows
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
@@ -275,8 +276,9 @@ class Runner:
         metrics = json.loads((folder / "metrics.json").read_text())
         row: Result = {key.replace("test/", "test_"): v for key, v in metrics.items() if key.startswith("test/")}
         row["perplexity"] = math.exp(row["test_loss_per_token"])
-        if cli.trainer.checkpoint_callback.best_model_score is not None:
-            row["monitor_loss"] = float(cli.trainer.checkpoint_callback.best_model_score)
+        own = run_checkpoint(cli.trainer)
+        if own is not None and own.best_model_score is not None:
+            row["monitor_loss"] = float(own.best_model_score)
         stopwatch = next(callback for callback in cli.trainer.callbacks if isinstance(callback, Stopwatch))
         row["steps"], row["seconds"] = cli.trainer.global_step, stopwatch.seconds
         if cli.model.learns_weights or cli.model.weights.needs_scoring:

@@ -5,6 +5,7 @@ Left out: statistics of the texts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -12,10 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lit_bilevel.data.table import column, is_paired
 
+MOST = 20
+"""Files that are named one by one."""
 DIM, NORMAL = "\x1b[2m", "\x1b[0m"
 
 
@@ -44,11 +47,39 @@ def write_skipped(folder: Path, skipped: Mapping[str, Sequence[str]]) -> None:
     os.replace(partial, path)
 
 
+def notices(table: Any) -> dict[str, tuple[int, str]]:
+    """In what rows are rendered otherwise than they say: the kind → how many rows, and place and text of the first."""
+    found: dict[str, tuple[int, str]] = {}
+    texts = column(table, "notice")
+    for position in range(len(texts)) if texts.null_count < len(texts) else ():
+        text = texts[position].as_py()
+        if text is not None:
+            kind = text.partition(":")[0]
+            count, first = found.get(kind, (0, f"{table[position]['place']}{text.removeprefix(kind)}"))
+            found[kind] = (count + 1, first)
+    return found
+
+
+def tell(name: str, unread: Sequence[str], found: Mapping[str, Sequence[Any]]) -> None:
+    """Say once which fields of a set are not read, and in what its rows are rendered otherwise than they say."""
+    if unread:
+        rank_zero_info(f"{name}: fields that are not read: {', '.join(unread)}")
+    for kind, (count, first) in found.items():
+        text = f"{name}: {kind} of {count:,} rows (the first: {first})"
+        if "answer" in kind:
+            remedy = "give the tokenizer a template that keeps it, or put thoughts into the field `reasoning_content`"
+            rank_zero_warn(f"{text}; that is what would be learned. If it is not meant, {remedy}.")
+        else:
+            rank_zero_info(text)
+
+
 def summary(sets: Mapping[str, Any], skipped: Mapping[str, Sequence[str]], formats: Mapping[str, str]) -> str:
     """Formats of the files; rows, longest sequence, truncated and skipped rows of each set."""
     import pyarrow.compute
 
-    lines = [f"{path}: format {name}" for path, name in formats.items()]
+    lines = [f"{path}: format {name}" for path, name in itertools.islice(formats.items(), MOST)]
+    if len(formats) > MOST:
+        lines.append(f"and {len(formats) - MOST} more files: {', '.join(sorted(set(formats.values())))}")
     for name, table in sets.items():
         longest = pyarrow.compute.max(column(table, "length")).as_py()
         truncated = pyarrow.compute.sum(column(table, "truncated")).as_py()

@@ -6,24 +6,33 @@ turn, rendered alone, must be what the whole text begins with, and the turn must
 last one. What no mask can be right for is refused. Without a template the turns stand one to a line, the answers each
 followed by EOS. Rows of plain text are never put into a template.
 
-EOS ends every response that was not cut; BOS comes once, where the tokenizer or the template sets it.
+EOS ends every response that was not cut; BOS comes once, where the tokenizer or the template sets it. Where a template
+says something else than the row, the row has a notice of that; where nothing of the answer is left, it is refused.
 
 Left out: packing; learning a part of a turn.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-
+from lit_bilevel.data.masks import Draft, Span, by_blocks, draft
+from lit_bilevel.data.template import (
+    ERRORS,
+    Conversation,
+    Template,
+    common,
+    conversation_of,
+    refusal,
+    special_tokens,
+    texts_of,
+)
 from lit_bilevel.errors import UserError
 from lit_bilevel.types import Row
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Encoded:
         earlier: positions of the learned tokens of earlier responses.
         dropped: how many tokens of the prompt were cut off.
         rejected_ids: of a preference pair, the ids of prompt and rejected response.
+        notice: in what the text differs from what the row says.
     """
 
     input_ids: list[int]
@@ -45,6 +55,7 @@ class Encoded:
     earlier: list[int]
     dropped: int = 0
     rejected_ids: list[int] | None = None
+    notice: str | None = None
 
 
 class Encoder:
@@ -77,9 +88,8 @@ class Encoder:
         self.truncation, self.train_on = truncation, train_on
         probe = tokenizer("a").input_ids
         self._bos = probe[:1] if probe[:1] == [tokenizer.bos_token_id] else []
-        special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-        special = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, special)))
+        self._special = special_tokens(tokenizer)
+        self.template = Template(tokenizer)
         self._blocks = False
         self.max_length = 1 << 20
         if tokenizer.chat_template:
@@ -110,6 +120,18 @@ class Encoder:
                 f"the chat template of {name} puts {learned!r} in the place of the answer 'two!'; {remedy}."
             )
 
+    def identity(self, truncated: bool) -> dict[str, Any]:
+        """What token ids depend on beside rows and tokenizer, and not on the day.
+
+        Args:
+            truncated: whether `max_length` cut any row.
+        """
+        template = self.tokenizer.chat_template or ""
+        found: dict[str, Any] = {"the chat template (digest)": hashlib.sha256(str(template).encode()).hexdigest()[:12]}
+        if truncated:
+            found |= {"`data.max_length`": self.max_length, "`data.truncation`": self.truncation}
+        return found
+
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of single questions, ready for a response to follow.
 
@@ -118,9 +140,9 @@ class Encoder:
         """
         if not self.tokenizer.chat_template:
             return [self._bos + ids for ids in self._ids([text + "\n" for text in texts])]
-        rendered = [self._render([("user", text)], True) for text in texts]
+        rendered = [self.template.render([{"role": "user", "content": text}], prompt=True) for text in texts]
         followed = self._ids([text + "A" for text in rendered])
-        return [ids[: _common(ids, longer)] for ids, longer in zip(self._ids(rendered), followed, strict=True)]
+        return [ids[: common(ids, longer)] for ids, longer in zip(self._ids(rendered), followed, strict=True)]
 
     def rows(self, rows: Sequence[Row]) -> list[Encoded | ValueError]:
         """Token ids of whole rows; in the place of one that cannot be encoded, the reason."""
@@ -139,30 +161,57 @@ class Encoder:
         return encoded
 
     def _refuse_special(self, row: Row) -> None:
-        for role, text in (*row.turns, ("assistant", row.response)):
+        for role, text in texts_of(conversation_of(row)):
             if found := self._special.search(text):
                 raise ValueError(
                     f"the {role} text has {found[0]!r}, which the tokenizer reads as a control token; take it out"
                 )
 
+    def _learned(self, talk: Conversation) -> list[int]:
+        """Positions of the answers that are learned.
+
+        Raises:
+            ValueError: if the last one is not among them and no other may be.
+        """
+        if self.train_on == "all":
+            return talk.learned
+        if talk.learned[-1:] != [len(talk.messages) - 1]:
+            raise ValueError(
+                "its last answer is not to be learned (`weight: 0` or `train: false`); `data.train_on: all` learns the"
+                " earlier ones"
+            )
+        return talk.learned[-1:]
+
     # ---- without a template ----
 
     def _plain_rows(self, rows: Sequence[Row]) -> list[Encoded | ValueError]:
-        eos = self.tokenizer.eos_token_id
-        turns = [[*row.turns, ("assistant", row.response)] for row in rows]
-        texts = [text if role == "assistant" else text + "\n" for own in turns for role, text in own]
+        talks = [conversation_of(row) for row in rows]
+        texts = [m["content"] + "\n" * (m["role"] != "assistant") for talk in talks for m in talk.messages]
         pieces = iter(self._ids(texts) if texts else [])
         encoded: list[Encoded | ValueError] = []
-        for own in turns:
+        for talk in talks:
             ids, spans = list(self._bos), []
-            for role, _ in own:
+            for message in talk.messages:
                 start = len(ids)
                 ids += next(pieces)
-                if role == "assistant":
-                    ids.append(eos)
+                if message["role"] == "assistant":
+                    ids.append(self.tokenizer.eos_token_id)
                     spans.append((max(start, 1), len(ids)))
-            encoded.append(self._cut(ids, spans))
+            encoded.append(self._plain(talk, ids, spans))
         return encoded
+
+    def _plain(self, talk: Conversation, ids: list[int], spans: list[Span]) -> Encoded | ValueError:
+        if talk.tools or any(message["role"] == "tool" or "tool_calls" in message for message in talk.messages):
+            return ValueError("the tokenizer has no chat template to put the fields `tools` and `tool_calls` into")
+        answers = [number for number, message in enumerate(talk.messages) if message["role"] == "assistant"]
+        try:
+            own = self._learned(talk)
+        except ValueError as error:
+            return error
+        made = self._cut(ids, [span for number, span in zip(answers, spans, strict=True) if number in own])
+        if isinstance(made, Encoded) and any("reasoning_content" in message for message in talk.messages):
+            return replace(made, notice="there is no chat template to put the reasoning into")
+        return made
 
     # ---- with one ----
 
@@ -170,65 +219,36 @@ class Encoder:
         if self._blocks:
             return [self._by_blocks(row) for row in rows]
         drafts = [self._draft(row) for row in rows]
-        texts = [draft[0] for draft in drafts if not isinstance(draft, ValueError)]
+        texts = [one.text for one in drafts if not isinstance(one, ValueError)]
         if not texts:
-            return [draft for draft in drafts if isinstance(draft, ValueError)]
+            return [one for one in drafts if isinstance(one, ValueError)]
         tokens = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         found = zip(tokens.input_ids, tokens.offset_mapping, strict=True)
         encoded: list[Encoded | ValueError] = []
-        for draft in drafts:
-            if isinstance(draft, ValueError):
-                encoded.append(draft)
+        for one in drafts:
+            if isinstance(one, ValueError):
+                encoded.append(one)
                 continue
             ids, offsets = next(found)
-            spans = [self._upto_eos(ids, _covering(offsets, span)) for span in draft[1]]
-            encoded.append(self._finished(ids, spans))
+            spans = [self._upto_eos(ids, _covering(offsets, span)) for span in one.spans]
+            encoded.append(self._finished(ids, spans, one.notice))
         return encoded
 
-    def _draft(self, row: Row) -> tuple[str, list[Span]] | ValueError:
-        """The text of a row and the characters of its learned turns, by verified prefixes."""
-        turns = [*row.turns, ("assistant", row.response)]
-        answers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+    def _draft(self, row: Row) -> Draft | ValueError:
         try:
-            text = self._render(turns, False)
-            learned = answers if self.train_on == "all" else answers[-1:]
-            return text, [self._span(turns, number, text) for number in learned]
-        except (TemplateError, ValueError, TypeError) as error:
-            return ValueError(f"the chat template does not take it: {error}")
-
-    def _span(self, turns: list[tuple[str, str]], number: int, text: str) -> Span:
-        """The characters of an assistant turn."""
-        prompt = self._render(turns[:number], True)
-        if not text.startswith(prompt):
-            raise ValueError(f"the full text does not begin with the prompt of turn {number + 1}, so no mask is right")
-        if number == len(turns) - 1:
-            return len(prompt), len(text)
-        alone = self._render(turns[: number + 1], False)
-        content = turns[number][1].strip()
-        for turn in (alone[len(prompt) :], content + alone.rpartition(content)[2]):
-            if alone.startswith(prompt) and text.startswith(turn, len(prompt)):
-                return len(prompt), len(prompt) + len(turn)
-        raise ValueError(
-            f"turn {number + 1} is rendered in another way when more turns follow, so it cannot be masked; use"
-            " `data.train_on: last` or a template with generation blocks"
-        )
+            talk = self.template.with_readable_calls(conversation_of(row))
+            return draft(self.template, talk, self._learned(talk))
+        except ERRORS as error:
+            return refusal(error)
 
     def _by_blocks(self, row: Row) -> Encoded | ValueError:
-        messages = _messages([*row.turns, ("assistant", row.response)])
         try:
-            result = self.tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-        except (TemplateError, ValueError, TypeError) as error:
-            return ValueError(f"the chat template does not take it: {error}")
-        ids, mask = list(result["input_ids"]), list(result["assistant_masks"])
-        edges = [i for i, (a, b) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if a != b]
-        spans = [(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
-        if not spans:
-            return ValueError("the template's generation blocks hold nothing of it")
+            talk = self.template.with_readable_calls(conversation_of(row))
+            ids, spans, notice = by_blocks(self.template, talk, self._learned(talk), self.train_on == "all")
+        except ERRORS as error:
+            return refusal(error)
         eos = self.tokenizer.eos_token_id
-        spans = [(start, stop + (ids[stop : stop + 1] == [eos])) for start, stop in spans]
-        return self._finished(ids, spans if self.train_on == "all" else spans[-1:])
+        return self._finished(ids, [(a, b + (ids[b : b + 1] == [eos])) for a, b in spans], notice)
 
     def _upto_eos(self, ids: list[int], span: Span) -> Span:
         """The span without what a template adds after EOS (a newline, mostly): it is never generated."""
@@ -238,12 +258,13 @@ class Encoder:
             stop -= 1
         return start, stop
 
-    def _finished(self, ids: list[int], spans: list[Span]) -> Encoded | ValueError:
+    def _finished(self, ids: list[int], spans: list[Span], notice: str | None) -> Encoded | ValueError:
         """The last span ends the row, with EOS."""
         eos = self.tokenizer.eos_token_id
         start, stop = spans[-1]
         ids = ids[:stop] if ids[start:stop][-1:] == [eos] else [*ids[:stop], eos]
-        return self._cut(ids, [*spans[:-1], (start, len(ids))])
+        made = self._cut(ids, [*spans[:-1], (start, len(ids))])
+        return made if isinstance(made, ValueError) else replace(made, notice=notice)
 
     # ---- both ----
 
@@ -268,17 +289,8 @@ class Encoder:
             )
         return Encoded(ids[: self.max_length], start, excess > 0, [i for i in earlier if i >= kept], drop)
 
-    def _render(self, turns: Iterable[tuple[str, str]], generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            _messages(turns), tokenize=False, add_generation_prompt=generation_prompt
-        )
-
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False).input_ids
-
-
-def _messages(turns: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"role": role, "content": text} for role, text in turns]
 
 
 def _covering(offsets: list[Span], span: Span) -> Span:
@@ -286,8 +298,3 @@ def _covering(offsets: list[Span], span: Span) -> Span:
     start = next((i for i, (_, end) in enumerate(offsets) if end > span[0]), len(offsets))
     stop = next((i for i in range(start, len(offsets)) if offsets[i][0] >= span[1]), len(offsets))
     return start, stop
-
-
-def _common(left: list[int], right: list[int]) -> int:
-    """Length of the common beginning."""
-    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))

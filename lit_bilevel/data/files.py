@@ -1,5 +1,9 @@
 """Files to records: json, jsonl, csv, parquet, a folder or a hub id, read one record at a time.
 
+A folder of data files is the list of its files: `data/` with `b.csv`, `sub/a.jsonl` and `README.md` is read as
+`data/b.csv` and then `data/sub/a.jsonl`, each as it would be alone. A copy of a dataset on the hub, whose `README.md`
+says which files are which split, is read by `datasets`, as are `folder::split` and the hub itself.
+
 Each reader yields pairs of a place ("line 3") and a record, or the exception that reading it gave; a file that cannot
 be read at all raises. Files are closed early and lines are never longer in memory than `MAX_LINE`, except in .json,
 which is one value. Left out: streaming from the hub and compressed files.
@@ -13,9 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lit_bilevel.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+SAVED = ("state.json", "dataset_dict.json")
+"""What tells a folder that `datasets` saved."""
+METADATA = ("dataset_info.json", "dataset_infos.json")
+UNREAD = (".ndjson", ".tsv", ".arrow", ".feather", ".xlsx", ".gz", ".bz2", ".xz", ".zst", ".zip", ".tar")
+"""Ends of the names of data files that are not read; in a folder they are refused, for rows would be missed."""
 MAX_LINE = 1 << 26
 
 Records = Iterator[tuple[str, Any]]
@@ -25,8 +36,9 @@ def records(source: str) -> Records:
     """The records of a file, of a folder, or of a dataset on the hub.
 
     Args:
-        source: a file; a folder that `datasets` saved; or a hub id, or a folder of data files, as `name`, `name:config`
-            or `name:config:split` (`name::split` has no config; the split is `train` if none is named).
+        source: a file; a folder that `datasets` saved; or a hub id as `name`, `name:config` or `name:config:split`
+            (`name::split` has no config; the split is `train` if none is named); `folder::split` is a folder that
+            `datasets` parts into splits by the names of its files.
 
     Raises:
         UserError: if there is no such file, or it cannot be read at all.
@@ -39,6 +51,46 @@ def records(source: str) -> Records:
     if suffix != ".parquet":
         _refuse_binary(path)
     return readers[suffix](path)
+
+
+def members(source: str) -> list[str]:
+    """The data files of a folder, also those of folders in it, in the order of their names; any other source itself.
+
+    Raises:
+        UserError: if a folder has no data file, or one of a kind that is not read.
+    """
+    folder = Path(source)
+    if not folder.is_dir() or any((folder / name).is_file() for name in SAVED):
+        return [source]
+    if _is_repository(folder):
+        rank_zero_info(
+            f"{folder}: its README.md says which files are what; the split `train` is read (`{folder}::test`)"
+        )
+        return [source]
+    inside = (path for path in folder.rglob("*") if path.is_file())
+    found = sorted(path for path in inside if not any(p[0] in "._" for p in path.relative_to(folder).parts))
+    files = [path for path in found if path.suffix.lower() in SUFFIXES and path.name not in METADATA]
+    if unread := [path for path in found if path.suffix.lower() in UNREAD]:
+        raise UserError(
+            f"{unread[0]} holds data of a kind that is not read; unpack or export it as one of {', '.join(SUFFIXES)},"
+            f" or move it out of {folder}."
+        )
+    if not files:
+        raise UserError(
+            f"{folder} could not be loaded as a folder of data files: there is none of {', '.join(SUFFIXES)} in it."
+        )
+    rest = [path.relative_to(folder).as_posix() for path in found if path not in files]
+    left = f" (left alone: {', '.join(rest)})" if rest else ""
+    names = ", ".join(path.relative_to(folder).as_posix() for path in files)
+    rank_zero_info(f"{folder}: {len(files)} data file{'' if len(files) == 1 else 's'}, {names}{left}")
+    return [str(path) for path in files]
+
+
+def _is_repository(folder: Path) -> bool:
+    """Whether a folder is a copy of a dataset on the hub, with a card that names the files of its splits."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return text.startswith("---") and "\nconfigs:" in text.partition("\n---")[0]
 
 
 def stored(source: str) -> list[Path]:
@@ -80,6 +132,11 @@ def _refuse_binary(path: Path) -> None:
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
     """Numbered lines without a byte order mark; `None` for a line that is too long to read."""
+    head = file.read(1 << 16)
+    file.seek(0)
+    if b"\r" in head and b"\n" not in head:  # as old spreadsheets end their lines
+        yield from _by_returns(file)
+        return
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1
@@ -88,6 +145,17 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
         while not whole and end and not end.endswith(b"\n"):
             end = file.readline(MAX_LINE)
         yield number, (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line) if whole else None
+
+
+def _by_returns(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
+    number, rest = 0, b""
+    while chunk := file.read(1 << 16):
+        *lines, rest = (rest + chunk).removeprefix(b"" if number else b"\xef\xbb\xbf").split(b"\r")
+        for line in lines:
+            number += 1
+            yield number, line + b"\r" if len(line) < MAX_LINE else None
+    if rest:
+        yield number + 1, rest if len(rest) <= MAX_LINE else None
 
 
 def _jsonl_records(path: Path) -> Records:
@@ -101,12 +169,21 @@ def _jsonl_records(path: Path) -> Records:
 
 def _parsed(line: bytes) -> Any:
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         return ValueError(f"not UTF-8 (byte {error.start} of the line)")
     except (ValueError, RecursionError) as error:
         return ValueError(f"not valid JSON ({error})")
     return _object(record)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object none of whose keys stands twice; of two values, JSON readers drop one unsaid."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
+    return found
 
 
 def _object(record: Any) -> Any:
@@ -115,7 +192,7 @@ def _object(record: Any) -> Any:
 
 def _json_records(path: Path) -> Records:
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig").strip() or "[]")
+        content = json.loads(path.read_bytes().decode("utf-8-sig").strip() or "[]", object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start}); convert it.") from error
     except (ValueError, RecursionError) as error:
@@ -184,7 +261,10 @@ def dataset(source: str) -> Any:
     try:
         if (path / "state.json").is_file():
             return datasets.load_from_disk(str(path))
-        return datasets.load_dataset(name, config or None, split=split or "train")
+        builder = datasets.load_dataset_builder(name, config or None)
+        # pandas would take the cells None, NA and null for missing ones
+        as_it_is = {"keep_default_na": False} if hasattr(builder.config, "keep_default_na") else {}
+        return datasets.load_dataset(name, config or None, split=split or "train", **as_it_is)
     except Exception as error:  # the network, the hub, or whatever the library finds wrong with the files
         what = "a folder of data files" if path.is_dir() else "neither a local file nor a dataset on the hub"
         raise UserError(

@@ -1,4 +1,7 @@
-"""What the data of a run is, in a few strings: ids, texts and token ids of each set, and what defines their order.
+"""What the data of a run is, in a few strings: ids, texts and learned token ids of each set, and their order.
+
+Neither where the files lie nor when they are read is part of it. Example: a chat template that writes today's date into
+the prompt gives other token ids tomorrow, and the run goes on.
 
 A checkpoint carries it, so that a run is not continued on changed data by accident: weights belong to rows.
 Left out: the test set, which may change, and settings that change nothing, such as the number of workers.
@@ -7,7 +10,7 @@ Left out: the test set, which may change, and settings that change nothing, such
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from datasets import Dataset
@@ -18,21 +21,27 @@ from lit_bilevel.errors import UserError, gathered
 NAMES = {"pool": "pool", "upper": "validation", "monitor": "validation"}
 
 
-def fingerprint(sets: Mapping[str, Dataset], order: Mapping[str, int]) -> dict[str, Any]:
+def fingerprint(
+    sets: Mapping[str, Dataset], order: Mapping[str, int], identity: Callable[[bool], Mapping[str, Any]]
+) -> dict[str, Any]:
     """Of the sets that training reads, and of the settings that define which rows meet in a step.
 
     Args:
         sets: the tables.
         order: names of settings and their values.
+        identity: what token ids depend on beside the rows, if any row was truncated and if none was.
     """
+    import pyarrow.compute
+
+    truncated = any(pyarrow.compute.any(column(sets[name], "truncated")).as_py() for name in NAMES)
     return {
         "sets": {name: {"rows": len(sets[name]), "hash": rows_digest(sets[name])} for name in NAMES},
-        "order": dict(order),
+        "order": {**order, **identity(truncated)},
     }
 
 
 def rows_digest(dataset: Dataset) -> str:
-    """Digest of the ids, texts and token ids of all rows, in their order."""
+    """Digest of the ids, texts and learned token ids of all rows, in their order."""
     digest = hashlib.sha256()
     for chunk in column(dataset, "digest").chunks:
         digest.update(b"".join(chunk.to_pylist()))
@@ -56,9 +65,10 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], paths: Map
         rows = [fingerprint["sets"][name]["rows"] for fingerprint in (before, now)]
         what = f"{rows[1]} rows instead of {rows[0]}" if rows[0] != rows[1] else "other ids, texts or tokens"
         problems.append(f"`data.{file}` ({paths.get(file)}) is not what the checkpoint was trained on: {what}")
-    for name, value in now["order"].items():
-        if before["order"].get(name) != value:
-            problems.append(f"{name} is {value} and was {before['order'].get(name)}")
+    for name in dict.fromkeys([*before["order"], *now["order"]]):
+        value, then = now["order"].get(name), before["order"].get(name)
+        if value != then:
+            problems.append(f"{name} is {value} and was {then}")
     if problems:
         error = gathered("the run cannot be continued with these data", problems)
         raise UserError(f"{error}; restore them, or start a new run (`WarmStart` takes over weights by id).")

@@ -1,7 +1,7 @@
 """What a record means: the columns of a file turned into the turns of a conversation.
 
 One small class a format; `detect` chooses by the columns that are there. Of a preference pair both answers are read;
-which are trained on is for the objective to say. Left out: tool calls and images.
+which are trained on is for the objective to say. Left out: what fields beside role and text mean (`fields.py`).
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from typing import Any
 
-Turn = tuple[str, str]
-"""Role and content."""
-ROLES = ("system", "user", "assistant")
+from lit_bilevel.data.fields import CALLS, Turn, has_calls, text_of_parts
+
+ROLES = ("system", "user", "assistant", "tool")
 MAX_TEXT = 1 << 24
 SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
 """What begins a turn in a transcript (Anthropic's hh-rlhf)."""
@@ -24,6 +24,8 @@ class Format(ABC):
 
     name: str
     required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    """Further columns that are read."""
 
     def fits(self, columns: Collection[str]) -> bool:
         """Whether records with these columns can be of this format."""
@@ -39,13 +41,14 @@ class Format(ABC):
 
 
 class Messages(Format):
-    """`messages`: a list of `{role, content}`."""
+    """`messages`: a list of `{role, content}`, and optionally a `system` prompt beside it."""
 
     name = "messages"
     required = ("messages",)
+    optional = ("system",)
 
     def read(self, record: Mapping[str, Any]) -> list[Turn]:
-        return conversation(turns_field(record, "messages"), "messages")
+        return conversation(after_system(record, turns_field(record, "messages"), "messages"), "messages")
 
 
 class ShareGPT(Format):
@@ -53,11 +56,12 @@ class ShareGPT(Format):
 
     name = "sharegpt"
     required = ("conversations",)
+    optional = ("system",)
     roles = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}  # noqa: RUF012
 
     def read(self, record: Mapping[str, Any]) -> list[Turn]:
         turns = turns_field(record, "conversations", ("from", "value"), self.roles)
-        return conversation(system_turn(record) + turns, "conversations")
+        return conversation(after_system(record, turns, "conversations"), "conversations")
 
 
 class Preference(Format):
@@ -70,10 +74,11 @@ class Preference(Format):
 
     name = "preference"
     required = ("chosen", "rejected")
+    optional = ("prompt", "system")
 
     def read(self, record: Mapping[str, Any]) -> list[Turn]:
         turns, chosen, _ = self.pair(record)
-        return [*turns, ("assistant", chosen)]
+        return [*turns, Turn("assistant", chosen)]
 
     def pair(self, record: Mapping[str, Any]) -> tuple[list[Turn], str, str]:
         """The turns up to the question, the chosen answer and the rejected one.
@@ -84,20 +89,23 @@ class Preference(Format):
         chosen, rejected = (self._conversation(record, name) for name in self.required)
         if chosen[:-1] != rejected[:-1]:
             raise ValueError("the fields `chosen` and `rejected` do not answer the same question")
-        return chosen[:-1], chosen[-1][1], rejected[-1][1]
+        for turn in (chosen[-1], rejected[-1]):
+            if has_calls(turn.more):
+                raise ValueError("tool calls of the answers that are compared are not read")
+        return chosen[:-1], chosen[-1].content, rejected[-1].content
 
     def _conversation(self, record: Mapping[str, Any], name: str) -> list[Turn]:
         if isinstance(record.get(name), list):
             answer = turns_field(record, name)
             if answer[0][0] != "assistant":
-                return conversation(answer, name)
+                return conversation(after_system(record, answer, name), name)
         elif "prompt" not in record and SPEAKER.match(text_field(record, name)):
             return conversation([*system_turn(record), *transcript(record, name)], name)
         else:
-            answer = [("assistant", text_field(record, name))]
+            answer = [Turn("assistant", text_field(record, name))]
         if isinstance(record.get("prompt"), list):
-            return conversation(turns_field(record, "prompt") + answer, name)
-        return conversation([*system_turn(record), ("user", text_field(record, "prompt")), *answer], name)
+            return conversation(after_system(record, turns_field(record, "prompt"), "prompt") + answer, name)
+        return conversation([*system_turn(record), Turn("user", text_field(record, "prompt")), *answer], name)
 
 
 class PromptResponse(Format):
@@ -105,6 +113,7 @@ class PromptResponse(Format):
 
     name = "prompt_response"
     required = ("prompt", "response")
+    optional = ("completion", "system")
 
     def fits(self, columns: Collection[str]) -> bool:
         return "prompt" in columns and ("response" in columns or "completion" in columns)
@@ -112,9 +121,10 @@ class PromptResponse(Format):
     def read(self, record: Mapping[str, Any]) -> list[Turn]:
         answer = "completion" if "completion" in record and "response" not in record else "response"
         if isinstance(record.get("prompt"), list) and isinstance(record.get(answer), list):
-            return conversation(turns_field(record, "prompt") + turns_field(record, answer), "prompt")
-        question = ("user", text_field(record, "prompt"))
-        return [*system_turn(record), question, ("assistant", text_field(record, answer))]
+            turns = turns_field(record, "prompt") + turns_field(record, answer)
+            return conversation(after_system(record, turns, "prompt"), "prompt")
+        question = Turn("user", text_field(record, "prompt"))
+        return [*system_turn(record), question, Turn("assistant", text_field(record, answer))]
 
 
 class Alpaca(Format):
@@ -122,6 +132,7 @@ class Alpaca(Format):
 
     name = "alpaca"
     required = ("instruction", "output")
+    optional = ("input", "system", "history")
 
     def read(self, record: Mapping[str, Any]) -> list[Turn]:
         question, more = text_field(record, "instruction"), record.get("input")
@@ -131,8 +142,9 @@ class Alpaca(Format):
         for pair in record.get("history") or ():
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise ValueError("the field `history` must hold pairs of question and answer")
-            turns += [(role, text_field({"history": text}, "history")) for role, text in zip(ROLES[1:], pair)]  # noqa: B905
-        return [*turns, ("user", question), ("assistant", text_field(record, "output"))]
+            for role, text in zip(("user", "assistant"), pair, strict=True):
+                turns.append(Turn(role, text_field({"history": text}, "history")))
+        return [*turns, Turn("user", question), Turn("assistant", text_field(record, "output"))]
 
 
 class Text(Format):
@@ -142,7 +154,7 @@ class Text(Format):
     required = ("text",)
 
     def read(self, record: Mapping[str, Any]) -> list[Turn]:
-        return [("assistant", text_field(record, "text"))]
+        return [Turn("assistant", text_field(record, "text"))]
 
 
 FORMATS: tuple[Format, ...] = (Preference(), PromptResponse(), Messages(), ShareGPT(), Alpaca(), Text())
@@ -180,7 +192,19 @@ def system_turn(record: Mapping[str, Any]) -> list[Turn]:
     value = record.get("system")
     if value is None or (isinstance(value, str) and not value.strip()):
         return []
-    return [("system", text_field(record, "system"))]
+    return [Turn("system", text_field(record, "system"))]
+
+
+def after_system(record: Mapping[str, Any], turns: list[Turn], name: str) -> list[Turn]:
+    """The turns of a field after the column `system`, where there is one.
+
+    Raises:
+        ValueError: if the turns begin with a system turn of their own.
+    """
+    system = system_turn(record)
+    if system and turns[0].role == "system":
+        raise ValueError(f"there is a field `system`, and `{name}` begins with a system turn too; leave one out")
+    return system + turns
 
 
 def turns_field(
@@ -189,7 +213,7 @@ def turns_field(
     keys: tuple[str, str] = ("role", "content"),
     roles: Mapping[str, str] = {},
 ) -> list[Turn]:
-    """A list of turns; only a system turn may be empty.
+    """A list of turns; only a system turn may be empty, and one that calls a tool.
 
     Raises:
         ValueError: naming the turn that is wrong.
@@ -204,12 +228,17 @@ def turns_field(
             if not isinstance(turn, Mapping):
                 raise ValueError(f"{type(turn).__name__}, not an object")
             role = text_field(turn, keys[0])
-            role = roles.get(role, role)
+            role = roles.get(role, "tool" if role == "function" else role)
             if role not in ROLES:
                 raise ValueError(f"the role {role!r} is not one of {', '.join((*ROLES, *roles))}")
-            if turn.get("tool_calls"):
-                raise ValueError("tool calls are not read")
-            result.append((role, text_field(turn, keys[1], may_be_empty=role == "system")))
+            calls = role == "assistant" and has_calls(turn)
+            if not calls and any(turn.get(call) for call in CALLS):
+                raise ValueError(f"a turn of the role {role!r} calls a tool")
+            said = {**turn, keys[1]: text_of_parts(turn[keys[1]])} if keys[1] in turn else turn
+            if calls and said.get(keys[1]) is None:
+                said = {keys[1]: ""}
+            content = text_field(said, keys[1], may_be_empty=calls or role in ("system", "tool"))
+            result.append(Turn(role, content, {name: value for name, value in turn.items() if name not in keys}))
         except ValueError as error:
             raise ValueError(f"turn {number} of `{name}`: {error}") from None
     return result
@@ -223,20 +252,22 @@ def transcript(record: Mapping[str, Any], name: str) -> list[Turn]:
     """
     _, *pieces = SPEAKER.split(text_field(record, name))
     roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [(roles[speaker], text.strip()) for speaker, text in zip(pieces[::2], pieces[1::2], strict=True)]
-    for number, (_, text) in enumerate(turns, start=1):
-        if not text:
+    turns = [Turn(roles[speaker], text.strip()) for speaker, text in zip(pieces[::2], pieces[1::2], strict=True)]
+    for number, turn in enumerate(turns, start=1):
+        if not turn.content:
             raise ValueError(f"turn {number} of `{name}` is empty")
     return turns
 
 
 def conversation(turns: list[Turn], name: str) -> list[Turn]:
-    """The turns, if they end with a question and its answer.
+    """The turns, if they end with a question (or what a tool gave) and its answer.
 
     Raises:
         ValueError: if they do not.
     """
-    if [role for role, _ in turns[-2:]] != ["user", "assistant"]:
-        last = ", ".join(role for role, _ in turns[-2:])
-        raise ValueError(f"`{name}` must end with a user turn and an assistant turn; its last turns are: {last}")
+    last = [turn.role for turn in turns[-2:]]
+    if last not in (["user", "assistant"], ["tool", "assistant"]):
+        raise ValueError(
+            f"`{name}` must end with a user turn and an assistant turn; its last turns are: {', '.join(last)}"
+        )
     return turns

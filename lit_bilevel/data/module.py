@@ -105,8 +105,7 @@ class BilevelDataModule(LightningDataModule):
         self.monitor_fraction = monitor_fraction
         self.source_settings: dict[str, Any] = {"format": format, "columns": columns or {}}
         self.on_bad_row, self.cache, self.num_proc = on_bad_row, cache, num_proc
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
+        self.num_workers, self.pin_memory = num_workers, pin_memory
         self.packing = packing
         self.seed = self._own_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.source_names: list[str] = []
@@ -285,8 +284,9 @@ class BilevelDataModule(LightningDataModule):
     @functools.cached_property
     def fingerprint(self) -> dict[str, Any]:
         """What the data are; a checkpoint of others is refused."""
-        names = {"lower": "pool", "upper": "validation"}
-        return fingerprint(self.sets, {f"{names[x]} rows of a policy step": self.window(x) for x in ("lower", "upper")})
+        windows = {"pool": self.window("lower"), "validation": self.window("upper")}
+        order = {f"{name} rows of a policy step": rows for name, rows in windows.items()}
+        return fingerprint(self.sets, order, self._preparation.encoder.identity)
 
     def refuse_changes(self, state_dict: dict[str, Any]) -> None:
         """Refuse the state of a run on other data."""

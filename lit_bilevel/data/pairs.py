@@ -11,9 +11,9 @@ Left out: encoding the prompt once for both.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from lit_bilevel.data.encode import Encoded, Encoder
+from lit_bilevel.data.template import with_answer
 from lit_bilevel.types import Row
 
 
@@ -22,7 +22,7 @@ def encoded_rows(encoder: Encoder, rows: Sequence[Row]) -> list[Encoded | ValueE
     encoded = encoder.rows(rows)
     pairs = [(index, row) for index, row in enumerate(rows) if row.rejected is not None]
     if pairs:
-        others = encoder.rows([replace(row, response=row.rejected or "") for _, row in pairs])
+        others = encoder.rows([with_answer(row, row.rejected or "") for _, row in pairs])
         for (index, _), other in zip(pairs, others, strict=True):
             encoded[index] = _joined(encoder, encoded[index], other)
     return encoded
@@ -40,7 +40,9 @@ def _joined(encoder: Encoder, chosen: Encoded | ValueError, rejected: Encoded | 
         return ValueError("the prompt has other tokens before the rejected answer than before the chosen one")
     if ids == other:
         return ValueError("both answers are the same tokens up to `data.max_length`; raise it")
-    return Encoded(ids, start, chosen.truncated or rejected.truncated, [], dropped, other)
+    return Encoded(
+        ids, start, chosen.truncated or rejected.truncated, [], dropped, other, chosen.notice or rejected.notice
+    )
 
 
 def _cut(encoder: Encoder, one: Encoded, count: int) -> list[int]:

@@ -11,6 +11,7 @@ Left out: throwing away old ones.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from datasets import Dataset, concatenate_datasets
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
+from lit_bilevel.data.announce import notices, tell
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.files import stored
 from lit_bilevel.data.rows import Source
@@ -100,6 +102,7 @@ class Preparation:
             ) from error
         assert about is not None
         self._refuse(name, source, about["problems"], about["lost"])
+        tell(name, about["unread"], about["notices"])
         parts = [Dataset.from_file(str(place / file)) for file in about["files"]]
         table = concatenate_datasets(parts)
         if about["lost"]:
@@ -107,6 +110,10 @@ class Preparation:
         if not len(table):
             raise UserError(f"{source.name} has no usable row (the first: {about['lost'][0]}).")
         return Prepared(table, about["problems"] + about["lost"], about["formats"])
+
+    @functools.cached_property
+    def _example(self) -> str:
+        return repr(self.encoder.rows([Row(0, "", "one?", "two!", "")]))
 
     def key(self, source: Source) -> str:
         """The name of the folder of a source's table: a digest of all that its contents depend on."""
@@ -117,7 +124,7 @@ class Preparation:
             "columns": dict(source.columns),
             "pairs": source.pairs,
             "encoding": [encoder.max_length, encoder.truncation, encoder.train_on],
-            "example": repr(encoder.rows([Row(0, "", "one?", "two!", "")])),  # a template may write the date
+            "example": self._example,  # a template may write the date
             "versions": [__version__, transformers.__version__, tokenizers.__version__],
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -166,6 +173,8 @@ class Preparation:
                 "formats": source.formats,
                 "problems": problems,
                 "lost": wrong.drop_null().to_pylist(),
+                "unread": sorted(source.unread),
+                "notices": notices(table),
             }
             (partial / "rows.arrow").unlink()
             (partial / "about.json").write_text(json.dumps(about))

@@ -8,13 +8,16 @@ Left out: streaming sources. Data weights need stable positions and a known numb
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lit_bilevel.data.files import records
-from lit_bilevel.data.formats import FORMATS, Format, Preference, detect
+from lit_bilevel.data.fields import read_fields, unread_columns
+from lit_bilevel.data.files import members, records
+from lit_bilevel.data.formats import FORMATS, Format, Preference, Text, detect
 from lit_bilevel.errors import UserError
 from lit_bilevel.resources import located
 from lit_bilevel.types import Row
@@ -35,8 +38,9 @@ class Source:
     """Where rows come from and how to read them.
 
     Args:
-        path: a json, jsonl, csv or parquet file, an Arrow folder, or a dataset on the hub (`name:config:split`); or
-            several of these, one after the other: rows without a `source` then have the file's name.
+        path: a json, jsonl, csv or parquet file, a folder of them, an Arrow folder, or a dataset on the hub
+            (`name:config:split`); or several of these, one after the other: rows without a `source` then have the
+            file's name.
         format: `auto` to detect from the columns, or a format's name.
         columns: renames, from the file's column name to ours.
         pairs: whether the rejected answers of preference pairs are `ignored` or `kept`, or `required` of every record.
@@ -48,16 +52,26 @@ class Source:
     pairs: Literal["ignored", "kept", "required"] = "ignored"
     formats: dict[str, str] = field(default_factory=dict, init=False)
     """The format of each file that was read."""
+    unread: set[str] = field(default_factory=set, init=False)
+    """Names of fields that were read over: metadata, or so it is taken."""
+
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        """The files, those of folders in the order of their names.
+
+        Raises:
+            UserError: if a folder holds none, or one that cannot be read.
+        """
+        return [file for path in self._given for file in members(path)]
 
     @property
-    def paths(self) -> list[str]:
-        """The files."""
+    def _given(self) -> list[str]:
         return [located(path) for path in ([self.path] if isinstance(self.path, str) else self.path)]
 
     @property
     def name(self) -> str:
-        """The files, for messages."""
-        return ", ".join(self.paths)
+        """The files, or their folders, for messages."""
+        return ", ".join(self._given)
 
     def read(self) -> Iterator[Row | Problem]:
         """Every record in the order of the source, as a row or as a problem.
@@ -128,6 +142,9 @@ class Source:
             raise item
         reader, record = item
         turns, rejected = reader.read(record), None
+        answers = not isinstance(reader, Preference | Text)
+        details, unread = read_fields(record, turns, answers)
+        self.unread |= unread | unread_columns(record, (*reader.required, *reader.optional))
         if self.pairs != "ignored" and isinstance(reader, Preference):
             *_, chosen, rejected = reader.pair(record)
             if chosen.strip() == rejected.strip():
@@ -136,16 +153,17 @@ class Source:
         if source is None:
             source = Path(path).stem if len(self.paths) > 1 else ""
         key = _key(record, "id")
-        prompt = turns[-2][1] if len(turns) > 1 else ""
+        prompt = turns[-2].content if len(turns) > 1 else ""
         return Row(
             row=position,
             id=str(position) if key is None else key,
             prompt=prompt,
-            response=turns[-1][1],
+            response=turns[-1].content or json.dumps(json.loads(details)["messages"][-1]["tool_calls"]),
             source=source,
-            history=tuple(turns[:-2]),
+            history=tuple((turn.role, turn.content) for turn in turns[:-2]),
             place=place,
             rejected=rejected,
+            details=details,
         )
 
 

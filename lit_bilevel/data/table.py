@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from lit_bilevel.data.encode import Encoder
+from lit_bilevel.data.encode import Encoded, Encoder
 from lit_bilevel.data.pairs import encoded_rows
 from lit_bilevel.data.rows import Problem, Source
+from lit_bilevel.data.template import up_to_learned
 from lit_bilevel.types import Row
 
 CHUNK = 1000
@@ -33,6 +34,7 @@ ROWS = Features(
         "history": List(List(Value("string"))),
         "place": Value("string"),
         "rejected": Value("large_string"),
+        "details": Value("large_string"),
     }
 )
 ENCODED = Features(
@@ -48,6 +50,7 @@ ENCODED = Features(
         "question": Value("binary"),
         "digest": Value("binary"),
         "problem": Value("string"),
+        "notice": Value("string"),
     }
 )
 
@@ -101,7 +104,7 @@ class Repeats:
     def add(self, row: Row) -> None:
         """Take in the next row."""
         self._ids += _digest(row.id)
-        self._words += _digest(row.history, row.prompt, row.response, *_rejected(row.rejected))
+        self._words += _digest(row.history, row.prompt, row.response, *_given(row.rejected), *_given(row.details))
 
     def found(self) -> dict[int, tuple[str, int]]:
         """Position of each repetition → what it repeats (a text with a place for its id), and the position of that."""
@@ -127,9 +130,9 @@ def _digest(*parts: Any) -> bytes:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
 
 
-def _rejected(answer: Any) -> list[Any]:
-    """Of a pair the other answer, to be put into a digest; other rows have the digest that they always had."""
-    return [] if answer is None else [answer]
+def _given(value: str | None) -> list[str]:
+    """What only some rows have, to be put into a digest; other rows have the digest that they always had."""
+    return [value] if value else []
 
 
 def _chunks(items: Iterable[Any]) -> Iterable[list[Any]]:
@@ -160,6 +163,12 @@ def encode_rows(rows: Dataset, encoder: Encoder, path: Path, num_proc: int = 1) 
     )
 
 
+def learned_ids(encoded: Encoded) -> list[int]:
+    """Ids of the tokens that are learned, of a pair those of both answers."""
+    ids, start, other = encoded.input_ids, encoded.response_start, encoded.rejected_ids or []
+    return [*(ids[i] for i in encoded.earlier), *ids[start:], *other[start:]]
+
+
 class _Encode:
     """Columns of rows to columns with token ids; an object, so that processes can be given it."""
 
@@ -167,7 +176,7 @@ class _Encode:
         self.encoder = encoder
 
     def __call__(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        rows = rows_of(columns)
+        rows = [up_to_learned(row, self.encoder.train_on == "all") for row in rows_of(columns)]
         records: list[dict[str, Any]] = []
         for row, encoded in zip(rows, encoded_rows(self.encoder, rows), strict=True):
             record = {name: getattr(row, name) for name in ("row", "id", "prompt", "response", "source", "place")}
@@ -176,9 +185,10 @@ class _Encode:
             if isinstance(encoded, ValueError):
                 record |= {"problem": f"{row.place}, id {row.id!r}: {encoded}"}
             else:
-                ids, other = encoded.input_ids, encoded.rejected_ids
-                record |= vars(encoded) | {"length": max(len(ids), len(other or ()))}
-                record["digest"] = _digest(row.id, row.prompt, row.response, ids, encoded.earlier, *_rejected(other))
+                record |= vars(encoded) | {"length": max(len(encoded.input_ids), len(encoded.rejected_ids or ()))}
+                # of the token ids only what is learned and whole, for a template may put the date before it
+                words = (row.history, row.prompt, row.response, *_given(row.rejected), *_given(row.details))
+                record["digest"] = _digest(row.id, *words, [] if encoded.truncated else learned_ids(encoded))
             records.append(record)
         return {name: [record.get(name) for record in records] for name in ENCODED}
 

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.origin import adapter_of
 from lit_bilevel.training.phases import Phase
 from lit_bilevel.training.refusals import refiners
 
@@ -21,6 +22,9 @@ Plain = str | int | float | bool
 def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
     """What a run was set to; call it once optimizers exist."""
     found: dict[str, Plain] = {"policy": module.policy_settings.path}
+    adapter = adapter_of(module.policy_settings)
+    if adapter is not None:
+        found |= {"policy.base": adapter.base, "policy.adapter": module.policy_settings.adapter or "continue"}
     if module.policy_settings.lora is not None:
         found["policy.lora_r"] = module.policy_settings.lora.r
     found |= own_settings("solver", module.solver) | own_settings("weights", module.weights)

@@ -1,4 +1,4 @@
-"""Loading a policy: a causal LM folder or hub id, tuned whole or through LoRA.
+"""Loading a policy: a causal LM folder or hub id, tuned whole or through LoRA, or an adapter on one.
 
 Left out: other adapters than LoRA (prompt-learning ones change the input, which the generation code relies on), and
 `trust_remote_code`, and weights that are pickled, unless they are asked for by name.
@@ -6,62 +6,23 @@ Left out: other adapters than LoRA (prompt-learning ones change the input, which
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.policy.adapter import Adapter, merge, put_on
 from lit_bilevel.policy.causal import check_causal
 from lit_bilevel.policy.context import context_of
+from lit_bilevel.policy.origin import adapter_of, base_of, origin, tokenizer_path, tunes_adapter
 from lit_bilevel.policy.policy import Policy
+from lit_bilevel.policy.settings import LoraSettings, PolicySettings
 from lit_bilevel.resources import located
 
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """A low-rank adapter (arXiv 2106.09685), by peft.
-
-    Args:
-        r: rank.
-        alpha: scale; the adapter counts alpha / r.
-        dropout: dropout on the adapter's input.
-        target_modules: names of the layers to adapt, or `all-linear`.
-    """
-
-    r: int = 16
-    alpha: int = 16
-    dropout: float = 0.0
-    target_modules: list[str] | str = "all-linear"
-
-
-@dataclass(frozen=True)
-class PolicySettings:
-    """Which model is tuned, and how it is loaded.
-
-    Args:
-        path: a `from_pretrained` folder or a hub id.
-        lora: adapter settings; without, the whole model is trained.
-        dtype: `auto` is float32, or what `trainer.precision` says for the `*-true` settings.
-        attn_implementation: attention of transformers (`sdpa`, `eager`, `flash_attention_2`); by default its choice.
-        quantization: `4bit` (NF4) or `8bit` for the frozen base under LoRA (QLoRA, arXiv 2305.14314), by bitsandbytes.
-        activation_checkpointing: recompute activations in the backward pass to save memory.
-        compile: compile the decoder layers with torch.compile; the first steps are slow.
-        trust_remote_code: run code that comes with the model. Off, because that code can do anything.
-        allow_pickle: also read weights that are not safetensors (`pytorch_model.bin`). Off, as pickles have run code.
-    """
-
-    path: str
-    lora: LoraSettings | None = None
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
-    attn_implementation: str | None = None
-    quantization: Literal["4bit", "8bit"] | None = None
-    activation_checkpointing: bool = False
-    compile: bool = False
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
+__all__ = ["LoraSettings", "PolicySettings", "checkpoint_activations", "load_policy", "load_tokenizer"]
 
 
 def load_tokenizer(settings: PolicySettings, path: str | None = None) -> Any:
@@ -77,11 +38,11 @@ def load_tokenizer(settings: PolicySettings, path: str | None = None) -> Any:
             f"`model.policy.trust_remote_code` is ON: program code from {settings.path!r} runs on this machine with"
             " your rights and can read, change and send whatever you can. Turn it off unless you have read that code."
         )
+    path = tokenizer_path(settings) if path is None else located(path)
     try:
-        place = located(path or settings.path)
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=settings.trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise _unloadable("tokenizer", path or settings.path, error) from error
+        raise _unloadable("tokenizer", path, error) from error
 
 
 def context_length(settings: PolicySettings) -> int | None:
@@ -95,7 +56,8 @@ def policy_config(settings: PolicySettings) -> Any | None:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(located(settings.path), trust_remote_code=settings.trust_remote_code)
+        path = located(base_of(settings))
+        return AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError):
         return None  # `load_policy` tells it
 
@@ -110,13 +72,42 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
     Raises:
         UserError: if there is no causal LM at `settings.path`, or the adapter does not fit it.
     """
-    from transformers import AutoModelForCausalLM
-
+    adapter = adapter_of(settings)
+    if adapter is not None:
+        rank_zero_info(origin(settings, adapter))
     quantized = {} if settings.quantization is None else {"quantization_config": _quantization(settings)}
     dtype = default_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    continues = adapter is not None and settings.adapter != "merge"
+    model = load_model(settings, adapter, dtype, **quantized)
+    if settings.activation_checkpointing:
+        checkpoint_activations(model)
+        if continues:
+            model.enable_input_require_grads()
+    if settings.lora is not None and not continues:
+        model = _with_lora(model, settings)
+    policy = Policy(model)
+    policy.merged = adapter is not None and not continues
+    return policy.train()  # `from_pretrained` returns eval mode, and Lightning keeps what it finds
+
+
+def load_model(settings: PolicySettings, adapter: Adapter | None, dtype: torch.dtype, **quantized: Any) -> Any:
+    """The transformers or peft model at `settings.path`, before anything new is put on it.
+
+    Args:
+        settings: which model.
+        adapter: the one that is there, to be put on its base or merged into it.
+        dtype: of the parameters.
+        quantized: further arguments of `from_pretrained`.
+
+    Raises:
+        UserError: if it cannot be loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = settings.path if adapter is None else adapter.base
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            located(settings.path),
+            located(path),
             dtype=dtype,
             attn_implementation=settings.attn_implementation,
             trust_remote_code=settings.trust_remote_code,
@@ -124,16 +115,20 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
             **quantized,
         )
     except (OSError, ValueError, ImportError) as error:  # the last where the package of an attention is missing
-        raise _unloadable("causal language model", settings.path, error) from error
+        if adapter is not None:
+            raise _base_missing(adapter, error) from error
+        raise _unloadable("causal language model", path, error) from error
+    if settings.quantization is not None:
+        keep_backward(model)
     if getattr(model.config, "rescale_every", 0):
         # RWKV divides its parameters in evaluation mode, for float16; in a run they would change between two losses
         model.config.rescale_every = 0
     check_causal(model)
-    if settings.activation_checkpointing:
-        checkpoint_activations(model)
-    if settings.lora is not None:
-        model = _with_lora(model, settings)
-    return Policy(model).train()  # `from_pretrained` returns eval mode, and Lightning keeps what it finds
+    if adapter is None:
+        return model
+    continues = settings.adapter != "merge"
+    model = put_on(model, adapter, continues, settings.allow_pickle)
+    return model if continues else merge(model, adapter)
 
 
 def checkpoint_activations(model: Any) -> None:
@@ -142,8 +137,19 @@ def checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
+def keep_backward(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew, which it does at the first evaluation pass on some CPUs.
+
+    Those are CPUs with AVX512-BF16; layers packed in that way have no backward pass, and say nothing.
+    """
+    bitsandbytes = importlib.import_module("bitsandbytes")
+    for layer in model.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+
+
 def _quantization(settings: PolicySettings) -> Any:
-    if settings.lora is None:
+    if not tunes_adapter(settings):
         raise UserError(
             f"`model.policy.quantization` is {settings.quantization} and there is no adapter, but quantized parameters"
             " cannot be tuned; set `model.policy.lora`."
@@ -180,6 +186,16 @@ def _with_lora(model: Any, settings: PolicySettings) -> Any:
         return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"LoRA does not fit {settings.path}: {error}") from error
+
+
+def _base_missing(adapter: Adapter, error: Exception) -> UserError:
+    said = "".join(f": {line}" for line in str(error).strip().splitlines()[:1])
+    return UserError(
+        f"the adapter in {adapter.path} is for {adapter.base!r}, which could not be loaded"
+        f" ({type(error).__name__}{said}); put that model there, or write where it is into"
+        " `base_model_name_or_path` of adapter_config.json"
+        " (`model.policy.allow_pickle: true` reads `.bin` files, `trust_remote_code: true` runs code that is there)."
+    )
 
 
 def _unloadable(what: str, path: str, error: Exception) -> UserError:

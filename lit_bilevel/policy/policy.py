@@ -47,6 +47,8 @@ class Policy(nn.Module):
         self.head_shape: Shape | None = head_shape(self.causal_lm)
         self.has_dropout = _has_dropout(self)
         self.compiled = False
+        self.merged = False
+        """Whether an adapter was merged into the base, which then is nowhere on disk."""
         self.isolated = False
         """Whether packed sequences were found not to see each other."""
         self.decoder: Callable[..., list[list[int]]] | None = None

@@ -68,7 +68,12 @@ def _refuse_used(module: Any, digest: str, rows: int) -> None:
         elif weights.pool_rows not in (0, rows):
             problems.append(f"the weights were built for {weights.pool_rows:,} rows and the pool has {rows:,}")
         for part in (module.solver, module.refinement.rule):
-            if any(value is not None for value in part.state_dict().values()):
+            if any(_is_left(value) for value in part.state_dict().values()):
                 problems.append(f"the `{type(part).__name__}` holds what another run left; make a new one")
     if problems:
         raise gathered("a fit cannot begin with these objects", problems)
+
+
+def _is_left(value: Any) -> bool:
+    """Whether a value of a state says that something was taken in: sums and counts begin at 0."""
+    return not (value is None or (isinstance(value, int | float) and value == 0))

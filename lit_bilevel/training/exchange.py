@@ -26,15 +26,18 @@ def lightning_engine(module: Any) -> Engine:
     trainer, strategy = module.trainer, module.trainer.strategy
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     sharded = isinstance(strategy, ModelParallelStrategy)
+    one_backward = isinstance(strategy, DeepSpeedStrategy)
+    # DeepSpeed has no gradients to hold back from stage 2 on, and its one backward pass a step is the synchronised one
+    unsynchronised = nullcontext if one_backward else getattr(strategy, "block_backward_sync", nullcontext)
     return Engine(
         backward=module.manual_backward,
-        unsynchronised=getattr(strategy, "block_backward_sync", nullcontext),
+        unsynchronised=unsynchronised,
         average=(lambda values: values) if sharded else functools.partial(averaged, strategy=strategy),
         world_size=trainer.world_size,
         loss_scale=1.0 if scaler is None else scaler.get_scale(),
         differences=_keeps_digits(trainer.precision) and module.policy.precise,
         sharded=sharded,
-        one_backward=isinstance(strategy, DeepSpeedStrategy),
+        one_backward=one_backward,
     )
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import (
 )
 
 from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.training.callbacks import drop_savers, unfit_callbacks
 from lit_bilevel.training.effects import of_precision, without_callbacks, without_effect
 from lit_bilevel.training.phases import problems_of
 from lit_bilevel.training.schedule import most_falls
@@ -67,10 +68,12 @@ def check_settings(module: Any) -> None:
         )
     for level in ("upper", "lower"):
         objective = getattr(module, f"{level}_objective")
-        if objective.needs_reference and module.policy_settings.lora is None:
+        settings = module.policy_settings
+        if objective.needs_reference and (settings.lora is None or settings.adapter == "continue"):
             problems.append(
                 f"`model.{level}_objective` is `{type(objective).__name__}`, whose reference is the policy with its"
-                " adapter switched off, and there is none; set one with `--model.policy.lora '{r: 16, alpha: 16}'`"
+                " adapter switched off, and there is no new one; set `--model.policy.lora '{r: 16, alpha: 16}'` (and"
+                " where `path` holds an adapter, `--model.policy.adapter merge`)"
             )
     problems += _out_of_range(module) + module.guard.settings.problems() + without_effect(module)
     if problems:
@@ -111,7 +114,7 @@ def takes_one_optimizer(strategy: Any) -> bool:
 
 
 def check_flags(trainer: Any) -> None:
-    """Refuse flags of the Trainer that are arguments of the module here.
+    """Refuse flags of the Trainer that are arguments of the module here, and callbacks that cannot work with it.
 
     Raises:
         UserError: naming each of them.
@@ -122,7 +125,9 @@ def check_flags(trainer: Any) -> None:
         for name, value in given.items()
         if value not in (None, 0, 1 if name == "accumulate_grad_batches" else None)
     ]
+    problems += unfit_callbacks(trainer)
     if problems:
+        drop_savers(trainer)
         raise gathered("settings of another kind of training", problems)
 
 

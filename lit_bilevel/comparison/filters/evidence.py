@@ -20,6 +20,7 @@ from lit_bilevel.data.fingerprint import rows_digest
 from lit_bilevel.data.layout import layout_for
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.load import LoraSettings, load_policy, load_tokenizer
+from lit_bilevel.policy.origin import tunes_adapter
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.scores.columns import COLUMNS
 from lit_bilevel.scores.sweep import policy_digest, score_rows
@@ -94,15 +95,16 @@ class Evidence:
         settings = self.settings
         assert not tuned or self.earlier is not None
         folder = str(self.earlier / "policy") if tuned and self.earlier else None
-        if settings.lora is not None:
+        if tunes_adapter(settings):
             policy = load_policy(settings, torch.get_default_dtype())
             if folder:
                 from peft import load_peft_weights, set_peft_model_state_dict
 
                 set_peft_model_state_dict(policy.model, load_peft_weights(folder, device="cpu"))
         else:
-            path = folder or settings.path
-            policy = load_policy(replace(settings, path=path, lora=adapter), torch.get_default_dtype())
+            if folder:  # a whole model
+                settings = replace(settings, path=folder, adapter=None)
+            policy = load_policy(replace(settings, lora=adapter), torch.get_default_dtype())
         return policy.to(self.trainer.strategy.root_device).eval()
 
     def row_gradients(self, policy: Policy, name: str) -> Iterator[tuple[int, torch.Tensor]]:

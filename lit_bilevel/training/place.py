@@ -1,0 +1,75 @@
+"""Whether a run folder can be made and written, tried before anything is read.
+
+Example: `trainer.default_root_dir: runs/a` where `runs` is a file, or lies in a read-only place, ends at once, and not
+at the first checkpoint. Left out: remote storage.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from lit_bilevel.errors import UserError
+
+WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
+"""Errors of a place, and not of the program."""
+
+
+def try_folder(folder: str | Path, what: str = "trainer.default_root_dir") -> None:
+    """Make a folder and a file in it; what was not there before goes away again.
+
+    Args:
+        folder: which one; parents are made too.
+        what: the setting that names it.
+
+    Raises:
+        UserError: if it cannot be made, or nothing can be written there.
+    """
+    path = Path(folder)
+    new = [place for place in (path, *path.parents) if not place.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".tried-") as file:
+            file.write(b"x" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+        for place in new:
+            place.rmdir()
+    except OSError as error:
+        raise UserError(
+            f"`{what}` is {folder}, where nothing can be written ({error.strerror or error}); give another folder, or"
+            " make it one that can."
+        ) from error
+
+
+def check_room(folder: str | Path, needed: int) -> None:
+    """Refuse a place without room for what a run writes at least.
+
+    Args:
+        folder: of the run.
+        needed: bytes.
+
+    Raises:
+        UserError: with both numbers.
+    """
+    path = Path(folder)
+    free = shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
+    if free < needed:
+        raise UserError(
+            f"`trainer.default_root_dir` is {folder}, where {free / 1e9:.2f} GB are free, and the checkpoints and the"
+            f" policy of this run need about {needed / 1e9:.2f} GB; make room, or give another folder."
+        )
+
+
+def of_place(error: OSError) -> UserError | None:
+    """The message for a write that failed in the middle of a run; `None` where something else was wrong."""
+    if error.errno not in WRITING:
+        return None
+    name = f" ({error.filename})" if error.filename else ""
+    return UserError(
+        f"a file could not be written{name}: {error.strerror}; make room there or mend its permissions, and continue"
+        " with `--ckpt_path last`."
+    )
