@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
-from lit_bilevel.comparison.methods import BASELINES, UNIFORM
+from lit_bilevel.comparison.names import BASELINES, UNIFORM
 from lit_bilevel.comparison.output import quiet, say
 from lit_bilevel.comparison.recipe import callbacks_of, configured, other_flags
 from lit_bilevel.comparison.results import replace_text
