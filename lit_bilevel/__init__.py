@@ -12,6 +12,7 @@ from lit_bilevel.version import __version__
 
 _NAMES = {
     "lit_bilevel.module": "LitBilevel",
+    "lit_bilevel.training.phases": "Phase",
     "lit_bilevel.data.module": "BilevelDataModule",
     "lit_bilevel.policy.load": "LoraSettings PolicySettings",
     "lit_bilevel.objectives": "DPO Objective SFT",
@@ -21,10 +22,11 @@ _NAMES = {
     "lit_bilevel.solvers": "BilevelSolver Implicit Mixing OneStep Penalty ValueFunction",
     "lit_bilevel.refinement.response_weights": "Aligned LengthNormalised ResponseWeights SelfNormalised Sequence Token "
     "Uniform",
-    "lit_bilevel.generation.hf": "GenerationBackend HFGenerate Sampling",
+    "lit_bilevel.generation.hf": "GenerationBackend HFGenerate",
+    "lit_bilevel.generation.sampling": "Sampling",
     "lit_bilevel.generation.backends": "ContinuousBatching VLLM",
-    "lit_bilevel.callbacks": "BelowThreshold BilevelCheckpoint Choose Export Figures LowestFraction ModelCard "
-    "Predictions RandomFraction RandomState SelfRefine Summary WarmStart WeightInspector",
+    "lit_bilevel.callbacks": "BelowThreshold BilevelCheckpoint Choose ClosingSweep Export Figures LowestFraction "
+    "ModelCard Predictions RandomFraction RandomState ScoredPrior SelfRefine Summary WarmStart WeightInspector",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 

@@ -16,6 +16,7 @@ commands:
   validate   loss on the monitor part of the validation file
   test       loss on the test file, of a checkpoint
   predict    generate answers to the test prompts
+  score      what one pass of a policy says of every pool row, before training
   select     keep the best-weighted rows of a pool, as a new file
   inspect    what a run found, on the terminal and as one HTML file
   diagnose   whether the validation set is large and clean enough to learn weights from
@@ -41,6 +42,10 @@ def main(args: list[str] | None = None) -> int:
         from lit_bilevel.commands.select import main as select
 
         return select(arguments)
+    if arguments[0] == "score":
+        from lit_bilevel.commands.score import main as score
+
+        return score(arguments)
     if arguments[0] == "inspect":
         from lit_bilevel.inspection.terminal import main as inspect
 

@@ -14,6 +14,7 @@ import logging
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -230,13 +231,25 @@ def _told(record: logging.LogRecord) -> bool:
 
 def main(args: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    quiet()
     if importlib.util.find_spec("shtab") is not None:
         jsonargparse.set_parsing_settings(add_print_completion_argument=True)
+    given = with_own_configs(sys.argv[1:] if args is None else args)
+    return told(lambda: BilevelCLI(given), "lit-bilevel", "Continue with `--ckpt_path last`.")
+
+
+def told(run: Callable[[], object], program: str, again: str) -> int:
+    """Run something, its errors in one message; returns the exit status.
+
+    Args:
+        run: what is run.
+        program: its name in messages.
+        again: how to go on when another process has ended.
+    """
+    quiet()
     try:
-        BilevelCLI(with_own_configs(sys.argv[1:] if args is None else args))
+        run()
     except (UserError, MisconfigurationException) as error:  # the latter is Lightning's
-        sys.stderr.write(f"lit-bilevel: {error}\n")
+        sys.stderr.write(f"{program}: {error}\n")
         return 2
     except OSError as error:
         told = of_place(error)
@@ -250,8 +263,8 @@ def main(args: list[str] | None = None) -> int:
         if not any(text in str(error) for text in LOST):
             raise
         sys.stderr.write(
-            "lit-bilevel: another process of the run has ended, so this one ends too; its own message stands above, or"
-            f" in its log (seen here: {str(error).splitlines()[0]}). Continue with `--ckpt_path last`.\n"
+            f"{program}: another process of the run has ended, so this one ends too; its own message stands above, or"
+            f" in its log (seen here: {str(error).splitlines()[0]}). {again}\n"
         )
         return 1
     return 0

@@ -19,6 +19,15 @@ def gathered(title: str, problems: list[str], limit: int = 20) -> UserError:
     return UserError(f"{title}: {len(problems)} problems{shown}{more}")
 
 
+def settings_missing() -> UserError:
+    """The error for a checkpoint that is to be loaded by itself."""
+    return UserError(
+        "a checkpoint of `LitBilevel` holds no settings and no frozen parameters, so it cannot be loaded by itself;"
+        " load `policy/` of the run folder with `from_pretrained`, or build the module and give the checkpoint to"
+        " `trainer.test(model, data, ckpt_path=…)`, `validate`, `predict` or `fit`."
+    )
+
+
 def misfit(expected: Mapping[str, Any], found: Mapping[str, Any]) -> UserError:
     """The error for a checkpoint whose entries (names to shapes) are not those of the model."""
     different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

@@ -93,6 +93,36 @@ def token_nll(hidden_KD: Tensor, layer: OutputLayer, target_K: Tensor, temperatu
     return _ChunkedNLL.apply(hidden_KD, layer.weight_VD, layer.bias_V, layer, target_K, temperature, rows)
 
 
+def token_nll_and_entropy(hidden_KD: Tensor, layer: OutputLayer, target_K: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL of each predicted token, and the entropy of the prediction, in nats and without a graph.
+
+    Args:
+        hidden_KD: last hidden states at the positions before the targets.
+        layer: the output layer.
+        target_K: predicted token ids.
+
+    Returns:
+        Two tensors [K] in float32 or better: −log p(y_k) and −Σ_v p_v log p_v.
+    """
+    rows = max(1, CHUNK_ELEMENTS // (4 * layer.weight_VD.shape[0]))  # four tensors of a chunk are held at once
+    with torch.no_grad():
+        found = [
+            logits_nll_and_entropy(layer.logits(hidden), target)
+            for hidden, target in zip(hidden_KD.split(rows), target_K.split(rows), strict=True)
+        ]
+    nll, entropy = zip(*found, strict=True)
+    return torch.cat(nll), torch.cat(entropy)
+
+
+def logits_nll_and_entropy(logits_KV: Tensor, target_K: Tensor) -> tuple[Tensor, Tensor]:
+    """NLL of each target and entropy of the prediction, [K] each, computed in float32 or better."""
+    logprob_KV = _precise(logits_KV).log_softmax(1)
+    nll_K = -logprob_KV.gather(1, target_K[:, None])[:, 0]
+    share_KV = logprob_KV.exp()
+    logprob_KV.clamp_min_(torch.finfo(logprob_KV.dtype).min)  # 0·log 0 = 0
+    return nll_K, -torch.linalg.vecdot(share_KV, logprob_KV)
+
+
 class _ChunkedNLL(torch.autograd.Function):
     """NLL [K] that keeps the log-partition of every token instead of its logits."""
 

@@ -25,7 +25,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_bilevel.errors import UserError
+from lit_bilevel.errors import settings_missing
 from lit_bilevel.generation.hf import answers
 from lit_bilevel.objectives.base import Objective
 from lit_bilevel.objectives.sft import SFT
@@ -34,16 +34,20 @@ from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.logprobs import measures, weigh_responses
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
+from lit_bilevel.policy.randomness import part_random_states
 from lit_bilevel.policy.shard import shard
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import ResponseWeights, Uniform
 from lit_bilevel.solvers.base import BilevelSolver
+from lit_bilevel.training.begin import begin
 from lit_bilevel.training.checkpoint import restore_late, restore_own, save_own
 from lit_bilevel.training.evaluation import Evaluation
-from lit_bilevel.training.exchange import followed, gathered_scores, lightning_engine
+from lit_bilevel.training.exchange import gathered_responses, gathered_scores, lightning_engine
 from lit_bilevel.training.guard import Guard, GuardSettings
 from lit_bilevel.training.optimizers import made_optimizers
+from lit_bilevel.training.phases import WHOLE, Phase, enter_phase, place_of
 from lit_bilevel.training.refusals import check_flags, check_run, check_settings
+from lit_bilevel.training.schedule import upper_weight_of
 from lit_bilevel.types import Batch, Question
 from lit_bilevel.weights.base import ExampleWeights
 from lit_bilevel.weights.optimizer import ExponentiatedGradient
@@ -64,9 +68,8 @@ class LitBilevel(LightningModule):
         weight_optimizer: makes the weights' optimizer.
         upper_weight: λ; the policy minimises λ·f + (1−λ)·g.
         upper_weight_decay: taken off λ after every epoch, down to 0.
-        upper_weight_start: share of the run after which λ takes effect; until then it is 0 and the policy sees no
-            validation row, so that scores come from a gradient that is not memorised.
-        weight_start: share of the run after which the weights begin to move.
+        upper_weight_decay_every: policy steps after which it is taken off instead, whatever an epoch is.
+        phases: parts of the run with settings of their own, in their order; by default it has one.
         lr_scheduler: schedule of the policy's learning rate, by its name in `transformers.get_scheduler`.
         lr_scheduler_kwargs: settings of that schedule, such as `min_lr_rate`.
         warmup_steps: policy steps over which the learning rate rises from 0.
@@ -87,8 +90,7 @@ class LitBilevel(LightningModule):
         weight_optimizer: OptimizerCallable = ExponentiatedGradient,
         upper_weight: float = 0.5,
         upper_weight_decay: float = 0.0,
-        upper_weight_start: float = 0.0,
-        weight_start: float = 0.0,
+        phases: list[Phase] | None = None,
         lr_scheduler: str = "constant",
         lr_scheduler_kwargs: dict[str, Any] | None = None,
         warmup_steps: int = 0,
@@ -100,6 +102,7 @@ class LitBilevel(LightningModule):
         guard: GuardSettings | None = None,
         upper_objective: Objective | None = None,
         lower_objective: Objective | None = None,
+        upper_weight_decay_every: int | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -107,25 +110,23 @@ class LitBilevel(LightningModule):
         self.policy_settings = policy
         self.policy: Policy | None = None
         self.weights = weights
+        self.of_responses = {"response_weights": response_weights, "refined_weights": refined_weights}
         self.refinement = Refinement(refined_weights or weights, response_weights or Uniform(), weight_optimizer)
         self.solver = solver
         self.max_new_tokens = max_new_tokens
-        self.make_optimizer = optimizer
-        self.make_weight_optimizer = weight_optimizer
+        self.make_optimizer, self.make_weight_optimizer = optimizer, weight_optimizer
         self.initial_upper_weight = upper_weight
         self.upper_weight_decay = upper_weight_decay
-        self.upper_weight_start = upper_weight_start
-        self.weight_start = weight_start
-        self.lr_scheduler_name = lr_scheduler
-        self.lr_scheduler_kwargs = lr_scheduler_kwargs
+        self.upper_weight_decay_every = upper_weight_decay_every
+        self.phases = tuple(phases or [WHOLE])
+        self.lr_scheduler_name, self.lr_scheduler_kwargs = lr_scheduler, lr_scheduler_kwargs
         self.warmup_steps = warmup_steps
-        self.gradient_clip_val = gradient_clip_val
-        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_clip_val, self.accumulate_grad_batches = gradient_clip_val, accumulate_grad_batches
         self.guard = Guard(guard or GuardSettings())
         self.upper_objective, self.lower_objective = upper_objective or SFT(), lower_objective or SFT()
         self.evaluation = Evaluation(self.lower_objective, self.upper_objective)
-        self.own_optimizer: Optimizer | None = None
-        """The outer optimizer where the strategy takes one only."""
+        self.own_optimizer: Optimizer | None = None  # the outer one, where the strategy takes one only
+        self.pool_digest: str | None = None  # of the pool that the weights are for
         self._own_state: dict[str, Any] = {}
         check_settings(self)
 
@@ -133,17 +134,14 @@ class LitBilevel(LightningModule):
 
     @functools.cached_property
     def tokenizer(self) -> Any:
-        """The policy's tokenizer."""
-        return load_tokenizer(self.policy_settings)
+        """The one that makes the rows: `data.tokenizer` where that is set, else the policy's."""
+        return load_tokenizer(
+            self.policy_settings, getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        )
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)
-        self.guard.reason = None  # of an earlier run of this object
-        if self.weights.pool_rows == 0:
-            sources = getattr(getattr(self.trainer, "datamodule", None), "pool_sources", None)
-            if sources is None:
-                raise UserError("`LitBilevel` needs a `BilevelDataModule`, to know how many rows to weight; pass one.")
-            self.weights.build(sources, torch.float64 if self.trainer.precision == "64-true" else torch.float32)
+        begin(self, stage)
 
     def configure_callbacks(self) -> list[Any]:
         check_flags(self.trainer)  # Lightning asks for callbacks before it raises errors of its own
@@ -173,17 +171,19 @@ class LitBilevel(LightningModule):
     # ---- training ----
 
     @property
-    def progress(self) -> float:
-        """Share of the run that is done; 1 where its length is not known."""
-        steps = self.trainer.estimated_stepping_batches
-        return 1.0 if steps == float("inf") else self.global_step / steps
+    def place(self) -> int:
+        """Which of the phases this step is in."""
+        return place_of(self.phases, self.global_step, self.trainer.estimated_stepping_batches)
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that this step is in."""
+        return self.phases[self.place]
 
     @property
     def upper_weight(self) -> float:
         """λ in this step."""
-        if self.progress < self.upper_weight_start:
-            return 0.0
-        return max(0.0, self.initial_upper_weight - self.upper_weight_decay * self.current_epoch)
+        return upper_weight_of(self)
 
     @property
     def pair_levels(self) -> list[str]:
@@ -201,19 +201,22 @@ class LitBilevel(LightningModule):
         inner.optimizer.zero_grad(set_to_none=True)
         problem = self._problem(batch, inner.optimizer)
         found = weigh_responses(problem, self.refinement.rule) if self.refinement.active else None
-        s_B = self.solver(problem) if self.learns_weights else None
+        phase = self.phase  # before the step, which may be its last
+        s_B = self.solver(problem) if self.learns_weights and phase.runs_solver else None
         if s_B is None:
             problem.complete()
         features, s_B, losses = gathered_scores(problem, s_B, self.trainer.strategy, self.refinement.active)
-        self.refinement.observe(self.weights, features)
-        if self.learns_weights and self.progress >= self.weight_start:
+        self.refinement.observe(self.weights, outer, features)
+        if self.learns_weights and phase.learn_weights:
             self.refinement.step(self.weights, outer, features, s_B)
         problem.complete()  # with the new weights: a row's first score counts at its first visit
         statistics = self.weights.statistics()
-        found = followed(found, self.refinement.rule, self.trainer)
-        if self.guard.admits(self, features, statistics.get("effective_size"), found):
-            inner.step()
-            self.lr_schedulers().step()  # type: ignore[union-attr]
+        found = gathered_responses(found, self.trainer)
+        if self.guard.steps(self, inner, features, statistics.get("effective_size"), found):
+            self.refinement.follow(found)
+        else:
+            self.refinement.take_back()
+            statistics = {}
         self._log_step(losses | measures(found) | {f"weights/{name}": value for name, value in statistics.items()})
 
     def _optimizers(self) -> tuple[Any, Optimizer | None]:
@@ -225,16 +228,12 @@ class LitBilevel(LightningModule):
 
     def _problem(self, batch: dict[str, list[Batch]], optimizer: Optimizer) -> PolicyProblem:
         assert self.policy is not None
+        weigh = functools.partial(self.refinement.weigh, self.weights)
+        needs_loss = self.weights.needs_loss or self.refinement.needs_loss
+        engine, objectives = lightning_engine(self), (self.lower_objective, self.upper_objective)
+        lower, upper = batch["lower"], batch["upper"]
         return PolicyProblem(
-            self.policy,
-            batch["lower"],
-            batch["upper"],
-            functools.partial(self.refinement.weigh, self.weights),
-            self.weights.needs_loss or self.refinement.needs_loss,
-            self.upper_weight,
-            optimizer,
-            lightning_engine(self),
-            (self.lower_objective, self.upper_objective),
+            self.policy, lower, upper, weigh, needs_loss, self.upper_weight, optimizer, engine, objectives
         )
 
     def _log_step(self, values: dict[str, Tensor]) -> None:
@@ -243,8 +242,12 @@ class LitBilevel(LightningModule):
         self.log_dict({k: v for k, v in shown.items() if k in bar}, prog_bar=True)
         self.log_dict({k: v for k, v in shown.items() if k not in bar})
 
+    def on_fit_start(self) -> None:
+        part_random_states(self.global_rank)  # after the policy is made; a resumed run takes its own up later
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.guard.stop_if_asked()
+        enter_phase(self)
 
     def on_train_start(self) -> None:
         restore_late(self, self._own_state)
@@ -256,8 +259,8 @@ class LitBilevel(LightningModule):
             self.refinement.weights.refresh()
         table = self.weights.table()
         self.guard.look(self, table)
-        extremes = {"weights/max": table.max().float(), "weights/min": table.min().float()}
-        self.log_dict(extremes | {"skipped_steps": float(self.guard.skipped)})
+        self.log_dict({"weights/max": table.max().float(), "weights/min": table.min().float()})
+        self.log("skipped_steps", float(self.guard.skipped))
 
     # ---- evaluation ----
 
@@ -275,6 +278,8 @@ class LitBilevel(LightningModule):
     def predict_step(self, batch: list[Question], batch_idx: int) -> list[dict[str, str]]:
         """Greedy answers to test prompts: dicts of `id`, `prompt` and `response`."""
         assert self.policy is not None
+        if not batch:  # another process has a prompt more
+            return []
         return answers(self.policy, self.tokenizer, batch, self.max_new_tokens)
 
     # ---- checkpoints ----
@@ -286,11 +291,7 @@ class LitBilevel(LightningModule):
         Raises:
             UserError: always, with what to do instead.
         """
-        raise UserError(
-            "a checkpoint of `LitBilevel` holds no settings and no frozen parameters, so it cannot be loaded by itself;"
-            " load `policy/` of the run folder with `from_pretrained`, or build the module and give the checkpoint to"
-            " `trainer.test(model, data, ckpt_path=…)`, `validate`, `predict` or `fit`."
-        )
+        raise settings_missing()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         save_own(self, checkpoint)

@@ -8,12 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+# inside of the package where a wheel was installed, beside it in the repository
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 
 
 def located(name: str) -> str:
     """The name as it is, or the path of the package's own file where nothing of that name is here."""
     if not Path(name).exists():
-        for start, folder in (("configs/", PACKAGE / "configs"), ("lit_bilevel/toy/", PACKAGE / "toy")):
+        for start, folder in (("configs/", CONFIGS), ("lit_bilevel/toy/", PACKAGE / "toy")):
             own = folder / name.removeprefix(start)
             if name.startswith(start) and own.exists():
                 return str(own)

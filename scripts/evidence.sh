@@ -9,7 +9,8 @@ set -euo pipefail
 data=$1 model=$2 out=$3
 shift 3
 python=${PYTHON:-python}
-budget=(--subset 2000 --max_steps 200 --model.upper_weight 0.25 --model.upper_weight_start 0)
+phases='[{"name":"pool","share":0.1,"learn_weights":false,"prepare_solver":true},{"name":"weights","share":0.9}]'
+budget=(--subset 2000 --max_steps 200 --model.upper_weight 0.25 --model.phases "$phases")
 core=(mixing value_function@sigmoid weighted:contrast_375 oracle validation_only perplexity_difference mixing@0.1 mixing@0.5
     best:mixing,mixing@0.1,mixing@0.5)
 others=(pool_only constant_mixing random lowest_loss highest_loss ngram_importance gradient_similarity seal

@@ -18,6 +18,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--accelerator", choices=("gpu", "cpu"), default="gpu", help="of the tests marked `gpu`")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory):
     """Prepared sets of tests lie in a folder of their own."""

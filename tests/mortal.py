@@ -22,12 +22,14 @@ import torch
 
 import lit_bilevel.training.checkpoint_io
 from lit_bilevel.__main__ import main
-from lit_bilevel.callbacks import BilevelCheckpoint, Export, SelfRefine
+from lit_bilevel.callbacks import BilevelCheckpoint, ClosingSweep, Export, SelfRefine, scored_prior
 from lit_bilevel.cli import BilevelCLI  # noqa: F401  (loaded once, in the server)
 from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.load import load_policy  # noqa: F401
 from lit_bilevel.refinement.responses_file import ResponseFile
+from lit_bilevel.scores.parts import PartFiles
+from lit_bilevel.weights import TableWeights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -76,6 +78,11 @@ MOMENTS: dict[str, tuple[Any, str, Callable | None]] = {
     "weights": (Export, "_write_weights", None),
     "policy": (Export, "_write_policy", None),
     "test": (LitBilevel, "test_step", None),
+    "part of the scores": (PartFiles, "write", None),
+    "scores": (scored_prior, "write_scores", None),
+    "prior": (TableWeights, "set_prior", None),
+    "sweep": (ClosingSweep, "sweep", None),
+    "settled": (TableWeights, "settle", None),
 }
 
 

@@ -1,7 +1,8 @@
 """Runs of the same policy steps on one process or several; `python ranks.py SPEC OUTPUT` is one process of them.
 
 A specification is a list of cases (name, strategy, precision, solver, …). Every process runs all of them in turn, so
-that the libraries are imported once; the first one writes the weights and the policy that each case ended with.
+that the libraries are imported once; the first one writes the weights and the policy that each case ended with. A case
+that is a list is a command line of `lit-bilevel`, and ends with its status.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def runs(cases: list[dict[str, Any]], folder: Path, world_size: int, timeout: float = 1200) -> dict[str, Any]:
-    """What each case ended with, by name; `world_size` processes on this machine."""
+def runs(cases: list[Any], folder: Path, world_size: int, timeout: float = 1200) -> Any:
+    """What each case ended with, by name, or the statuses of command lines; `world_size` processes on this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
     with socket.socket() as free:
@@ -81,9 +82,28 @@ def save_model(folder: Path) -> None:
     GPTNeoXForCausalLM(config).save_pretrained(folder)
 
 
+def save_wide_model(folder: Path) -> Path:
+    """A random Llama, with a tokenizer, whose heads are as wide as the kernels of engines take them."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 64}
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=264, num_attention_heads=2, num_key_value_heads=2, eos_token_id=256, **sizes)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(ROOT / "lit_bilevel" / "toy" / "model").save_pretrained(folder)
+    return folder
+
+
 def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     """The module after the steps of a case, and its trainer."""
     from lightning.pytorch import Trainer, seed_everything
+    from lightning.pytorch.callbacks import Checkpoint
     from lightning.pytorch.plugins import DoublePrecision
     from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -94,7 +114,13 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     seed_everything(0, verbose=False)
     losses.CHUNK_ELEMENTS = case.get("chunk", 1 << 25)
     world_size, sharded = int(os.environ.get("WORLD_SIZE", 1)), case["strategy"] == "fsdp2"
-    strategies = {"auto": "auto", "ddp": "ddp", "fsdp2": ModelParallelStrategy(save_distributed_checkpoint=False)}
+    strategies = {
+        "auto": lambda: "auto",
+        "ddp": lambda: "ddp",
+        "fsdp2": lambda: ModelParallelStrategy(save_distributed_checkpoint=False),
+        "zero1": lambda: deepspeed(1),
+        "zero2": lambda: deepspeed(2),
+    }
     lora = {"lora": lb.LoraSettings(**case["lora"])} if "lora" in case else {}
     module = lb.LitBilevel(
         lb.PolicySettings(case["model"], **case.get("policy", {}), **lora),
@@ -106,9 +132,12 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
         gradient_clip_val=case.get("clip", 1.0),
         upper_objective=getattr(lb, case.get("objective", "SFT"))(),
         lower_objective=getattr(lb, case.get("objective", "SFT"))(),
+        phases=[lb.Phase(**phase) for phase in case.get("phases", [])],
+        **case.get("module", {}),
     )
+    callbacks = [*(callbacks or []), *(getattr(lb, name)(**own) for name, own in case.get("callbacks", {}).items())]
     trainer = Trainer(
-        strategy=strategies[case["strategy"]],
+        strategy=strategies[case["strategy"]](),
         accelerator="cpu",
         devices=world_size,
         precision=None if sharded and case["precision"] == "64-true" else case["precision"],
@@ -119,7 +148,7 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
         max_epochs=-1,
         limit_val_batches=0,
         logger=False,
-        enable_checkpointing=bool(callbacks),
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         callbacks=callbacks,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -136,6 +165,13 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     return module, trainer
 
 
+def deepspeed(stage: int) -> Any:
+    """Only asked for where it is installed."""
+    from deepspeed_cpu import DeepSpeedOnCPU
+
+    return DeepSpeedOnCPU(stage=stage)
+
+
 def end(case: dict[str, Any]) -> dict[str, Any]:
     """Weights and policy after a case, whole."""
     module, trainer = fitted(case)
@@ -143,7 +179,14 @@ def end(case: dict[str, Any]) -> dict[str, Any]:
 
     policy = torch.cat([whole(parameter.detach()).flatten().double() for parameter in module.policy.trainable()])
     assert trainer.global_step == case["steps"]
-    return {"weights": module.weights.table().clone(), "policy": policy, "step": trainer.global_step}
+    own = int(torch.randint(1 << 62, ()))
+    random = [own] * trainer.world_size
+    if torch.distributed.is_initialized():
+        torch.distributed.all_gather_object(random, own)
+    dtypes = sorted({str(p.dtype) for p in (*module.weights.parameters(), *module.weights.buffers())})
+    weights = module.weights.table().clone()
+    found = {"weights": weights, "policy": policy, "random": random}
+    return {**found, "step": trainer.global_step, "dtypes": dtypes}
 
 
 def main(specification: str, output: str) -> None:
@@ -151,7 +194,12 @@ def main(specification: str, output: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     cases = json.loads(Path(specification).read_text())
-    ends = {case["name"]: end(case) for case in cases}
+    if isinstance(cases[0], list):
+        from lit_bilevel.cli import main as command_line
+
+        ends: Any = [command_line(case) for case in cases]
+    else:
+        ends = {case["name"]: end(case) for case in cases}
     if int(os.environ.get("RANK", 0)) == 0:
         torch.save(ends, output)
     if torch.distributed.is_initialized():

@@ -30,16 +30,18 @@ ROOMS = {
     "data": "errors resources types version",
     "refinement": "errors types weights",
     "policy": "errors losses objectives problem refinement resources types",
+    "scores": "data errors policy types version",
     "generation": "data errors policy types",
     "training": "data errors losses objectives policy problem refinement types weights",
     "module": "errors generation objectives policy refinement solvers training types weights",
-    "inspection": "errors module training",
-    "callbacks": "data errors generation inspection module policy refinement training types version",
-    "commands": "data errors resources",
+    "inspection": "errors module policy scores training",
+    "callbacks": "data errors generation inspection module policy refinement resources scores training types version"
+    " weights",
     "__init__": "version",
     "parser": "__init__ errors",
     "cli": "callbacks data errors generation module objectives parser refinement resources solvers training weights",
-    "comparison": "cli commands data errors inspection losses policy resources types",
+    "commands": "cli data errors inspection policy resources scores",
+    "comparison": "callbacks cli commands data errors inspection losses policy resources scores types",
     "__main__": "cli commands comparison inspection version",
 }
 

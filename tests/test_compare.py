@@ -41,7 +41,7 @@ def test_names_of_methods():
     assert Method.parse("mixing").flags[:2] == ("--model.weights=UniformWeights", "--model.solver=Mixing")
     assert "--model.upper_weight=0.25" in Method.parse("mixing@0.25").flags
     assert Method.parse("one_step@sigmoid").flags == ("--model.solver=OneStep", "--model.weights=SigmoidWeights")
-    assert "--model.upper_weight_start=0" in Method.parse("penalty").flags  # λ must be above 0 in every step
+    assert Method.parse("penalty").constant  # λ must be above 0 in every step
     refined = Method.parse("one_step+refine:token")
     assert refined.refine
     assert "--model.response_weights=Token" in refined.flags
@@ -51,6 +51,9 @@ def test_names_of_methods():
     assert Method.parse("best:one_step,mixing").best_of == ("one_step", "mixing")
     for name, kind in FILTERS.items():
         assert isinstance(Method.parse(name).filter, kind)
+    assert Method.parse("score:ifd").filter.column == "ifd"
+    assert Method.parse("weights:density_ratio").weights.column == "density_ratio"
+    assert not Method.parse("weights:density_ratio").learns
     assert [name for name in ("one_step", "bmo", "mixing", "random", "seal") if Method.parse(name).learns] == [
         "one_step",
         "bmo",
@@ -66,6 +69,8 @@ def test_names_of_methods():
         ("one_step:token", "need `.refine`"),
         ("mixing@2", "not a number between 0 and 1"),
         ("two_stage:mixing", "learns no weights"),
+        ("two_stage:weights:ifd", "learns no weights"),
+        ("score:idf", "unknown score 'idf'"),
         ("best:mixing,x", "unknown method 'x'"),
         ("one_step+refin", "unknown method 'one_step.refin'"),
         ("one_step+refine@softmax", "unknown method 'one_step.refine@softmax'"),
@@ -194,6 +199,28 @@ def test_an_adapter_of_an_earlier_run_is_loaded(built, tmp_path):
     policy.model.save_pretrained(tmp_path / "policy")
     assert all((parameter == 0.1).all() for parameter in found.policy(tuned=True).trainable())
     assert not all((parameter == 0.1).all() for parameter in found.policy().trainable())
+
+
+def test_scores_keep_and_weight_rows_by_one_pass(small, tmp_path, monkeypatch, capsys):
+    from lit_bilevel.comparison.filters import evidence
+
+    passes, score_rows = [], evidence.score_rows
+    monkeypatch.setattr(evidence, "score_rows", lambda *a, **k: passes.append(1) or score_rows(*a, **k))
+    output = tmp_path / "out"
+    names = ["score:ifd", "weights:density_ratio", "weights:ifd"]
+    assert compare(small, output, "--methods", *names, "--max_steps", "3") == 0, capsys.readouterr()
+    assert len(passes) == 1
+    rows = table_of(output)
+    assert set(rows) == set(names)
+    assert float(rows["score:ifd"]["kept"]) == pytest.approx(0.6, abs=0.01)
+    for name in names:
+        assert 0 < float(rows[name]["auroc/all"]) < 1
+    assert rows["score:ifd"]["auroc/all"] == rows["weights:ifd"]["auroc/all"]  # a sigmoid keeps the order
+    (scores,) = output.glob("scores-*.parquet")
+    ratio = pyarrow.parquet.read_table(scores)["density_ratio"].to_numpy()
+    folder = Results(output, {}).run_folder("weights:density_ratio", 0)
+    kept = pyarrow.parquet.read_table(folder / "weights.parquet")["weight"].to_numpy()
+    np.testing.assert_allclose(kept, ratio, rtol=2e-3)  # where they began, for nothing learns
 
 
 # ---- rows ----
@@ -445,10 +472,12 @@ def test_every_run_takes_the_steps_of_the_shortest_limit():
 
 
 def test_steps_that_a_variant_sets_are_its_own():
-    flags = {None: ["max_steps=14", "max_epochs=-1"], "max_steps": ["max_epochs=-1"], "max_epochs": []}
+    epoch = "--model.upper_weight_decay_every=7"
+    shared = ["--trainer.max_steps=14", "--trainer.max_epochs=-1", epoch]
+    flags = {None: shared, "max_steps": shared[1:2], "max_epochs": []}
     for own, wanted in flags.items():
         variant = Variant("oracle", flags={f"trainer.{own}": 3}) if own else None
-        assert runner_of(steps=14)._as_many_steps(variant) == [f"--trainer.{flag}" for flag in wanted]
+        assert runner_of(steps=14)._as_many_steps(variant) == wanted
 
 
 def test_a_filter_scores_under_the_settings_of_its_method(monkeypatch, tmp_path):

@@ -8,14 +8,32 @@ from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
+import torch
 import yaml
 from conftest import ROOT, TOY, read_jsonl, write_jsonl
 
 from lit_bilevel.cli import BilevelCLI, main
 from lit_bilevel.training import refusals as checks
+from lit_bilevel.training.optimizers import made_optimizers
 
 COMPLETE = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 PARTIAL = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*/*.yaml"))
+
+
+METHODS = {
+    "contrast.yaml": "ValueFunction SigmoidWeights SFT",
+    "dpo_upper.yaml": "OneStep SoftmaxWeights DPO",
+    "paper.yaml": "OneStep SoftmaxWeights SFT",
+    "paper_llama3.yaml": "OneStep SoftmaxWeights SFT",
+    "paper_online.yaml": "OneStep SoftmaxWeights SFT Token SelfRefine",
+    "proxy_to_large.yaml": "OneStep SigmoidWeights SFT",
+    "quality.yaml": "OneStep SigmoidWeights SFT",
+    "quickstart.yaml": "OneStep SoftmaxWeights SFT",
+    "refine.yaml": "OneStep SoftmaxWeights SFT SelfNormalised SelfRefine",
+    "safety.yaml": "OneStep SigmoidWeights SFT",
+    "seal.yaml": "Penalty SoftmaxWeights SFT",
+}
+"""Solver, weights and upper objective of each, and what it refines with."""
 
 
 def transcripts(folder: Path) -> str:
@@ -30,11 +48,31 @@ def transcripts(folder: Path) -> str:
 
 @pytest.mark.parametrize("name", COMPLETE)
 def test_complete_configurations_build(name, tmp_path):
+    """It is the method that it says, goes with its own Trainer, and its optimizers and schedule can be made."""
     cli = BilevelCLI(
         [f"--config=configs/{name}", f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"],
         run=False,
     )
-    assert cli.model.solver
+    model = cli.model
+    model._trainer = cli.trainer
+    checks.check_run(model, "fit")
+    refined = [type(callback).__name__ for callback in checks.refiners(cli.trainer)]
+    parts = (model.solver, model.weights, model.upper_objective, *([model.refinement.rule] if refined else []))
+    assert [type(part).__name__ for part in parts] + refined == METHODS[name].split()
+    model.weights.build(torch.tensor([0, 1, 0, 1]))
+    model.policy = SimpleNamespace(trainable=lambda: [torch.nn.Parameter(torch.ones(2))])
+    model._trainer = SimpleNamespace(estimated_stepping_batches=100, strategy=cli.trainer.strategy)
+    optimizers, (schedule,) = made_optimizers(model)
+    first = schedule["scheduler"].get_last_lr()[0]
+    rates = [first, *(_next_rate(optimizers[0], schedule["scheduler"]) for _ in range(99))]
+    assert max(rates) == optimizers[0].defaults["lr"] > 0
+    assert min(rates) < max(rates) or model.lr_scheduler_name == "constant"
+
+
+def _next_rate(optimizer, schedule) -> float:
+    optimizer.step()
+    schedule.step()
+    return schedule.get_last_lr()[0]
 
 
 @pytest.mark.parametrize("name", PARTIAL)

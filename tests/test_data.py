@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -11,9 +13,12 @@ import pytest
 import torch
 from conftest import SHARED, TOY, read_jsonl, write_jsonl
 from datasets import Dataset
+from lightning.pytorch import Trainer
 from sources import Source
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from lit_bilevel import LitBilevel, OneStep, PolicySettings, SoftmaxWeights
 from lit_bilevel.data.collate import collate, share_of_rank
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.module import BilevelDataModule
@@ -189,10 +194,46 @@ def test_an_epoch_visits_every_row_once_and_never_one_alone(pool, window):
     assert windows != [schedule.lower(1, step) for step in range(schedule.steps)]
 
 
+def test_any_pool_is_cut_into_windows_that_can_be_learned_from():
+    """Every row once an epoch, no window larger than asked for but where one row would be left alone."""
+    hypothesis = pytest.importorskip("hypothesis")
+    numbers = hypothesis.strategies.integers
+
+    @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(numbers(1, 300), numbers(1, 4) | numbers(1, 70), numbers(0, 3), numbers(0, 3))
+    def check(pool, window, seed, epoch):
+        schedule = Schedule(pool, 7, window, 3, seed)
+        windows = [schedule.lower(epoch, step) for step in range(schedule.steps)]
+        sizes = [len(rows) for rows in windows]
+        assert sorted(row for rows in windows for row in rows) == list(range(pool))
+        assert min(sizes) >= min(window, 2, pool)
+        assert max(sizes) <= (3 if window == 2 and pool % 2 else window)
+        assert max(sizes) - min(sizes) <= 1
+
+    check()
+
+
+def test_windows_of_two_train_on_an_odd_pool(small, tmp_path):
+    """One of the windows has three rows, in two micro-batches."""
+    pool = write_jsonl(tmp_path / "pool.jsonl", read_jsonl(Path(small["pool"]))[:5])
+    module = LitBilevel(PolicySettings(str(TOY / "model")), SoftmaxWeights(), OneStep())
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=2, limit_val_batches=0, accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer.fit(module, BilevelDataModule(pool, small["validation"], batch_size=2, max_length=64, seed=0))
+    assert trainer.global_step == 4
+    assert module.weights.visits.tolist() == [2] * 5
+
+
 def test_the_upper_stream_is_a_chain_of_permutations():
     schedule = Schedule(100, 7, 8, 3, seed=1)
     rows = [row for position in range(7) for row in schedule.upper(position)]
     assert all(sorted(rows[i : i + 7]) == list(range(7)) for i in (0, 7, 14))
+
+
+def test_the_orders_of_both_levels_have_nothing_to_do_with_each_other():
+    """Where both have as many rows, each pool row would else meet the same validation rows for ever."""
+    schedule = Schedule(40, 40, 40, 40, seed=1)
+    assert schedule.lower(0, 0) != schedule.upper(0)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # where the tests may use one core only
@@ -229,6 +270,31 @@ def test_shares_of_ranks_partition_the_window():
     assert len(shares[0]) == len(shares[1]) == 4
     rows = [example.row for share in shares for example in share]
     assert sorted(row for row in rows if row != PADDING_ROW) == list(range(7))
+
+
+def test_rows_of_evaluation_are_dealt_out_once(small):
+    """To any number of processes, as many batches on each, by nothing that Lightning would deal out again."""
+    data = module(small, eval_batch_size=3)
+    data.setup()
+    whole = data.sets["test"]
+    for rows, processes in itertools.product((1, 2, 5, 16), (1, 2, 3, 5)):
+        data.sets["test"] = whole.select(range(rows))
+        windows, questions = [], []
+        for rank in range(processes):
+            data.trainer = SimpleNamespace(global_rank=rank, world_size=processes)
+            loaders = data.test_dataloader(), data.predict_dataloader()
+            assert not any(isinstance(loader, DataLoader) for loader in loaders)
+            windows.append(list(loaders[0]))
+            questions.append(list(loaders[1]))
+            assert [len(loader) for loader in loaders] == [len(windows[0]), len(questions[0])]
+            assert [len(windows[-1]), len(questions[-1])] == [len(windows[0]), len(questions[0])]
+        found = [window for own in windows for window in own]
+        assert {window.rows for window in found} == {rows}
+        assert all(window.examples for window in found)  # a batch of nothing cannot be collated
+        dealt = [example.row for window in found for example in window.examples if example.row != PADDING_ROW]
+        assert sorted(dealt) == list(range(rows))
+        assert sorted(q.row for own in questions for batch in own for q in batch) == list(range(rows))
+        assert max(len(batch) for own in questions for batch in own) <= 3
 
 
 def test_collate_points_at_response_tokens():

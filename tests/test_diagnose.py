@@ -41,7 +41,7 @@ def test_advice_depends_on_what_disagrees(halves, seeds, words):
     found = {"validation_rows": 100, "halves": halves, "seeds": seeds, "whole": 0.5}
     text = "\n".join(advice({**found, "rise": {"whole": risen, "validation_only": None}}))
     assert words in text
-    assert "upper_weight_start" in text
+    assert "`upper_weight: 0`" in text
     assert "never looked at" in text
 
 

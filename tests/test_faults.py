@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TOY, read_jsonl
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from test_refine import refine_all, refine_flags, run
 from test_resume import fit, short
 
-from lit_bilevel import SFT, Mixing, OneStep, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
+from lit_bilevel import SFT, Mixing, OneStep, Penalty, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
 from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.load import load_policy
-from lit_bilevel.refinement.response_weights import Token
+from lit_bilevel.refinement.choose import LowestFraction
+from lit_bilevel.refinement.response_weights import SelfNormalised, Token
 from lit_bilevel.training.guard import Guard, GuardSettings
 from lit_bilevel.weights import BMOWeights, NetworkWeights
 
@@ -63,6 +68,59 @@ def test_a_row_without_a_finite_loss_costs_its_step_alone(small, tmp_path, poiso
     assert table.isfinite().all()
     assert table.min() >= 0
     assert table.std() > 0
+
+
+class Spoil(Callback):
+    """Makes the policy's gradient infinite in one step, by its backward pass alone: all losses stay finite."""
+
+    def __init__(self, step: int):
+        self.step, self.seen = step, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.broken = batch_idx == self.step
+        if not self.seen:
+            pl_module.policy.trainable()[0].register_hook(lambda g: g * torch.inf if self.broken else None)
+
+    def on_train_batch_end(self, trainer, pl_module, *rest):
+        rule = pl_module.refinement.rule
+        parts = {
+            "weights": pl_module.weights.state_dict(),
+            "groups": pl_module.refinement.weights.state_dict() if pl_module.refinement.active else {},
+            "optimizer": pl_module.optimizers()[1].optimizer.state_dict() if pl_module.learns_weights else {},
+            "rule": rule.state_dict(),
+            "rate": pl_module.lr_schedulers().get_last_lr(),
+        }
+        self.seen.append(copy.deepcopy(parts))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("settings", "refined"),
+    [
+        ({"solver": OneStep(), "weights": SoftmaxWeights()}, False),
+        ({"solver": Mixing(), "weights": BMOWeights()}, False),
+        ({"solver": OneStep(), "weights": SoftmaxWeights(), "response_weights": SelfNormalised()}, True),
+        (
+            {
+                "solver": OneStep(),
+                "weights": SoftmaxWeights(),
+                "weight_optimizer": functools.partial(torch.optim.SparseAdam, lr=0.1, eps=1.0),
+            },
+            False,
+        ),
+    ],
+    ids=["table", "closed", "refined", "optimizer with a state"],
+)
+def test_a_skipped_policy_step_takes_neither_weight_step_nor_rule_along(small, tmp_path, settings, refined, accumulate):
+    spoil = Spoil(3)
+    watch = refine_all(choose=LowestFraction(0.9), responses=1) if refined else Callback()
+    with pytest.warns(UserWarning, match="was skipped.*every row of the pool has a finite loss"):
+        model = run(small, tmp_path, watch, watch=[spoil], steps=5, accumulate_grad_batches=accumulate, **settings)
+    assert model.guard.skipped == 1
+    before, skipped, after = spoil.seen[2:5]
+    torch.testing.assert_close(skipped, before, rtol=0, atol=0, equal_nan=True)
+    for part in ("groups", "rule") if refined else ("weights",):
+        assert str(after[part]) != str(skipped[part]), part
 
 
 def test_validation_rows_without_a_finite_loss_spoil_no_later_score(small, tmp_path, poison):
@@ -270,3 +328,40 @@ def test_a_scaled_loss_is_unscaled_once_and_an_overflow_is_no_fault(small, tmp_p
     moved = torch.cat([(a - b).detach().flatten() for a, b in zip(precise.policy.trainable(), base, strict=True)])
     found = torch.cat([(a - b).detach().flatten() for a, b in zip(scaled.policy.trainable(), base, strict=True)])
     assert (found - moved).norm() < 0.05 * moved.norm()
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")  # where the first step is skipped
+@pytest.mark.parametrize("solver", [Penalty, OneStep])
+def test_solvers_learn_the_same_weights_under_loss_scaling(small, tmp_path, solver):
+    """Scales that fit, that hardly fit (Lightning's first one), and that overflow twice before they fit."""
+    tables, skipped = [], []
+    for scale in (None, 2.0**10, 2.0**16, 2.0**40):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, backoff_factor=2.0**-12)
+        plugins = [] if scale is None else [MixedPrecision("16-mixed", "cpu", scaler=scaler)]
+        model = run(small, tmp_path, Callback(), steps=11, solver=solver(), trainer_settings={"plugins": plugins})
+        tables.append(model.weights.table().log())
+        skipped.append(model.guard.skipped)
+        assert model.guard.in_a_row == 0
+        assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
+    assert skipped[1] == 0
+    assert skipped[2] <= 1
+    assert skipped[3] > 1
+    assert (tables[1] - tables[0]).std() < 0.1 * tables[0].std()
+    # where steps were skipped, scores are of another policy; what there are of them still move the weights
+    assert all(table.isfinite().all() and table.std() > 0.3 * tables[0].std() for table in tables[2:])
+
+
+def test_a_step_that_deepspeed_skipped_by_itself_is_none():
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
+    taken, rates = [], []
+    module = SimpleNamespace(
+        trainer=SimpleNamespace(strategy=strategy, precision_plugin=SimpleNamespace()),
+        device=torch.device("cpu"),
+        lr_schedulers=lambda: SimpleNamespace(step=lambda: rates.append(1)),
+        weights=SimpleNamespace(pool_rows=9),
+    )
+    guard, optimizer = Guard(GuardSettings()), SimpleNamespace(step=lambda: taken.append(1))
+    for applied in (False, True):
+        strategy._model = SimpleNamespace(was_step_applied=lambda applied=applied: applied)
+        assert guard.steps(module, optimizer, None, None, None) is applied
+    assert (len(taken), len(rates), guard.skipped) == (2, 1, 1)

@@ -14,10 +14,13 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TOY, read_jsonl, write_jsonl
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_refine import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lit_bilevel.module
 from lit_bilevel import (
     BilevelDataModule,
     LitBilevel,
@@ -30,6 +33,7 @@ from lit_bilevel.cli import BilevelCLI, main
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.curves import read_curves
 from lit_bilevel.inspection.truth import read_truth
+from lit_bilevel.policy.load import load_policy
 
 STEP_TAGS = ["upper/loss", "lower/loss", "lower/weighted_loss", "weights/effective_size", "weights/entropy"]
 
@@ -234,6 +238,28 @@ def test_lora_trains_the_adapter_alone_and_checkpoints_it_alone(flags, tmp_path)
     assert LoraSettings().r == 16
 
 
+def test_the_exported_policy_has_what_was_not_trained(flags, tmp_path, monkeypatch):
+    """A frozen parameter and a buffer of a model without an adapter: no checkpoint holds them."""
+
+    def partly(*settings):
+        policy = load_policy(*settings)
+        policy.causal_lm.model.norm.requires_grad_(False)
+        policy.causal_lm.register_buffer("bias", torch.arange(3.0))
+        return policy
+
+    monkeypatch.setattr(lit_bilevel.module, "load_policy", partly)
+    fit(flags)
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert not [name for name in saved if "model.norm" in name or "bias" in name]
+    base, exported = (
+        load_file(TOY / "model" / "model.safetensors"),
+        load_file(tmp_path / "run/policy/model.safetensors"),
+    )
+    assert exported.keys() - base.keys() == {"bias"}
+    assert torch.equal(exported["model.norm.weight"], base["model.norm.weight"])
+    assert not torch.equal(exported["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+
+
 def test_accumulation_equals_the_larger_batch(flags, tmp_path):
     double = ["--trainer.precision=64-true", "--trainer.max_epochs=1"]
     large = fit(flags, *double, "--data.batch_size=8", f"--trainer.default_root_dir={tmp_path / 'large'}")
@@ -285,6 +311,22 @@ def test_bad_data_is_refused(flags, small, capsys, tmp_path):
     bad = write_jsonl(tmp_path / "bad.jsonl", records)
     message = refusal(["fit", *flags, f"--data.pool={bad}"], capsys)
     assert re.search(r"bad\.jsonl.*line 5.*`response` is empty", message)
+
+
+def test_lambda_that_falls_by_steps_is_the_same_whatever_an_epoch_is(small, tmp_path):
+    class Lambda(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *rest):
+            seen.append(pl_module.upper_weight)
+
+    found = []
+    for size, every in ((30, 4), (10, 4), (30, None)):
+        seen: list[float] = []
+        falling = {"upper_weight": 0.5, "upper_weight_decay": 0.2, "upper_weight_decay_every": every}
+        run(small, tmp_path, Lambda(), size=size, steps=13, **falling)
+        found.append(seen)
+    by_steps = [max(0.0, 0.5 - 0.2 * (step // 4)) for step in range(13)]
+    assert found[:2] == [by_steps, by_steps]
+    assert found[2] == [max(0.0, 0.5 - 0.2 * (step // 3)) for step in range(13)]  # three steps an epoch
 
 
 def test_settings_without_meaning_are_refused(flags, capsys):

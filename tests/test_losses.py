@@ -181,6 +181,23 @@ def test_an_output_layer_that_is_not_known_is_left_to_the_model():
     assert head_shape(model) == Shape()
 
 
+def test_a_step_before_the_output_layer_is_left_to_the_model():
+    model = model_of("llama")
+    doubled = model.lm_head.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 2,))
+    assert head_shape(model) is None
+    doubled.remove()
+    assert head_shape(model) == Shape()
+
+
+def test_a_cap_that_does_not_bite_yet_is_found():
+    """Logits of 3 under a cap of 60 are as without it; those of a trained model will not be."""
+    model = model_of("llama")
+    ids = torch.arange(4)[None]
+    assert model(ids).logits.abs().max() < 9
+    model.register_forward_hook(lambda _m, _i, output: output.__setitem__("logits", 60 * (output.logits / 60).tanh()))
+    assert head_shape(model) is None
+
+
 def test_masked_logits_are_left_to_the_model():
     """A vocabulary entry at −∞ must not make every difference count as within the tolerance."""
 

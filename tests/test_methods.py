@@ -58,6 +58,7 @@ def test_what_was_seen_at_the_end_is_what_is_exported(flags, tmp_path):
     assert last["weights"] == pytest.approx([weights[row] for row in last["rows"]], abs=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:the run in .* is finished")
 def test_a_finished_fit_with_weights_from_losses_is_continued(flags, tmp_path):
     """As after a kill in the test that ends a run."""
     first = fitted(flags, tmp_path, *RUNS["bmo"])

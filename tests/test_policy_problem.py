@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import replace
 from functools import partial, partialmethod
 
@@ -15,6 +17,7 @@ from lit_bilevel import SFT, BMOWeights, Implicit, Mixing, OneStep, Penalty, Val
 from lit_bilevel.data.collate import collate
 from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
+from lit_bilevel.policy import shard
 from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.load import checkpoint_activations
@@ -124,6 +127,7 @@ def test_the_policy_gradient_does_not_depend_on_what_was_asked(asked, upper_weig
     if asked:
         problem.upper_gradient()
     problem.complete()
+    problem.complete()  # once is enough
     left = flat([parameter.grad for parameter in policy.trainable()])
     expected = upper_weight * upper.mean(0) + (1 - upper_weight) * (WEIGHTS[:, None] * lower).mean(0)
     assert distance(left, expected) < 1e-12
@@ -190,6 +194,8 @@ def test_a_scaled_loss_changes_no_answer():
         upper, (_, gradient) = flat(problem.upper_gradient()), problem.lower_gradient_at(problem.values())
         product = flat(problem.hessian_vector_product(direction))
         found.append([upper, flat(gradient), problem.lower_jvp(direction), product])
+        problem.complete()
+        found[-1].append(flat([parameter.grad / scale for parameter in policy.trainable()]))
         assert torch.equal(problem.lower_jvp([0 * part for part in direction]), torch.zeros(ROWS).double())
     for plain, scaled in zip(*found, strict=True):
         assert distance(plain, scaled) < 1e-12 * plain.abs().max()
@@ -277,13 +283,17 @@ def test_an_exception_inside_a_solver_leaves_the_policy_alone(monkeypatch):
     assert all(torch.equal(x, y) for x, y in zip(before, policy.trainable(), strict=True))
 
 
+@pytest.mark.parametrize("upper_weight", [0.0, UPPER_WEIGHT])
 @pytest.mark.parametrize("size", [ROWS, 3])
-def test_dropout_is_replayed(size):
+def test_dropout_is_replayed(size, upper_weight):
     policy = tiny_policy(dropout=0.3)
     assert policy.has_dropout
-    problem = made(policy, size)
+    earlier = made(policy, size, upper_weight)
+    earlier.lower_losses()  # as a solver would
+    earlier.complete()
+    problem = made(policy, size, upper_weight)
     losses = problem.lower_losses()
-    assert distance(losses, made(policy, size).lower_losses()) > 1e-3  # another step draws another mask
+    assert distance(losses, earlier.lower_losses()) > 1e-3  # another step draws other masks
     for _ in range(2):
         assert distance(problem.lower_losses_at(problem.values()), losses) < 1e-12
         assert distance(problem.lower_gradient_at(problem.values())[0], losses) < 1e-12
@@ -294,6 +304,43 @@ def test_dropout_is_replayed(size):
     assert distance(problem.lower_jvp(direction), difference) < 1e-5 * max(1, float(difference.abs().max()))
     twice = [flat(problem.hessian_vector_product(direction)) for _ in range(2)]
     assert torch.equal(*twice)
+    problem.complete()
+    assert distance(problem.lower_losses(), losses) < 1e-12
+
+
+def test_second_derivatives_see_the_masks_of_the_first():
+    """H·v is the difference of the gradients that the same step takes."""
+    policy, epsilon = tiny_policy(dropout=0.3), 1e-5
+    problem, direction = made(policy), direction_of(policy)
+    product = flat(problem.hessian_vector_product(direction))
+    values = [value.clone() for value in problem.values()]
+    gradients = []
+    for sign in (1, -1):
+        problem._upper_gradient = problem.upper_loss = None  # asked for anew, at the other values
+        with policy.substituted([v + sign * epsilon * d for v, d in zip(values, direction, strict=True)]):
+            upper, (_, lower) = flat(problem.upper_gradient()), problem.lower_gradient_at(problem.values())
+        gradients.append(UPPER_WEIGHT * upper + (1 - UPPER_WEIGHT) * flat(lower))
+    difference = (gradients[0] - gradients[1]) / (2 * epsilon)
+    assert distance(product, difference) < 1e-6 * difference.abs().max()
+
+
+@pytest.mark.parametrize("size", [ROWS, 3])
+def test_passes_over_other_rows_leave_the_masks_of_the_step_alone(size):
+    policy, found = tiny_policy(dropout=0.3), []
+    for other in (False, True):
+        torch.manual_seed(5)
+        problem = made(policy, size)
+        problem.lower_losses()
+        if other:
+            _derivatives(problem, batches(3, 2), direction_of(policy))
+        problem.complete()
+        found.append(problem.lower_losses())
+    assert distance(*found) < 1e-12
+    problem = made(policy, size, 0.0)
+    _derivatives(problem, batches(3, 2), direction_of(policy))
+    before = torch.get_rng_state()
+    problem.lower_losses()  # draws for itself, though other rows came first
+    assert not torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +350,7 @@ def test_dropout_is_replayed(size):
         partial(test_one_step_is_the_alignment_of_gradients, "one_sided", 1e-6, ROWS),
         partial(test_one_step_is_the_alignment_of_gradients, "forward", 1e-10, ROWS),
         test_hessian_vector_product_is_the_difference_of_gradients,
-        partial(test_dropout_is_replayed, ROWS),
+        partial(test_dropout_is_replayed, ROWS, UPPER_WEIGHT),
     ],
 )
 def test_the_answers_are_the_same_where_logits_come_in_chunks(check, monkeypatch):
@@ -341,6 +388,34 @@ EVERY_SOLVER = {
     "value_function": partial(ValueFunction, inner_steps=2),  # at its first step φ is θ
     "implicit": partial(Implicit, iterations=2, damping=1.0),
 }
+
+
+@pytest.mark.parametrize("upper_weight", [0.0, UPPER_WEIGHT])
+@pytest.mark.parametrize("size", [ROWS, 3])
+@pytest.mark.parametrize("solver", EVERY_SOLVER)
+def test_every_step_draws_masks_of_its_own(solver, size, upper_weight):
+    """Three steps at equal values; training sees the same masks whatever a solver asks for, and none a second time."""
+    if solver in ("penalty", "value_function") and upper_weight == 0:
+        pytest.skip("the solver has no meaning at λ = 0")
+    policy, gradients = tiny_policy(dropout=0.3), []
+    torch.manual_seed(5)
+    for _ in range(3):
+        problem = made(policy, size, upper_weight)
+        problem.upper_gradient()
+        problem.lower_losses()
+    drawn = torch.get_rng_state()
+    for used in (Mixing(), EVERY_SOLVER[solver]()):
+        torch.manual_seed(5)
+        for _ in range(3):
+            problem = made(policy, size, upper_weight)
+            problem.upper_gradient()
+            used(problem)
+            problem.complete()
+            gradients.append(flat([parameter.grad for parameter in policy.trainable()]))
+        assert torch.equal(torch.get_rng_state(), drawn)
+    mixing, asked = gradients[:3], gradients[3:]
+    assert all(distance(a, b) < 1e-12 for a, b in zip(mixing, asked, strict=True))
+    assert min(distance(asked[i], asked[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3
 
 
 def same_answers(policy: Policy, solver: str, size: int, tolerance: float) -> None:
@@ -416,3 +491,15 @@ def test_weights_that_need_losses_do_not_depend_on_accumulation():
         if step == 0:
             weights.observe(batches(1, ROWS)[0].features.with_loss(problem.lower_losses()))
     assert distance(gradients[0], gradients[2]) > 1e-3
+
+
+def test_forward_mode_says_nothing_of_what_torch_is_written_in(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch._decomp.decompositions_for_jvp", raising=False)
+    monkeypatch.delattr(torch._decomp, "decompositions_for_jvp", raising=False)
+    shard._load_rules.cache_clear()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        problem = made(tiny_policy())
+        problem.lower_jvp([torch.ones_like(value) for value in problem.values()])
+    assert "torch._decomp.decompositions_for_jvp" in sys.modules
+    assert not [str(warning.message) for warning in told if "jit" in str(warning.message)]

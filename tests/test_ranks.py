@@ -24,7 +24,18 @@ METHODS = {
     "accumulated": {"solver": "OneStep"},
     "dpo": {"solver": "OneStep", "objective": "DPO", "lora": {"r": 2, "target_modules": ["query_key_value"]}},
 }
-STRATEGIES = {"ddp": list(METHODS), "fsdp2": [name for name in METHODS if name not in ("network", "accumulated")]}
+LEARN = {"name": "weights", "share": 0.5, "upper_weight": 0.9, "learning_rate": 0.5}
+TRAIN = {"name": "policy", "share": 0.5, "learning_rate": 1.0, "learn_weights": False}
+SWEPT = {"phases": [LEARN, TRAIN], "callbacks": {"ClosingSweep": {"phase": "weights"}}}
+METHODS |= {
+    "phases": {"solver": "ValueFunction", **SWEPT},
+    "swept_one_step": {"solver": "OneStep", **SWEPT},
+    "curated": {"solver": "ValueFunction", **SWEPT, "callbacks": {"ScoredPrior": {}, **SWEPT["callbacks"]}},
+}
+STRATEGIES = {
+    "ddp": list(METHODS),
+    "fsdp2": [name for name in METHODS if name not in ("network", "accumulated", "curated")],
+}
 PAIRS = [(name, strategy) for strategy, names in STRATEGIES.items() for name in names]
 TOLERANCES = {"64-true": {"one_step_differences": 1e-7}, "32-true": {"one_step_differences": 1e-2}}
 
@@ -126,6 +137,14 @@ def test_steps_and_checkpoints_count_policy_steps_under_accumulation(folder, tmp
     assert int(module.weights.visits.sum()) == 60 * 5 // 8
     assert {parameter.dtype for parameter in module.weights.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in module.policy.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_processes_draw_masks_of_their_own(double, strategy):
+    """They are seeded alike; the first one draws what a single process draws."""
+    first, second = double[1][f"penalty {strategy}"]["random"]
+    assert first != second
+    assert [first] == double[0]["penalty auto"]["random"]
 
 
 def test_the_runs_move_the_policy(double, folder):

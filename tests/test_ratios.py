@@ -107,6 +107,16 @@ def test_a_lone_response_is_divided_by_the_mean_of_earlier_steps(cls):
     assert copy.mean == rule.mean
 
 
+def test_the_running_mean_of_lone_scores_does_not_remember_the_first():
+    rule, scores = Aligned(), [9.0, 1.0, 2.0, 4.0]
+    share = torch.tensor([0.9**age for age in reversed(range(4))])
+    for score in scores:
+        rule.follow(torch.tensor([score, 1.0]))
+    assert rule.mean == pytest.approx(float((share * torch.tensor(scores)).sum() / share.sum()))
+    rule.follow(torch.tensor([math.nan, 1.0]))
+    assert rule.mean == pytest.approx(float((share * torch.tensor(scores)).sum() / share.sum()))
+
+
 def test_unclipped_sequence_ratios_teach_nothing_in_expectation():
     """E_{π_old}[ρ ∇ log π_θ] = 0, for the sum loss; `Uniform` pulls towards π_old; one token is a whole response."""
     torch.manual_seed(1)
@@ -142,6 +152,13 @@ def test_steps_without_alignment_do_not_blow_up_the_next_lone_response():
     assert rule.weigh(lone(2.0))[0].item() == 1
     weight, clipped = rule.weigh(lone(20.0))
     assert (weight.item(), clipped.item()) == (4, True)
+
+
+def test_an_overflow_does_not_spoil_the_running_mean():
+    rule = Aligned()
+    for total, expected in ((math.inf, None), (4.0, 2.0), (math.inf, 2.0), (math.nan, 2.0)):
+        rule.follow(torch.tensor([total, 2.0]))
+        assert rule.mean == expected
 
 
 @pytest.mark.parametrize("make", [lambda: Aligned(1.0), lambda: Token(1.0), lambda: SelfNormalised(0.0)])

@@ -7,20 +7,23 @@ import math
 import os
 import subprocess
 import sys
+from functools import partialmethod
 from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, TOY, read_jsonl
+from conftest import ROOT, TOY, read_jsonl, write_jsonl
 from lightning.pytorch import Callback, Trainer, seed_everything
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_bilevel import BilevelDataModule, LitBilevel, Mixing, OneStep, PolicySettings, SelfRefine, SoftmaxWeights
 from lit_bilevel.callbacks import BelowThreshold, LowestFraction, RandomFraction
 from lit_bilevel.cli import main
+from lit_bilevel.data.table import has_question
 from lit_bilevel.errors import UserError
-from lit_bilevel.generation.hf import Sampling
+from lit_bilevel.generation.sampling import Sampling
+from lit_bilevel.policy.load import LoraSettings
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import Aligned, LengthNormalised, SelfNormalised, Sequence, Token, Uniform
 from lit_bilevel.types import Features
@@ -33,12 +36,14 @@ def adam(lr: float):
     return lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
 
 
-def run(small, folder, refine, lr=1e-3, watch=(), steps=8, size=8, trainer_settings=None, **settings) -> LitBilevel:
+def run(
+    small, folder, refine, lr=1e-3, watch=(), steps=8, size=8, trainer_settings=None, policy=None, **settings
+) -> LitBilevel:
     """A short run on 90 rows; returns the module, whose trainer knows the rest."""
     seed_everything(0)
     data = BilevelDataModule(small["pool"], small["validation"], small["test"], batch_size=size, max_length=48)
     settings = {"solver": OneStep(), "weights": SoftmaxWeights(), "optimizer": adam(lr), **settings}
-    model = LitBilevel(PolicySettings(str(TOY / "model")), **settings)
+    model = LitBilevel(PolicySettings(str(TOY / "model"), **(policy or {})), **settings)
     trainer = Trainer(
         max_steps=steps,
         default_root_dir=folder,
@@ -98,6 +103,29 @@ def test_a_frozen_policy_has_ratios_of_one(small, tmp_path, sampling):
     assert logged.steps[-1]["refine/ratio_max"] == pytest.approx(1, abs=1e-5)
     assert logged.steps[-1]["refine/clipped"] == 0
     assert logged.steps[-1]["refine/effective_size"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("precision", "policy"),
+    [
+        ("bf16-mixed", {}),
+        ("bf16-true", {}),
+        ("bf16-mixed", {"dtype": "bfloat16", "lora": LoraSettings(4)}),
+        ("bf16-true", {"lora": LoraSettings(4)}),
+        ("bf16-mixed", {"compile": True}),
+    ],
+    ids=["mixed", "true", "mixed, bfloat16 base", "true, adapter", "compiled"],
+)
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_a_frozen_policy_has_ratios_of_one_in_16_bits(small, tmp_path, monkeypatch, precision, policy):
+    """The ratios were 0.93 to 1.09 when they were scored as training runs."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+    spy, settings = SpyUniform(), {"trainer_settings": {"precision": precision}, "policy": policy}
+    model = run(small, tmp_path, refine_all(), lr=0.0, steps=5, response_weights=spy, **settings)
+    assert len(spy.seen) >= 3
+    assert torch.cat(spy.seen).exp().sub(1).abs().max() < 1e-5
+    narrow = {parameter.dtype for parameter in model.policy.parameters()} - {torch.float32}
+    assert narrow == (set() if policy in ({}, {"compile": True}) and "mixed" in precision else {torch.bfloat16})
 
 
 class Recompute(Callback):
@@ -279,10 +307,50 @@ def test_choosers():
         LowestFraction(0)
 
 
+def mixed_pool(folder, plain: int, asked: int) -> list[str]:
+    rows = read_jsonl(TOY / "pool.jsonl")
+    texts = [{"id": f"t{i}", "text": row["response"] + f" {i}"} for i, row in enumerate(rows[:plain])]
+    files = {"texts": texts, "asked": rows[plain : plain + asked]}
+    return [write_jsonl(folder / f"{name}.jsonl", records) for name, records in files.items() if records]
+
+
+@pytest.mark.parametrize(
+    "choose", [LowestFraction(0.5), RandomFraction(0.5), BelowThreshold(2.0)], ids=lambda rule: type(rule).__name__
+)
+def test_rows_without_a_question_are_never_refined(small, tmp_path, choose):
+    """Of 60 plain texts 58 were replaced by what follows their first token."""
+    data = small | {"pool": mixed_pool(tmp_path, 60, 30)}
+    with pytest.warns(UserWarning, match="60 of 90 pool rows have no question") as told:
+        model = run(data, tmp_path, refine_all(every=2, choose=choose))
+    assert len([warning for warning in told if "no question" in str(warning.message)]) == 1
+    chosen = model.trainer.datamodule.responses.chosen
+    assert min(chosen) >= 60
+    assert len(chosen) == (15 if isinstance(choose, RandomFraction) else len(chosen)) > 0
+    assert {record["id"][0] for record in read_jsonl(tmp_path / "responses.jsonl")} != {"t"}
+
+
+def test_a_pool_without_questions_cannot_be_refined(small, tmp_path):
+    with pytest.raises(UserError, match="no row of the pool has one"):
+        run(small | {"pool": mixed_pool(tmp_path, 60, 0)}, tmp_path, refine_all())
+
+
+def test_a_question_that_was_cut_off_is_none(small, tmp_path):
+    """From the left, until the answer alone is as long as a row may be."""
+    table = BilevelDataModule(
+        small["pool"], small["validation"], tokenizer=str(TOY / "model"), max_length=6, truncation="left"
+    )
+    table.setup()
+    pool = table.sets["pool"]
+    cut = [start <= 1 for start in pool["response_start"][:]]
+    assert 0 < sum(cut) < len(cut)
+    assert has_question(pool).tolist() == [not none_left for none_left in cut]
+
+
 def test_when_to_refine():
     """The public code waited for step 5000 whatever the settings."""
     refine = SelfRefine(every_n_steps=3, start=4)
     assert [step for step in range(12) if refine.should_refine(step)] == [4, 7, 10]
+    assert [step for step in range(5) if SelfRefine(every_n_steps=2, start=0).should_refine(step)] == [2, 4]
     assert [epoch for epoch in range(5) if SelfRefine().should_refine(epoch)] == [1, 2, 3, 4]
 
 
@@ -345,7 +413,12 @@ def test_a_run_writes_its_responses_weights_and_text(flags, tmp_path):
 
 
 def test_a_resumed_run_repeats_the_responses_and_the_bits(flags, tmp_path):
-    more = ("--trainer.max_epochs=3", "--checkpoint.every_n_steps=1", "--model.response_weights=SelfNormalised")
+    more = (
+        "--trainer.max_epochs=3",
+        "--checkpoint.every_n_steps=1",
+        "--model.response_weights=SelfNormalised",
+        "--model.policy.lora={r: 4, dropout: 0.2}",
+    )
     assert main(["fit", *refine_flags(flags, tmp_path / "whole", *more)]) == 0
     parts = refine_flags(flags, tmp_path / "parts", *more)
     assert main(["fit", *parts, "--trainer.max_steps=15"]) == 0

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from test_refine import Logged, features, refine_all, run
 
 from lit_bilevel import (
     BMOWeights,
+    ExponentiatedGradient,
     LitBilevel,
     Mixing,
     NetworkWeights,
@@ -25,9 +27,10 @@ from lit_bilevel import (
 )
 from lit_bilevel.callbacks import RandomFraction
 from lit_bilevel.errors import UserError
-from lit_bilevel.generation.hf import Sampling
+from lit_bilevel.generation.sampling import Sampling
 from lit_bilevel.refinement.groups import Refinement
-from lit_bilevel.refinement.response_weights import Token, Uniform
+from lit_bilevel.refinement.response_weights import SelfNormalised, Token, Uniform
+from lit_bilevel.training.exchange import gathered_responses
 
 
 class SavedBeforeTheLastStep(Callback):
@@ -66,8 +69,8 @@ def test_groups_in_closed_form():
     seen = replace(features(0, 6, 2, 7), loss_B=torch.tensor([9.0, 0.5, 9.0, 1.0], dtype=torch.float64))
     assert refinement.needs_loss
     assert refinement.weigh(offline, seen).tolist() == [1, 1, 1, 1]
-    refinement.observe(offline, seen)
     stepped = torch.optim.SGD(offline.parameters(), lr=0.1)
+    refinement.observe(offline, stepped, seen)
     refinement.step(offline, stepped, seen, torch.tensor([1.0, 50.0, -1.0, -50.0], dtype=torch.float64))
     expected = torch.exp(torch.tensor([-1.0, -2.0], dtype=torch.float64))
     expected /= expected.mean()
@@ -75,6 +78,34 @@ def test_groups_in_closed_form():
     torch.testing.assert_close(found[[1, 3]], expected)
     torch.testing.assert_close(refinement.table()[1], expected)
     assert found[0] < 1 < found[2]
+
+
+def test_a_lone_row_or_group_takes_no_step():
+    """It would be compared with itself."""
+    offline = SoftmaxWeights()
+    refinement = Refinement(offline, Uniform(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    offline.build(torch.zeros(6, dtype=torch.int64))
+    refinement.refresh(torch.tensor([1, 4]), offline, torch.zeros(6, dtype=torch.int64), 0.5)
+    steps = []
+    for weights in (offline, refinement.weights):
+        weights.set_gradient = lambda *given: steps.append(given)
+    stepped = torch.optim.SGD(offline.parameters(), lr=0.1)
+    refinement.step(offline, stepped, features(0, 1, 6), torch.tensor([1.0, 5.0, -5.0]))  # row 1 is frozen
+    assert not steps
+    refinement.step(offline, stepped, features(0, 2, 6), torch.tensor([1.0, -1.0, 5.0]))
+    assert len(steps) == 1
+
+
+def test_a_step_without_responses_is_not_followed():
+    rule, trainer = SelfNormalised(), SimpleNamespace(world_size=1)
+    refinement = Refinement(SoftmaxWeights(), rule, ExponentiatedGradient)
+    refinement.follow(gathered_responses(torch.zeros(10).double(), trainer))
+    before = rule.state_dict()
+    found = torch.tensor([1.0, 0, 4, 4, 0, 1, 1, 1, 3, 2]).double()
+    assert torch.equal(gathered_responses(found, trainer), found)
+    refinement.follow(gathered_responses(found, trainer))
+    assert rule.mean == 1.5
+    assert rule.state_dict() != before
 
 
 def test_groups_that_could_never_learn_are_refused():

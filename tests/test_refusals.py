@@ -108,10 +108,6 @@ REFUSED = {
         lambda: module(deepspeed(2), solver=Penalty(), response_weights=Aligned()),
         r"`Aligned` evaluates",
     ),
-    "a start in a run without an end": (
-        lambda: module(ONE, upper_weight_start=0.5, length={"max_epochs": -1, "max_steps": -1}),
-        r"`model.upper_weight_start` is 0.5, a share of a run whose length is not known; set `trainer.max_steps`",
-    ),
     "mps": (lambda: module(SingleDeviceStrategy("mps")), r"no float64.*use `trainer.accelerator: cpu`"),
     "half precision": (lambda: module(ONE, precision="16-true"), r"`trainer.precision` is 16-true.*use bf16-true"),
 }
@@ -159,7 +155,6 @@ def test_settings_that_would_do_nothing_are_refused(name):
 
 def test_groups_in_closed_form_need_an_upper_level_where_there_are_groups():
     made = module(ONE, upper_weight=0.0, refined_weights=BMOWeights())
-    check_run(made, "fit")
     made.trainer.callbacks = [SelfRefine()]
     with pytest.raises(UserError, match=r"`model.upper_weight` is 0, where `BMOWeights` for refined rows has no"):
         check_run(made, "fit")
@@ -169,6 +164,11 @@ def test_the_epoch_in_which_the_upper_level_vanishes_is_named():
     made = module(ONE, solver=Penalty(), upper_weight=0.3, upper_weight_decay=0.1, length=LENGTH | {"max_epochs": 9})
     with pytest.raises(UserError, match="λ is 0 in epoch 4, where `Penalty` has no meaning"):
         check_run(made, "fit")
+    made.upper_weight_decay_every = 100
+    with pytest.raises(UserError, match="λ is 0 after 300 policy steps, where `Penalty` has no meaning"):
+        check_run(made, "fit")  # nine epochs may have so many
+    made.trainer.max_steps = 300
+    check_run(made, "fit")
 
 
 def test_a_checkpoint_is_not_loaded_by_itself():

@@ -13,8 +13,9 @@ from conftest import read_jsonl, write_jsonl
 from lightning.pytorch import Callback
 from mortal import same
 
-from lit_bilevel.callbacks import BilevelCheckpoint
+from lit_bilevel.callbacks import BilevelCheckpoint, WarmStart
 from lit_bilevel.cli import BilevelCLI, main
+from lit_bilevel.errors import UserError
 from lit_bilevel.training.checkpoint_io import AtomicCheckpointIO
 
 # ---- signals ----
@@ -45,9 +46,10 @@ def uninterrupted(small, tmp_path_factory):
 
 
 def short(small, folder: Path) -> list[str]:
-    """One epoch of 12 steps with validation after the 4th, 8th and 12th."""
+    """One epoch of 12 steps with validation after the 4th, 8th and 12th, and dropout, which needs the random states."""
     return [
         "--config=configs/quickstart.yaml",
+        "--model.policy.lora={r: 4, dropout: 0.2}",
         *(f"--data.{name}={path}" for name, path in small.items()),
         "--data.batch_size=8",
         "--trainer.max_epochs=1",
@@ -172,6 +174,24 @@ def test_a_checkpoint_of_another_schema_is_refused(small, tmp_path, uninterrupte
     assert "schema 1" in refused(["fit", *short(small, tmp_path), f"--ckpt_path={tmp_path / 'past.ckpt'}"], capsys)
     text = refused(["fit", *short(small, tmp_path), f"--ckpt_path={tmp_path / 'best.ckpt'}"], capsys)
     assert "best.ckpt does not exist; check `--ckpt_path` (in that folder: future.ckpt, past.ckpt)" in text
+
+
+def test_a_checkpoint_of_another_model_is_refused(small, uninterrupted, capsys):
+    flags = [*short(small, uninterrupted), "--ckpt_path=last"]
+    text = refused(["fit", *flags, "--model.policy.lora={r: 2, dropout: 0.2}"], capsys)
+    assert "the checkpoint does not fit the model" in text
+
+
+def test_a_resumed_run_is_not_started_from_other_weights(tmp_path):
+    start = WarmStart(str(tmp_path / "gone.parquet"))
+    start.on_load_checkpoint(None, None, {})
+    start.on_fit_start(None, None)
+
+
+@pytest.mark.parametrize("setting", [{"every_n_steps": 0}, {"every_minutes": -1.0}], ids=str)
+def test_wrong_checkpoint_settings_are_refused(setting):
+    with pytest.raises(UserError, match=next(iter(setting))):
+        BilevelCheckpoint(**setting)
 
 
 def test_checkpoint_settings_are_usable_from_python():

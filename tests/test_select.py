@@ -251,3 +251,55 @@ def test_nothing_heavy_is_imported():
         "import sys, lit_bilevel.commands.select; sys.exit(any(name in sys.modules for name in ('torch', 'lightning')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# ---- scores in the place of weights ----
+
+
+@pytest.fixture
+def scored(tmp_path) -> list[str]:
+    """Flags for a pool of ten rows whose scores have another order, and a row without `ifd`."""
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("".join(json.dumps({"id": f"r{i}", "prompt": "a", "response": "b"}) + "\n" for i in range(10)))
+    number = np.arange(10, dtype=np.float32)
+    columns = {
+        "id": [f"r{i}" for i in range(9, -1, -1)],
+        "ifd": number[::-1] / 10,
+        "pmi": number,
+        "density_ratio": number,
+    }
+    columns["end_loss"] = np.where(number == 3, np.nan, number)
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "scores.parquet")
+    return ["--pool", str(pool), "--weights", str(tmp_path / "scores.parquet"), "--output", str(tmp_path / "out.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("by", "mode", "kept"),
+    [
+        ("ifd", ["--keep", "0.3"], [0, 1, 2]),  # r_i has ifd i/10, and low values speak for a row
+        ("pmi", ["--keep", "0.3"], [0, 1, 2]),  # r_i has pmi 9 − i
+        ("ifd", ["--threshold", "0.35"], [0, 1, 2, 3]),
+        ("pmi", ["--threshold", "8"], [0, 1]),
+        ("density_ratio", ["--sample", "9"], list(range(9))),  # r9 has a ratio of 0
+    ],
+)
+def test_rows_are_kept_by_a_score_in_the_direction_that_speaks_for_them(scored, tmp_path, by, mode, kept):
+    assert main(["select", *scored, "--by", by, *mode, "--with_weights", "--weight_column", "score"]) == 0
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in found] == [f"r{i}" for i in kept]
+    if by == "ifd":
+        assert [row["score"] for row in found] == pytest.approx([i / 10 for i in kept])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--keep", "0.5"], "no column `weight`; `--by` can be: ifd, pmi, density_ratio, end_loss"),
+        (["--keep", "0.5", "--by", "end_loss"], "has no `end_loss` for 1 of 10 rows"),
+        (["--sample", "3", "--by", "ifd"], "`ifd` is none"),
+        (["--keep", "0.5", "--by", "ifd", "--balance"], "does not have"),
+        (["--threshold", "-1", "--by", "ifd"], "the lowest ifd is 0"),
+    ],
+)
+def test_scores_that_cannot_choose_are_refused(scored, flags, message, capsys):
+    assert message in refused(capsys, [*scored, *flags])

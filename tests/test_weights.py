@@ -15,6 +15,7 @@ from lit_bilevel import BMOWeights, ExampleWeights, ExponentiatedGradient, Netwo
 from lit_bilevel.errors import UserError
 from lit_bilevel.types import PADDING_ROW, Features
 from lit_bilevel.weights.optimizer import check_optimizer
+from lit_bilevel.weights.undo import Undo
 
 ROWS, BATCH = 64, 8
 LEARNED = [name for name, make in WEIGHTINGS.items() if make().learnable]
@@ -163,6 +164,52 @@ def test_bmo_tells_two_groups_apart():
 def test_a_batch_of_one_row_is_refused(name):
     with pytest.raises(UserError, match=r"batch_size.*at least 2"):
         built(name).set_gradient(features_of(torch.tensor([3]), EQUAL), torch.ones(1).double())
+
+
+@pytest.mark.parametrize("nothing", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_step_without_scores_says_nothing_of_their_scale(name, nothing):
+    """c and all that follows are those of a run without such steps, which come first, once or often, and in between."""
+    rows, scores = torch.arange(2 * BATCH), normal(6, 2 * BATCH, seed=7)
+    given = {}
+    for first, between in ((0, 0), (1, 0), (4, 3)):
+        weights = built(name)
+        optimizer = ExponentiatedGradient(weights.parameters())
+        empty = torch.full((2 * BATCH,), nothing, dtype=torch.float64)
+        steps = [empty] * first + [s for score in scores for s in [score, *[empty] * between]]
+        features = features_of(rows, GROUPS)
+        weights.observe(features)
+        for s_B in steps:
+            weights.set_gradient(features, s_B)
+            optimizer.step()
+            optimizer.zero_grad()
+            weights.after_step()
+        given[first, between] = weights.updates[None]
+        if weights.kl_to_prior == 0:  # whose pull needs no scores
+            averages = torch.stack([weights.spread_average, weights.score_average])
+            given[first, between] = torch.cat([weights.updates[None], averages, weights(features).double()])
+    assert torch.equal(given[0, 0], given[1, 0])
+    assert torch.equal(given[0, 0], given[4, 3])
+    assert given[0, 0][0] == 6
+
+
+def test_one_finite_score_has_nothing_to_be_compared_with():
+    weights = built("softmax")
+    s_B = torch.full((BATCH,), math.nan, dtype=torch.float64)
+    s_B[3] = 1.0
+    weights.set_gradient(features_of(torch.arange(BATCH), EQUAL), s_B)
+    assert weights.updates == 0
+    assert not weights.logits.grad.to_dense().any()
+
+
+def test_rows_without_a_finite_score_do_not_shrink_the_scale():
+    whole, broken = built("softmax"), built("softmax")
+    s_B = normal(BATCH, seed=7)
+    whole.set_gradient(features_of(torch.arange(BATCH), EQUAL), s_B)
+    more_B = torch.cat([s_B, torch.full((BATCH,), math.nan, dtype=torch.float64)])
+    broken.set_gradient(features_of(torch.arange(2 * BATCH), EQUAL), more_B)
+    torch.testing.assert_close(broken.spread_average, whole.spread_average)
+    torch.testing.assert_close(broken.logits.grad.to_dense(), whole.logits.grad.to_dense())
 
 
 # ---- what weights are ----
@@ -332,16 +379,48 @@ def test_bmo_is_the_softmax_of_the_losses():
 def test_the_running_normaliser_is_that_of_the_method():
     weights, losses = BMOWeights(temperature=0.7, decay=0.9), normal(5, ROWS, seed=2).abs()
     weights.build(torch.zeros(ROWS, dtype=torch.int64), torch.float64)
-    running = (-losses[0] / 0.7).exp().mean()
-    for loss_N in losses:
+    running = 0.0
+    for step, loss_N in enumerate(losses):
         weights.observe(features_of(torch.arange(ROWS), loss_N))
         running = 0.9 * running + 0.1 * (-loss_N / 0.7).exp().mean()
-    torch.testing.assert_close(weights.log_normaliser, running.log())
+        torch.testing.assert_close(weights.log_normaliser, (running / (1 - 0.9 ** (step + 1))).log())
 
 
-def test_every_row_of_the_first_window_weighs_one():
+def test_a_window_without_a_finite_loss_is_not_counted():
+    weights, other = built("bmo"), built("bmo")
+    rows, loss_N = torch.arange(ROWS), normal(ROWS, seed=2).abs()
+    for each, windows in ((weights, (torch.nan, 1.0, torch.inf, 2.0)), (other, (1.0, 2.0))):
+        for factor in windows:
+            each.observe(features_of(rows, loss_N * factor))
+    assert torch.equal(weights.log_normaliser, other.log_normaliser)
+    assert all(torch.equal(weights.statistics()[key], other.statistics()[key]) for key in ("effective_size", "entropy"))
+
+
+def test_before_any_window_every_row_weighs_one():
     for name in RUNNING:
-        assert torch.equal(built(name)(features_of(torch.arange(ROWS), GROUPS)), torch.ones(ROWS).double())
+        weights = built(name)
+        assert torch.equal(weights(features_of(torch.arange(ROWS), GROUPS)), torch.ones(ROWS).double())
+        assert weights.statistics()["effective_size"] == ROWS
+        assert float(weights.statistics()["entropy"]) == pytest.approx(math.log(ROWS))
+
+
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_the_weights_that_training_uses_have_mean_one(name):
+    """Each window's, over the first few hundred steps, in which the losses of a young policy fall fast."""
+    weights, generator = built(name), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in weights.parameters():
+            parameter.add_(normal(*parameter.shape, seed=4))
+    weights.refresh()
+    hard_N, means = normal(ROWS, seed=5).abs() / 2, []
+    for step in range(300):
+        rows = torch.randperm(ROWS, generator=generator)[: 2 * BATCH]
+        features = features_of(rows, hard_N + 1.0 + 2 * math.exp(-step / 60))
+        weights.observe(features)
+        means.append(weights(features).mean())
+    parts = torch.stack([part.mean() for part in torch.stack(means).split(60)])
+    assert (parts - 1).abs().max() < 0.3, parts  # the normaliser is some ten windows behind
+    assert parts[-1] == pytest.approx(1, abs=0.05)
 
 
 def test_losses_too_large_for_exp():
@@ -561,3 +640,48 @@ def test_any_number_of_sources_is_remembered():
     weights = NetworkWeights()
     weights.build(torch.arange(40_000))
     assert torch.equal(weights.source_N.long(), torch.arange(40_000))
+
+
+# ---- a step that is taken back ----
+
+
+@pytest.mark.parametrize(("name", "optimizer"), [*accepted(), ("bmo", None), ("uniform", None)])
+@pytest.mark.parametrize("earlier", [0, 3])
+def test_a_step_that_is_taken_back_leaves_no_trace(name, optimizer, earlier):
+    """Weights, averages and the optimizer's state are those of a run that never took it, and so is what follows."""
+    pairs = []
+    for skipped in (False, True):
+        weights = built(name)
+        stepped = WEIGHT_OPTIMIZERS[optimizer](weights.parameters()) if optimizer else None
+        for step in range(earlier + 4):
+            rows = torch.randperm(ROWS, generator=torch.Generator().manual_seed(step))[:BATCH]
+            rows = torch.cat([rows, rows[:2]])  # a window may hold a row twice
+            features = features_of(rows, GROUPS + step)
+            if step == earlier and not skipped:
+                continue
+            undo = Undo(weights, stepped, rows)
+            weights.observe(features)
+            if stepped is not None:
+                weights.set_gradient(features, normal(len(rows), seed=step))
+                stepped.step()
+                stepped.zero_grad()
+                weights.after_step()
+            if step == earlier:
+                assert int(weights.visits.sum()) == (earlier + 1) * len(rows)
+                undo.take_back()
+                assert int(weights.visits.sum()) == earlier * len(rows)
+        pairs.append((weights.state_dict(), stepped.state_dict() if stepped else {}))
+    (weights, state), (again, state_again) = pairs
+    for key, value in weights.items():
+        torch.testing.assert_close(again[key], value, rtol=0, atol=0, equal_nan=True, msg=key)
+    torch.testing.assert_close(state_again, state, rtol=0, atol=0)
+
+
+def test_taking_back_a_step_copies_no_table():
+    """O(batch) at any N: what is copied whole has a few numbers."""
+    for name in WEIGHTINGS:
+        weights = built(name)
+        if name == "network":
+            weights.network = weights.source_embedding = torch.nn.Identity()  # large, and of a size of its own
+        copies = Undo(weights, None, torch.arange(2))._copies
+        assert sum(copy.values.numel() for copy in copies.values()) < 20, name

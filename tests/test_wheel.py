@@ -44,6 +44,14 @@ def test_own_files_are_found_from_anywhere(tmp_path, monkeypatch):
     assert found == ["fit", "--config", located(names[1]), f"--config={located(names[1])}", "--data.pool", names[2]]
 
 
+def test_the_repository_holds_no_links():
+    """A zip file or a checkout on Windows would not keep them."""
+    listed = subprocess.run(["git", "ls-files", "--stage"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("this is not a git repository")
+    assert [line for line in listed.stdout.splitlines() if line.startswith("120000")] == []
+
+
 @pytest.mark.slow
 def test_the_wheel_works_in_a_clean_environment(tmp_path):
     environment = {**os.environ, "PYTHON": sys.executable, "BORROW": "1"}
@@ -59,7 +67,8 @@ def test_the_wheel_works_in_a_clean_environment(tmp_path):
     assert Path(where).is_relative_to(tmp_path / "venv")
     assert version == f"lit-bilevel {__version__}"
     assert len(read_jsonl(tmp_path / "elsewhere" / "kept.jsonl")) == 2000
-    (wheel,) = (tmp_path / "dist").iterdir()
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert [path.name for path in (tmp_path / "dist").glob("*.tar.gz")] == [f"lit_bilevel-{__version__}.tar.gz"]
     assert wheel.name.startswith(f"lit_bilevel-{__version__}-")
     with zipfile.ZipFile(wheel) as content:
         names = set(content.namelist())

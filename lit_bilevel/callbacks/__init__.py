@@ -2,12 +2,14 @@
 
 from lit_bilevel.callbacks.card import ModelCard
 from lit_bilevel.callbacks.checkpoint import BilevelCheckpoint
+from lit_bilevel.callbacks.closing_sweep import ClosingSweep
 from lit_bilevel.callbacks.export import Export
 from lit_bilevel.callbacks.figures import Figures
 from lit_bilevel.callbacks.inspector import WeightInspector
 from lit_bilevel.callbacks.predict import Predictions
 from lit_bilevel.callbacks.random_state import RandomState
 from lit_bilevel.callbacks.refine import SelfRefine
+from lit_bilevel.callbacks.scored_prior import ScoredPrior
 from lit_bilevel.callbacks.summary import Summary
 from lit_bilevel.callbacks.warm_start import WarmStart
 from lit_bilevel.refinement.choose import BelowThreshold, Choose, LowestFraction, RandomFraction
@@ -16,6 +18,7 @@ __all__ = [
     "BelowThreshold",
     "BilevelCheckpoint",
     "Choose",
+    "ClosingSweep",
     "Export",
     "Figures",
     "LowestFraction",
@@ -23,6 +26,7 @@ __all__ = [
     "Predictions",
     "RandomFraction",
     "RandomState",
+    "ScoredPrior",
     "SelfRefine",
     "Summary",
     "WarmStart",

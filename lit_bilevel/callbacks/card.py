@@ -22,6 +22,13 @@ from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of, base_of, origin, tunes_adapter
 from lit_bilevel.version import __version__
 
+SETTINGS = (
+    "`generate` then answers as `lit-bilevel predict` does: greedily, and ending where training taught it to.",
+    "peft keeps the generation settings of the base; for those of this folder, which end answers where training taught"
+    " it to, set `model.generation_config = GenerationConfig.from_pretrained(…)`.",
+)
+"""What is said of `generation_config.json`, of a model and of an adapter."""
+
 
 class ModelCard(Callback):
     """Says in `policy/README.md` how the policy came to be."""
@@ -91,7 +98,7 @@ def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metri
         "",
         f"{'An adapter for' if adapter else 'Tuned from'} `{base}` on data that is not trusted, guided by a small"
         f" trusted validation set: every row of the pool has a learned weight (arXiv 2511.21056). {method}",
-        f"Load it with `{loader}`.",
+        f"Load it with `{loader}`. {SETTINGS[adapter]}",
         *("", "## Data", "", "| set | file | rows |", "|---|---|---|"),
         *(f"| {name} | `{path}` | {count:,} |" for name, path, count in rows),
         *("", "## Results", "", "| metric | value |", "|---|---|"),

@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.nodes import check_shared
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.training.checkpoint_io import install
@@ -67,6 +68,7 @@ class BilevelCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
             save_on_train_epoch_end=False,
         )
+        self._own_dirpath = self.dirpath
         self.every_n_steps = every_n_steps
         self.every_minutes = every_minutes
         self._saved_at = time.monotonic()
@@ -77,11 +79,15 @@ class BilevelCheckpoint(ModelCheckpoint):
     # ---- the run ----
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._forget()
         self._place(trainer)
         self._refuse_clashes(trainer)
-        if stage == "fit" and trainer.is_global_zero and not is_rehearsal(trainer):
-            try_folder(run_folder(trainer))
-            try_folder(str(self.dirpath), "checkpoint.dirpath")
+        if stage == "fit" and not is_rehearsal(trainer):
+            if trainer.is_global_zero:
+                try_folder(run_folder(trainer))
+                try_folder(str(self.dirpath), "checkpoint.dirpath")
+            check_shared(trainer, Path(str(self.dirpath)))
         super().setup(trainer, pl_module, stage)
         install(trainer.strategy)
 
@@ -106,8 +112,15 @@ class BilevelCheckpoint(ModelCheckpoint):
                 )
 
     def _place(self, trainer: Trainer) -> None:
-        if self.dirpath is None:  # Lightning's choice would be the first logger's folder
-            self.dirpath = os.path.join(run_folder(trainer), "checkpoints")
+        # Lightning's choice would be the first logger's folder; an earlier Trainer's may be another
+        self.dirpath = self._own_dirpath or os.path.join(run_folder(trainer), "checkpoints")
+
+    def _forget(self) -> None:
+        """Put away what an earlier fit found, or its best state would be that of this one."""
+        self.best_model_path = self.kth_best_model_path = self.last_model_path = ""
+        self.best_model_score, self.current_score = None, None
+        self.best_k_models = {}
+        self.kth_value, self._last_global_step_saved = torch.tensor(torch.inf), 0
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         self._place(trainer)  # `--ckpt_path last` is looked up before `setup`

@@ -21,9 +21,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.tensor import DTensor
 
 from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError
+from lit_bilevel.generation.ending import exported_settings
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.adapter import BASE
@@ -51,14 +53,17 @@ class Export(Callback):
         self._resumed = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a policy from the folder that the run would write its own into.
+        """Begin anew, and refuse a policy from the folder that the run would write its own into.
 
         Raises:
             UserError: naming both.
         """
         assert isinstance(pl_module, LitBilevel)
+        if stage != "fit":
+            return
+        self._resumed = False
         own, given = run_folder(trainer).resolve() / "policy", Path(located(pl_module.policy_settings.path)).resolve()
-        if stage == "fit" and self.policy and (given == own or own in given.parents):
+        if self.policy and (given == own or own in given.parents):
             raise UserError(
                 f"`model.policy.path` is {pl_module.policy_settings.path}, which this run would replace by its own"
                 " policy; give it another `trainer.default_root_dir`."
@@ -98,7 +103,10 @@ class Export(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         self._write_weights(trainer, pl_module, folder / "weights.parquet")
         if self.policy:
-            self._write_policy(pl_module, folder / "policy", state if best is None else saved_state(best))
+            assert pl_module.policy is not None
+            if best is not None:
+                state = with_untrained(pl_module.policy.model, saved_state(best))
+            self._write_policy(pl_module, folder / "policy", state)
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -152,6 +160,8 @@ class Export(Callback):
         _remove(partial)
         assert pl_module.policy is not None
         pl_module.policy.model.save_pretrained(partial, state_dict=state)
+        settings = exported_settings(pl_module.policy, pl_module.tokenizer, pl_module.max_new_tokens)
+        settings.save_pretrained(partial)
         pl_module.tokenizer.save_pretrained(partial)
         if pl_module.policy.merged and pl_module.policy_settings.lora is not None:
             _add_base(pl_module, partial, path)
@@ -204,13 +214,23 @@ def score_pool(trainer: Trainer, module: LitBilevel) -> None:
 
 
 def saved_state(checkpoint: Path) -> dict[str, Any]:
-    """The policy's entries in a checkpoint, whether a file or a folder with a part from every process."""
-    if checkpoint.is_dir():
+    """The policy's entries in a checkpoint: a file, DeepSpeed's folder, or one with a part from every process."""
+    whole = checkpoint / "checkpoint" / "mp_rank_00_model_states.pt"  # DeepSpeed's, up to stage 2
+    if whole.is_file():
+        saved = torch.load(whole, map_location="cpu", weights_only=True)["module"]
+    elif checkpoint.is_dir():
         saved = _load_distributed_checkpoint(checkpoint)["state_dict"]
     else:
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     prefix = "policy.model."
     return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
+
+
+def with_untrained(model: Any, saved: dict[str, Any]) -> dict[str, Any]:
+    """A model's state with the entries of a checkpoint, which holds what was trained; the rest is as it was loaded."""
+    # parameters that are spread over processes are trained, or belong to the base of an adapter, which is not written
+    rest = {name: value for name, value in model.state_dict().items() if not isinstance(value, DTensor)}
+    return rest | saved
 
 
 def is_rehearsal(trainer: Trainer) -> bool:

@@ -70,6 +70,10 @@ class WeightInspector(Callback):
 
     # ---- when ----
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._before, self._auroc = None, {}
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the run is, also where nothing is left to train; every process reads, and refuses, the truth."""
         assert isinstance(pl_module, LitBilevel)

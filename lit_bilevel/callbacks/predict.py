@@ -14,6 +14,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.data.table import column
+from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.context import context_of, room
 
 
 class Predictions(Callback):
@@ -24,6 +27,16 @@ class Predictions(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._found = []
+        assert isinstance(pl_module, LitBilevel)
+        assert pl_module.policy is not None
+        context, most = context_of(pl_module.policy.causal_lm.config), pl_module.max_new_tokens
+        starts = column(trainer.datamodule.sets["test"], "response_start").to_pylist()  # type: ignore[attr-defined]
+        short = sum(room(context, start, most) < most for start in starts)
+        if short:
+            rank_zero_info(
+                f"the policy was made for {context} tokens, so answers to {short:,} of {len(starts):,} test prompts"
+                f" have room for fewer than `model.max_new_tokens` ({most}) and end there."
+            )
 
     def on_predict_batch_end(
         self,

@@ -25,14 +25,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.callbacks.inspector import table_cell
 from lit_bilevel.callbacks.progress import GenerationBar, say
-from lit_bilevel.data.responses import ResponseStore, is_usable
+from lit_bilevel.data.responses import ResponseStore, is_usable, rows_to_choose_from
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.generation.hf import GenerationBackend, HFGenerate, Request, Sampling, end_tokens
+from lit_bilevel.generation.ending import end_tokens
+from lit_bilevel.generation.hf import GenerationBackend, HFGenerate
 from lit_bilevel.generation.respond import GenerationFailed, gathered_responses, respond
+from lit_bilevel.generation.sampling import Request, Sampling
 from lit_bilevel.inspection.folder import tallied
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.context import context_of, room
 from lit_bilevel.refinement.choose import Choose, LowestFraction
-from lit_bilevel.refinement.responses_file import ResponseFile
+from lit_bilevel.refinement.responses_file import ResponseFile, records, text_of
 from lit_bilevel.types import Response
 
 
@@ -40,7 +43,7 @@ class SelfRefine(Callback):
     """Replaces the responses of chosen rows by the policy's own, every so often.
 
     Args:
-        choose: which rows; by default the lowest-weighted tenth.
+        choose: which rows, of those that have a question; by default the lowest-weighted tenth.
         responses: G, responses of a row.
         every_n_epochs: epochs between refreshes; 1 unless `every_n_steps` is set.
         every_n_steps: policy steps between refreshes.
@@ -79,9 +82,8 @@ class SelfRefine(Callback):
         self.rows_shown = rows_shown
         self.on_failure = on_failure
         self._file: ResponseFile | None = None
-        self._length = 0
-        self._refined_at = -1
-        self._pending = False
+        self._rows = torch.zeros(0, dtype=torch.int64)
+        self._length, self._refined_at, self._pending = 0, -1, False
         self._check_settings(every_n_epochs, every_n_steps)
 
     def _check_settings(self, every_n_epochs: int | None, every_n_steps: int | None) -> None:
@@ -134,7 +136,8 @@ class SelfRefine(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         store: ResponseStore = data.responses
         weight_N = pl_module.weights.table().cpu()
-        rows = sorted({*store.chosen, *self.choose.rows(weight_N, data.seed).tolist()})
+        chosen = self._rows[self.choose.rows(weight_N[self._rows], data.seed)]
+        rows = sorted({*store.chosen, *chosen.tolist()})
         started = time.monotonic()
         try:
             responses = self._responses(trainer, pl_module, rows)
@@ -148,7 +151,7 @@ class SelfRefine(Callback):
         pl_module.refinement.refresh(kept, pl_module.weights, data.pool_sources, self.offline_share)
         if trainer.is_global_zero:
             if self._file is not None:
-                self._file.append(_records(data, pl_module.tokenizer, responses, store.round, temperature))
+                self._file.append(records(data.sets["pool"], pl_module.tokenizer, responses, store.round, temperature))
             self._report(trainer, pl_module, responses, seconds)
 
     def _failed(self, pl_module: LitBilevel, round: int, error: GenerationFailed) -> None:
@@ -165,14 +168,14 @@ class SelfRefine(Callback):
     def _responses(self, trainer: Trainer, pl_module: LitBilevel, rows: list[int]) -> dict[int, list[Response]]:
         """All responses of every row, on every process."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        round = data.responses.round + 1
+        round, context = data.responses.round + 1, context_of(pl_module.policy.causal_lm.config)  # type: ignore[union-attr]
         table = data.sets["pool"].select_columns(["row", "input_ids", "response_start"])[rows]
         owners, requests = [], []
         for row, number, ids, start in zip(rows, *(table[name] for name in table), strict=True):
-            room = min(self.sampling.max_new_tokens, data.max_length - start)
-            for sample in range(self.responses if room > 0 else 0):
+            own = room(context, start, min(self.sampling.max_new_tokens, data.max_length - start))
+            for sample in range(self.responses):  # there is room: the whole row was found to fit
                 owners.append(row)
-                requests.append(Request(ids[:start], (data.seed, round, number, sample), room))
+                requests.append(Request(ids[:start], (data.seed, round, number, sample), own))
         responses: dict[int, list[Response]] = {row: [] for row in rows}
         for owner, response in zip(owners, self._generated(trainer, pl_module, requests), strict=True):
             responses[owner].append(response)
@@ -229,12 +232,16 @@ class SelfRefine(Callback):
         weights, pool = pl_module.weights.table().cpu(), trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
         for row in list(responses)[: self.rows_shown]:
             record = pool[row]
-            new = "\n".join(tallied(_text(pl_module.tokenizer, response) for response in responses[row]))
+            new = "\n".join(tallied(text_of(response, pl_module.tokenizer) for response in responses[row]))
             cells = [table_cell(text) for text in (record["id"], record["prompt"], record["response"])]
             lines.append(f"| {' | '.join(cells)} | {weights[row]:.3g} | {table_cell(new)} |")
         return "\n".join(lines)
 
     # ---- the run ----
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # what an earlier one left
+            self._length, self._refined_at, self._pending = 0, -1, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, LitBilevel) and pl_module.lower_objective.pairs:
@@ -246,11 +253,21 @@ class SelfRefine(Callback):
                 f"`SelfRefine` scores different responses on every process, which `{type(trainer.strategy).__name__}`"
                 " does not allow; use `trainer.strategy: ddp`."
             )
+        if isinstance(pl_module, LitBilevel) and pl_module.policy_settings.quantization == "8bit":
+            rank_zero_warn(
+                "`model.policy.quantization` is 8bit, whose kernels round activations, so importance ratios of an"
+                " unchanged policy are not exactly 1 (`refine/ratio_max` shows how far off they are); `4bit` is exact."
+            )
+        self._rows = rows_to_choose_from(trainer.datamodule.sets["pool"])  # type: ignore[attr-defined]
         if trainer.is_global_zero and not is_rehearsal(trainer):
             self._file = ResponseFile(run_folder(trainer) / "responses.jsonl")
             self._file.cut(self._length)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LitBilevel)
+        assert pl_module.policy is not None
+        with trainer.precision_plugin.forward_context():
+            self.backend.check(pl_module.policy)  # now, and not after the first epochs
         if self._pending:
             self._pending = False
             self.refine(trainer, pl_module)
@@ -267,33 +284,9 @@ class SelfRefine(Callback):
         return {"length": length, "refined_at": self._refined_at, "pending": self._pending}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._length, self._refined_at = state_dict["length"], state_dict["refined_at"]
-        self._pending = state_dict["pending"]
+        self._length, self._refined_at, self._pending = (state_dict[k] for k in ("length", "refined_at", "pending"))
 
 
 def _is_last_epoch(trainer: Trainer) -> bool:
     steps_done = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     return steps_done or trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
-
-
-def _text(tokenizer: Any, response: Response) -> str:
-    return tokenizer.decode(response.token_ids, skip_special_tokens=True)
-
-
-def _records(data: Any, tokenizer: Any, responses: dict[int, list[Response]], round: int, temperature: float) -> Any:
-    pool = data.sets["pool"].select_columns(["id", "row"])
-    for row, group in responses.items():
-        record = pool[row]
-        for sample, response in enumerate(group):
-            yield {
-                "id": record["id"],
-                "row": record["row"],
-                "round": round,
-                "sample": sample,
-                "response": _text(tokenizer, response),
-                "token_ids": response.token_ids,
-                "token_logprobs": response.token_logprobs,
-                "logprob": sum(response.token_logprobs),
-                "temperature": temperature,
-                "finished": response.finished,
-            }

@@ -14,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lit_bilevel.callbacks.export import evaluating, is_rehearsal
 from lit_bilevel.callbacks.inspector import boards
+from lit_bilevel.callbacks.progress import say
 from lit_bilevel.data.table import column
-from lit_bilevel.inspection.settings import Plain, run_settings
+from lit_bilevel.inspection.settings import Plain, in_words, run_settings
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of, origin
 from lit_bilevel.training.evaluation import Evaluation
@@ -33,14 +34,33 @@ class Summary(Callback):
         self.first: dict[str, float] = {}
         """Test metrics of the policy that the run began with."""
         self.monitor_losses: list[float] = []
+        self._place = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # or what an earlier one showed would be taken for this one's
+            self.first, self.monitor_losses = {}, []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = trainer.callback_metrics.get("monitor/loss")
         if loss is not None and not trainer.sanity_checking:
             self.monitor_losses.append(float(loss))
 
+    @rank_zero_only
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Say the phase where a new one begins, and where a run is continued."""
+        assert isinstance(pl_module, LitBilevel)
+        place, phases = pl_module.place, pl_module.phases
+        if len(phases) == 1 or place == self._place:
+            return
+        self._place = place
+        text = f"phase {place + 1} of {len(phases)}, {in_words(phases[place])}"
+        say(text)
+        for logger in boards(trainer):
+            logger.experiment.add_text("phase", text, trainer.global_step)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitBilevel)
+        self._place = -1
         self._say(trainer, pl_module)
         begins = trainer.global_step == 0 and not is_rehearsal(trainer)
         if self.test_first and begins and "test" in trainer.datamodule.sets:  # type: ignore[attr-defined]
@@ -107,7 +127,7 @@ def _validation(trainer: Trainer) -> str:
 def _policy(module: LitBilevel) -> str:
     assert module.policy is not None
     trained = sum(parameter.numel() for parameter in module.policy.trainable())
-    total = sum(parameter.numel() for parameter in module.policy.parameters())
+    total = module.policy.causal_lm.num_parameters()  # which knows that four-bit ones are packed
     settings = module.policy_settings
     adapter = adapter_of(settings)
     lora = "" if settings.lora is None else f" (LoRA, rank {settings.lora.r})"
@@ -125,6 +145,8 @@ def _method(settings: dict[str, Plain], module: LitBilevel) -> str:
     for level in ("upper", "lower"):
         if settings[f"{level}_objective"] != "SFT":
             parts.append(f"{level} objective: {settings[f'{level}_objective']}")
+    if "phases" in settings:
+        parts.append(f"phases: {', '.join(phase.name for phase in module.phases)}")
     if "refine" in settings:
         parts.append(f"self-refining: {settings['refine']}, {settings['refine.responses']} responses a row")
     return "; ".join(parts)

@@ -1,9 +1,11 @@
-"""`lit-bilevel select`: the rows of a pool that their learned weights speak for, as a new file.
+"""`lit-bilevel select`: the rows of a pool that their learned weights, or scores, speak for, as a new file.
 
     --keep f | --top_k K      the highest weights; equal weights at the cut are drawn, not taken by position
     --threshold T             w_i ≥ T (the mean weight is 1)
     --sample K                K rows without replacement, in proportion to w: the largest log w_i + Gumbel noise
                               (Efraimidis and Spirakis, 2006)
+    --by ifd                  a score from `lit-bilevel score` in place of the weight; where low values speak for a row
+                              (`scores/columns.py` says), the lowest are kept, and with --threshold those up to T
 
 Rows are joined by `id` (the row number where the pool has none), keep the order of the source and every field: lines
 of a jsonl file are copied byte for byte, a parquet table keeps its schema. Only numpy and pyarrow are imported (for
@@ -18,32 +20,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from lit_bilevel.commands.originals import Pool, read_pool
+from lit_bilevel.commands.originals import read_pool
+from lit_bilevel.commands.weighted import RATIOS, Joined, join, read_weights
 from lit_bilevel.errors import UserError
+from lit_bilevel.scores.columns import DIRECTION
 
 MODES = ("keep", "top_k", "threshold", "sample")
-
-
-@dataclass
-class Joined:
-    """The rows of a pool that have a weight, in the order of the pool.
-
-    Args:
-        position_n: [n] position of each in the pool.
-        weight_n: [n] its weight.
-        source_n: [n] number of its source.
-        sources: names of the sources.
-    """
-
-    position_n: np.ndarray
-    weight_n: np.ndarray
-    source_n: np.ndarray
-    sources: list[str]
 
 
 def main(arguments: list[str]) -> int:
@@ -63,7 +49,13 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lit-bilevel select", description="Keep the best-weighted rows of a pool, as a new file.")
-    parser.add_argument("--weights", required=True, metavar="RUN/weights.parquet", help="weights of a finished run")
+    parser.add_argument(
+        *("--weights",),
+        required=True,
+        metavar="RUN/weights.parquet",
+        help="weights of a finished run, or a file of scores",
+    )
+    parser.add_argument("--by", default="weight", metavar="COLUMN", help="column of that file (weight), such as ifd")
     parser.add_argument(
         "--pool", required=True, nargs="+", help="the pool they were learned on: one or several files, folders, hub ids"
     )
@@ -90,13 +82,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     _check(options)
-    weights = read_weights(options.weights)
+    weights = read_weights(options.weights, options.by)
     pool = read_pool(options.pool, options.id_column)
     joined = join(pool, weights, options)
     chosen = choose(joined, options)
     if not chosen.any():
-        top = joined.weight_n.max()
-        raise UserError(f"no row is left: `--threshold` is {options.threshold:g} and the highest weight is {top:.4g}.")
+        best = joined.weight_n.max() if joined.sign > 0 else joined.weight_n.min()
+        end = "highest" if joined.sign > 0 else "lowest"
+        raise UserError(
+            f"no row is left: `--threshold` is {options.threshold:g} and the {end} {options.by} is {best:.4g}."
+        )
     mask = np.zeros(len(pool.ids), dtype=bool)
     mask[joined.position_n[chosen]] = True
     added = None
@@ -112,7 +107,7 @@ def _run(options: argparse.Namespace) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    sys.stdout.write(_report(joined, chosen, options.output))
+    sys.stdout.write(_report(joined, chosen, options.output, options.by))
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -122,6 +117,10 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"`--{name}` is {value}; it must be at least 1.")
+    if options.sample is not None and options.by not in RATIOS:
+        raise UserError(f"`--sample` draws by a weight, and `{options.by}` is none; use `--keep` or `--top_k`.")
+    if options.balance and options.by in DIRECTION and options.by != "weight":
+        raise UserError("`--balance` needs the sources of a run's weights, which a file of scores does not have.")
     if options.balance == "equal" and options.threshold is not None:
         raise UserError("`--balance equal` fixes how many rows are kept and `--threshold` does not; use `--top_k`.")
     output = Path(options.output)
@@ -134,89 +133,18 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"`--output` {options.output} is a folder; give the name of a file.")
 
 
-# ---- the weights, and whose they are ----
-
-
-@dataclass
-class Weights:
-    """The columns of a `weights.parquet`."""
-
-    id: list[str]
-    row: np.ndarray
-    weight: np.ndarray
-    source: list[str]
-
-
-def read_weights(path: str) -> Weights:
-    """Weights of a run.
-
-    Raises:
-        UserError: if the file is missing or is not such a table.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist; give the `weights.parquet` of a run.")
-    try:
-        table = pyarrow.parquet.read_table(path, columns=["id", "row", "weight", "source"])
-        columns = {name: table[name] for name in ("id", "row", "weight", "source")}
-    except (pyarrow.ArrowException, KeyError) as error:
-        raise UserError(f"{path} is not a table with `id`, `row`, `source` and `weight` ({error}).") from error
-    weight = columns["weight"].to_numpy().astype(np.float64)
-    if not np.isfinite(weight).all() or not (weight >= 0).all() or not len(weight):
-        raise UserError(f"{path} has no weights, or some that are not numbers of at least 0; write it anew.")
-    row = columns["row"].to_numpy()
-    return Weights(columns["id"].to_pylist(), row, weight, columns["source"].to_pylist())
-
-
-def join(pool: Pool, weights: Weights, options: argparse.Namespace) -> Joined:
-    """Find the weight of every row of the pool.
-
-    Raises:
-        UserError: if the weights are not those of this pool.
-    """
-    named = ", ".join(options.pool)
-    if not pool.has_ids and len(weights.row) and weights.row.max() >= len(pool.ids):
-        raise UserError(
-            f"{named} has {len(pool.ids)} rows, no column {options.id_column!r}, and the weights go up to row"
-            f" {weights.row.max()}; give the pool that they were learned on, or its `--id_column`."
-        )
-    place = {key: number for number, key in enumerate(weights.id)}
-    positions, found, seen = [], [], set()
-    for position, key in enumerate(pool.ids):
-        if key is not None and key in place and key not in seen:
-            seen.add(key)
-            positions.append(position)
-            found.append(place[key])
-    if not positions:
-        raise UserError(
-            f"no row of {named} has an id that is in {options.weights} (the first: {pool.ids[0]!r} and"
-            f" {weights.id[0]!r}); give the pool that they were learned on, or its `--id_column`."
-        )
-    without, lost = len(pool.ids) - len(positions), len(weights.id) - len(positions)
-    if without:
-        sys.stdout.write(f"{without:,} rows of the pool have no weight (they were not trained on) and are left out\n")
-    if lost:
-        sys.stdout.write(f"{lost:,} weights belong to rows that the pool does not have\n")
-    sources = sorted(set(weights.source))
-    number = {name: i for i, name in enumerate(sources)}
-    numbers = np.array([number[weights.source[i]] for i in found])
-    return Joined(np.array(positions), weights.weight[found], numbers, sources)
-
-
 # ---- the choice ----
 
 
 def choose(joined: Joined, options: argparse.Namespace) -> np.ndarray:
     """[n] which rows are kept."""
-    weight, group = joined.weight_n, joined.source_n
+    weight, group = joined.sign * joined.weight_n, joined.source_n
     if options.threshold is not None:
         if options.balance:
             rows = np.bincount(group, minlength=len(joined.sources))
             mean = np.bincount(group, weight, len(joined.sources)) / np.maximum(rows, 1)
             return weight >= options.threshold * mean[group]
-        return weight >= options.threshold
+        return weight >= joined.sign * options.threshold
     random = np.random.default_rng(options.seed)
     if options.sample is not None:
         with np.errstate(divide="ignore"):
@@ -264,8 +192,8 @@ def apportioned(wanted: int, shares: Sequence[float] | np.ndarray, available: np
 # ---- what is said ----
 
 
-def _report(joined: Joined, chosen: np.ndarray, output: str) -> str:
-    lines = [("source", "kept", "of", "share", "mean weight kept")]
+def _report(joined: Joined, chosen: np.ndarray, output: str, by: str) -> str:
+    lines = [("source", "kept", "of", "share", f"mean {by} kept")]
     count = len(joined.sources)
     rows = np.bincount(joined.source_n, minlength=count)
     kept = np.bincount(joined.source_n[chosen], minlength=count)

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 
 from lit_bilevel.comparison.results import replace_text
+from lit_bilevel.data.files import members, records
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.folder import read_lines
+from lit_bilevel.resources import located
 
 REFUSALS = re.compile(
     r"\bI\s?(['’]m|am) (sorry|afraid|(not|un) ?(able|willing|going to))"
@@ -59,6 +61,23 @@ def measures(answers: Sequence[str], references: Sequence[str], expected: Sequen
         if asked:
             found[name] = sum(asked) / len(asked)
     return found
+
+
+def answer(cli: Any, folder: Path) -> dict[str, float]:
+    """Answer the test prompts greedily, and measure the answers, which stay in the folder's `predictions.jsonl`.
+
+    Args:
+        cli: a `BilevelCLI` whose fit has ended, so its module holds the monitor-best policy.
+        folder: of the run.
+    """
+    test, path = cli.datamodule.sets["test"], cli.datamodule.paths["test"]
+    cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
+    answers = [record["response"] for record in read_lines(folder / "predictions.jsonl")]
+    paths = [path] if isinstance(path, str) else path
+    files = [file for one in paths for file in members(located(one))]
+    raw = [record for file in files for _, record in records(file)]
+    expected = [raw[row].get("expected") for row in test["row"][:]]
+    return measures(answers, test["response"][:], expected)
 
 
 def write_pairs(first: Path, second: Path, names: tuple[str, str], output: Path, seed: int = 0) -> int:

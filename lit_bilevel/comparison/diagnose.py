@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
-from lit_bilevel.comparison.methods import BASELINES, UNIFORM
+from lit_bilevel.comparison.names import BASELINES, UNIFORM
 from lit_bilevel.comparison.output import quiet, say
+from lit_bilevel.comparison.recipe import callbacks_of, configured, other_flags
 from lit_bilevel.comparison.results import replace_text
 from lit_bilevel.comparison.rows import copy_records
 from lit_bilevel.errors import UserError
@@ -82,6 +83,7 @@ class Diagnosis:
         if not cli.model.learns_weights:
             raise UserError(f"the method of {config} learns no weights; diagnose one with `OneStep`, for example.")
         self.data: Any = cli.config.data
+        self.phases, self.callbacks = configured(cli.config)
         self.sets = cli.datamodule.sets
         digest = hashlib.sha256(Path(located(config)).read_bytes()).hexdigest()
         self.made_of = [f"config {digest}", *(f"{name} {rows}" for name, rows in data_digests(cli).items())]
@@ -90,7 +92,8 @@ class Diagnosis:
         """Fit what is missing; returns rank correlations and steps by the names of the module's docstring."""
         first, second = self.seeds
         a, b = self._halves()
-        alone = [*UNIFORM, *BASELINES["validation_only"]]
+        alone = [*other_flags(self.phases, constant=True), *UNIFORM, *BASELINES["validation_only"]]
+        alone += [f"--trainer.callbacks={json.dumps(callbacks_of('', self.callbacks))}"]
         runs = {
             "whole": [f"--seed_everything={first}"],
             "other_seed": [f"--seed_everything={second}"],
@@ -222,4 +225,7 @@ def _about_rise(name: str, where: dict[str, float] | None) -> list[str]:
     text += f" {where['risen']:.0f} of {where['last']:.0f}"
     if name == "validation_only":
         return [f"{text}: that is how long these rows last before they are memorised."]
-    return [f"{text}: lower `model.upper_weight`, or let it start later (`model.upper_weight_start`)."]
+    return [
+        f"{text}: lower `model.upper_weight`, or let it start later (`model.phases`, a first one with"
+        " `upper_weight: 0`)."
+    ]

@@ -6,8 +6,12 @@
     pool_only, validation_only, oracle
     random, lowest_loss, highest_loss, perplexity_difference, ngram_importance, gradient_similarity
     bmo, SOLVER[@WEIGHTS]                   weights and policy learned together: one_step, penalty@softmax, …
+    curate             `configs/curate.yaml`, at this configuration's rates, with as many steps in its last phase; what
+                       comes before is counted in the seconds
     two_stage:METHOD, seal                  rows selected by METHOD's weights, then a fresh policy trained on them
     weighted:METHOD                         a fresh policy trained on all rows under METHOD's weights, which stay
+    score:COLUMN, weights:COLUMN            rows kept, or weighted, by a score from one pass of the policy before
+                                            training: ifd, pmi, loss, density_ratio, … (`lit-bilevel score`)
     …+refine[:RULE]                         with `SelfRefine`: one_step@sigmoid+refine:token
 
 A file of `--variants` gives further names to methods with settings of their own; a method that is built on a variant
@@ -34,19 +38,30 @@ from lit_bilevel.comparison.filters.base import (
 )
 from lit_bilevel.comparison.filters.gradients import GradientSimilarity
 from lit_bilevel.comparison.filters.ngrams import NgramImportance
+from lit_bilevel.comparison.filters.scores import PassScore
+from lit_bilevel.comparison.names import (
+    BASELINES,
+    CONSTANT,
+    CONSTANT_SHARE,
+    EARLY_STOPPING,
+    FIXED,
+    NEEDS_VALIDATION,
+    REFINE,
+    RULES,
+    SEAL,
+    SHARES,
+    SOLVERS,
+    STOPWATCH,
+    UNIFORM,
+    WEIGHTS,
+    known,
+    share,
+)
+from lit_bilevel.comparison.recipe import Settings, callbacks_of, named, other_flags, recipe_flags
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
+from lit_bilevel.scores.columns import COLUMNS
 
-CONSTANT = ("--model.upper_weight_start=0", "--model.upper_weight_decay=0")
-UNIFORM = ("--model.weights=UniformWeights", "--model.solver=Mixing")
-BASELINES = {
-    "mixing": (),
-    "constant_mixing": CONSTANT[:1],
-    "pool_only": ("--model.upper_weight=0",),
-    "validation_only": ("--model.upper_weight=1", *CONSTANT, "--trainer.val_check_interval=10"),
-}
-SHARES = ("mixing", "mixing@0.1", "mixing@0.25", "mixing@0.5")
-SEAL = "penalty@softmax"
 FILTERS: dict[str, type[Filter]] = {
     "oracle": CleanRows,
     "random": RandomRows,
@@ -56,40 +71,6 @@ FILTERS: dict[str, type[Filter]] = {
     "ngram_importance": NgramImportance,
     "gradient_similarity": GradientSimilarity,
 }
-SOLVERS = {
-    "one_step": "OneStep",
-    "penalty": "Penalty",
-    "value_function": "ValueFunction",
-    "implicit": "Implicit",
-}
-NEEDS_VALIDATION = ("penalty", "value_function")  # their scores have no meaning where λ is 0
-WEIGHTS = {
-    "softmax": "SoftmaxWeights",
-    "sigmoid": "SigmoidWeights",
-    "source": "SourceWeights",
-    "network": "NetworkWeights",
-}
-RULES = {
-    "uniform": "Uniform",
-    "token": "Token",
-    "sequence": "Sequence",
-    "length_normalised": "LengthNormalised",
-    "self_normalised": "SelfNormalised",
-    "aligned": "Aligned",
-}
-REFINE: dict[str, Any] = {
-    "class_path": "SelfRefine",
-    "init_args": {
-        "choose": {"class_path": "LowestFraction", "init_args": {"fraction": 0.4}},
-        "responses": 4,
-        "sampling": {"max_new_tokens": 64},
-    },
-}
-EARLY_STOPPING: dict[str, Any] = {
-    "class_path": "lightning.pytorch.callbacks.EarlyStopping",
-    "init_args": {"monitor": "monitor/loss", "patience": 15},
-}
-STOPWATCH: dict[str, Any] = {"class_path": "lit_bilevel.comparison.stopwatch.Stopwatch"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +85,10 @@ class Method:
         refine: whether `SelfRefine` runs, as the configuration has it or with the settings of `REFINE`.
         stopped_early: whether it ends when the monitor loss has not fallen for 15 looks. For methods that memorise the
             validation rows and never recover.
+        constant: whether λ is the module's (or the method's) in every phase.
+        recipe: a configuration whose phases, weights, solver and callbacks are this method's.
         weighted: whether every row keeps the weight that it has after the run that the method needs.
+        weights: the score that every row has a weight by, which it keeps.
         variant: what the method is a variant of, and the rows that it sees, which may be those of the run it needs.
     """
 
@@ -115,6 +99,9 @@ class Method:
     refine: bool = False
     stopped_early: bool = False
     weighted: bool = False
+    constant: bool = False
+    recipe: str = ""
+    weights: PassScore | None = None
     variant: Variant | None = None
 
     @classmethod
@@ -132,12 +119,17 @@ class Method:
         if name in variants:
             return cls._variant(name, variants[name], {k: v for k, v in variants.items() if k != name})
         kind, _, rest = name.partition(":")
+        if name == "curate":
+            return cls(recipe="configs/curate.yaml")
         if name == "best_mixing":
             return cls(best_of=SHARES)
         if kind == "best" and rest:
             for part in rest.split(","):
                 cls.parse(part, variants)
             return cls(best_of=tuple(rest.split(",")))
+        if kind in ("score", "weights") and rest:
+            score = PassScore(known(rest, COLUMNS, "score"))
+            return cls(UNIFORM, score) if kind == "score" else cls(FIXED, weights=score)
         if name == "seal" or (kind in ("two_stage", "weighted") and rest):
             return cls._second_stage(name, SEAL if name == "seal" else rest, kind == "weighted", variants)
         return cls._trained(name)
@@ -169,8 +161,7 @@ class Method:
         rows = method.variant.rows if method.variant else None
         if not weighted:
             return cls(UNIFORM, LearnedWeights(), needs=first, variant=rows)
-        flags = ("--model.weights=SigmoidWeights", "--model.solver=Mixing")
-        return cls(flags, needs=first, weighted=True, variant=rows)
+        return cls(FIXED, needs=first, weighted=True, variant=rows)
 
     @classmethod
     def _trained(cls, name: str) -> Method:
@@ -179,6 +170,7 @@ class Method:
             raise unknown(name)
         base, refine, rule = parts.groups()
         filter, flags, stopped_early = None, list(UNIFORM), False
+        constant = base in CONSTANT_SHARE or base.startswith("mixing@")
         if base in BASELINES:
             flags += BASELINES[base]
             stopped_early = base in ("constant_mixing", "validation_only")
@@ -188,59 +180,54 @@ class Method:
         elif base in FILTERS:
             filter = FILTERS[base]()
         elif base == "bmo":
-            flags = ["--model.weights=BMOWeights", "--model.solver=Mixing", *CONSTANT]
+            flags = ["--model.weights=BMOWeights", *UNIFORM[1:], *CONSTANT]
         else:
             solver, _, weights = base.partition("@")
             if solver not in SOLVERS:
                 raise unknown(name)
-            flags = [f"--model.solver={SOLVERS[solver]}", *(CONSTANT if solver in NEEDS_VALIDATION else ())]
+            constant = solver in NEEDS_VALIDATION
+            flags = [f"--model.solver={SOLVERS[solver]}", *(CONSTANT if constant else ())]
             flags += [f"--model.weights={WEIGHTS[known(weights, WEIGHTS, 'weights')]}"] if weights else []
         if rule is not None:
             if not refine:
                 raise UserError(f"{name!r}: `:{rule}` names the weights of generated responses, which need `+refine`.")
             flags.append(f"--model.response_weights={RULES[known(rule, RULES, 'response weights')]}")
         needs = filter.needs if filter is not None else ""
-        return cls(tuple(flags), filter, needs, refine=bool(refine), stopped_early=stopped_early)
+        return cls(tuple(flags), filter, needs, refine=bool(refine), stopped_early=stopped_early, constant=constant)
+
+    def phases(self, configured: Settings | None, steps: int) -> list[str]:
+        """Flags for the phases of the run, to stand before those of the method; see `recipe`.
+
+        Args:
+            configured: the configuration's own.
+            steps: policy steps of a run.
+        """
+        return recipe_flags(self.recipe, configured, steps) if self.recipe else other_flags(configured, self.constant)
 
     @property
     def learns(self) -> bool:
         """Whether a run leaves learned weights."""
-        return not (self.best_of or self.filter or self.weighted) and self.flags[:2] != UNIFORM
+        fixed = self.best_of or self.filter or self.weighted or self.weights
+        return not fixed and self.flags[: len(UNIFORM)] != UNIFORM
 
     def callbacks(self, configured: Sequence[Mapping[str, Any]], earlier: Path | None = None) -> str:
         """The flag for the run's callbacks: `SelfRefine` put in or taken out, the configuration's others left.
 
         Args:
             configured: the configuration's own, as `class_path` and `init_args`.
-            earlier: folder of the run that the method needs.
+            earlier: folder of the run that the method needs, or of the weights that it was given.
         """
-        mine = [callback for callback in configured if str(callback["class_path"]).endswith("SelfRefine")]
-        chosen: list[Any] = [callback for callback in configured if callback not in mine]
+        mine = [callback for callback in configured if named(callback, "SelfRefine")]
+        chosen: list[Any] = callbacks_of(self.recipe, [callback for callback in configured if callback not in mine])
         if self.refine:
             callback = (mine or [REFINE])[0]
             own = (self.variant.refine if self.variant else None) or {}
             chosen.append({**callback, "init_args": {**callback.get("init_args", {}), **own}})
         chosen += [EARLY_STOPPING] if self.stopped_early else []
-        if self.weighted:
+        if self.weighted or self.weights:
             assert earlier is not None
             chosen.append({"class_path": "WarmStart", "init_args": {"weights": str(earlier / "weights.parquet")}})
         return f"--trainer.callbacks={json.dumps([*chosen, STOPWATCH])}"
-
-
-def share(name: str) -> float:
-    """λ of `mixing@λ`.
-
-    Raises:
-        UserError: if it is not a number between 0 and 1.
-    """
-    text = name.partition("@")[2]
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1:
-        raise UserError(f"the share {text!r} of {name!r} is not a number between 0 and 1, such as mixing@0.25.")
-    return value
 
 
 def means(name: str, variants: Mapping[str, Variant]) -> bool:
@@ -254,17 +241,7 @@ def means(name: str, variants: Mapping[str, Variant]) -> bool:
 
 def unknown(name: str) -> UserError:
     """The error for a name that is no method's."""
-    names = [*BASELINES, "mixing@SHARE", "best_mixing", *FILTERS, "bmo", *(f"{solver}[@WEIGHTS]" for solver in SOLVERS)]
-    names += ["two_stage:METHOD", "weighted:METHOD", "best:METHOD,METHOD", "seal", "METHOD+refine[:RULE]"]
+    names = [*BASELINES, "mixing@SHARE", "best_mixing", *FILTERS, "bmo", "curate"]
+    names += [*(f"{solver}[@WEIGHTS]" for solver in SOLVERS), "score:COLUMN", "weights:COLUMN", "two_stage:METHOD"]
+    names += ["weighted:METHOD", "best:METHOD,METHOD", "seal", "METHOD+refine[:RULE]"]
     return UserError(f"unknown method {name!r}; there are: {', '.join(names)}.")
-
-
-def known(name: str, names: Sequence[str] | Mapping[str, str], what: str) -> str:
-    """The name itself.
-
-    Raises:
-        UserError: with the names there are.
-    """
-    if name not in names:
-        raise UserError(f"unknown {what} {name!r}; there are: {', '.join(names)}.")
-    return name

@@ -12,7 +12,6 @@ import json
 import math
 import shutil
 import time
-from argparse import Namespace
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,21 +19,20 @@ from typing import Any
 import numpy as np
 
 from lit_bilevel.callbacks.export import run_checkpoint
-from lit_bilevel.comparison.answers import measures
+from lit_bilevel.comparison.answers import answer
 from lit_bilevel.comparison.filters.base import CleanRows
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
 from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
 from lit_bilevel.comparison.methods import Method
+from lit_bilevel.comparison.names import OF_RESPONSES
 from lit_bilevel.comparison.output import quiet
+from lit_bilevel.comparison.recipe import configured
 from lit_bilevel.comparison.results import Result, Results
 from lit_bilevel.comparison.rows import copy_records, stratified
 from lit_bilevel.comparison.stopwatch import Stopwatch
 from lit_bilevel.comparison.variants import Variant
-from lit_bilevel.data.files import members, records
 from lit_bilevel.errors import UserError
-from lit_bilevel.inspection.folder import read_lines
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
-from lit_bilevel.resources import located
 
 
 class Runner:
@@ -135,10 +133,18 @@ class Runner:
         self.say(f"{name}, seed {seed} …")
         folder = self.results.run_folder(name, seed)
         parts = self._parts(method.variant, folder.parent / "rows") if method.variant else []
-        flags = [*method.flags, *parts, f"--seed_everything={seed}"]
-        flags.append(method.callbacks(self._callbacks(), earlier))
+        phases, callbacks = configured(self.settings)
+        flags = method.phases(phases, self.steps)
+        flags += [*method.flags, *parts, f"--seed_everything={seed}"]
+        flags += () if method.refine else OF_RESPONSES
+        given = folder / "given" if method.weights else earlier
+        flags.append(method.callbacks(callbacks, given))
         prepare(folder, [*self.shared, *flags])
         row: Result = {"method": name, "seed": seed}
+        if method.weights is not None:
+            with quiet(folder / "weights.txt"):
+                scores, seconds = self._weighted(method, parts, folder / "given", seed)
+            before, row = before + seconds, row | scores
         if method.filter is not None:
             with quiet(folder / "filter.txt"):
                 chosen, scores, seconds = self._chosen(method, parts, folder, earlier, seed)
@@ -159,6 +165,12 @@ class Runner:
 
     # ---- parts of a run ----
 
+    @property
+    def _epoch_steps(self) -> int:
+        """Policy steps of an epoch on the whole pool."""
+        window = self.settings.data.batch_size * self.settings.model.accumulate_grad_batches
+        return math.ceil(len(self.sets["pool"]) / window)
+
     def _run_steps(self, trainer: Any) -> int:
         """Policy steps of a run on the whole pool.
 
@@ -170,20 +182,22 @@ class Runner:
                 f"`trainer.limit_train_batches` is {trainer.limit_train_batches}, and methods on fewer rows would see"
                 " another part of them; give `--max_steps` or `--subset`."
             )
-        window = self.settings.data.batch_size * self.settings.model.accumulate_grad_batches
-        epoch = math.ceil(len(self.sets["pool"]) / window)
-        ends = [trainer.max_steps, -1 if trainer.max_epochs is None else epoch * trainer.max_epochs]
+        ends = [trainer.max_steps, -1 if trainer.max_epochs is None else self._epoch_steps * trainer.max_epochs]
         ends = [steps for steps in ends if steps >= 0]
         if not ends:
             raise UserError("no run would end by its steps; set `trainer.max_epochs` or `--max_steps`.")
         return min(ends)
 
     def _as_many_steps(self, variant: Variant | None) -> list[str]:
-        """Flags for a run on fewer rows, which takes as many steps as the others where its variant sets none."""
+        """Flags for a run on fewer rows: as many steps as the others take, where its variant sets none, under their λ.
+
+        Such a run has more epochs, and a λ that falls after each of its own would not be that of the methods beside it.
+        """
         own = {name.removeprefix("trainer.") for name in (variant and variant.flags) or {}}
-        steps = {"max_steps": self.steps} if not own & {"max_steps", "max_epochs"} else {}
-        steps |= {"max_epochs": -1} if "max_epochs" not in own else {}
-        return [f"--trainer.{name}={value}" for name, value in steps.items()]
+        flags = [] if "max_epochs" in own else ["--trainer.max_epochs=-1"]
+        if own & {"max_steps", "max_epochs"}:
+            return flags
+        return [f"--trainer.max_steps={self.steps}", *flags, f"--model.upper_weight_decay_every={self._epoch_steps}"]
 
     def _subset(self, cli: Any, count: int) -> Any:
         """Files with a part of the pool, stratified by source and, where there is a truth, by kind of corruption."""
@@ -219,11 +233,6 @@ class Runner:
             flags.append(data_flag("validation", files))
         return flags
 
-    def _callbacks(self) -> list[dict[str, Any]]:
-        own = self.settings.trainer.callbacks
-        found = own if isinstance(own, list) else [own] if own else []
-        return [callback.as_dict() if isinstance(callback, Namespace) else dict(callback) for callback in found]
-
     def _chosen(
         self, method: Method, parts: list[str], folder: Path, earlier: Path | None, seed: int
     ) -> tuple[Any, Result, float]:
@@ -231,7 +240,8 @@ class Runner:
         assert method.filter is not None
         started = time.perf_counter()
         cli = built(self.config, [*self.shared, *method.flags, *parts, f"--seed_everything={seed}"])
-        scores = method.filter.scores(Evidence(cli, earlier, seed))
+        evidence = Evidence(cli, earlier, seed, self.results.folder)
+        scores = method.filter.scores(evidence)
         mask = method.filter.chosen(scores, self.keep, seed)
         pool, data = cli.datamodule.sets["pool"], cli.config.data
         kept = {row: key for row, key, good in zip(pool["row"][:], pool["id"][:], mask, strict=True) if good}
@@ -243,7 +253,20 @@ class Runner:
 
             found["kept_clean"] = float(np.array([not kind for kind in kinds])[mask].mean())
             found |= flat(aurocs(torch.tensor(scores), kinds)) if method.filter.scored else {}
-        return files, found, time.perf_counter() - started
+        return files, found, time.perf_counter() - started + evidence.seconds
+
+    def _weighted(self, method: Method, parts: list[str], folder: Path, seed: int) -> tuple[Result, float]:
+        """Write the weights that the rows keep; returns their AUROC, and the time it took."""
+        import torch
+
+        assert method.weights is not None
+        started = time.perf_counter()
+        cli = built(self.config, [*self.shared, *method.flags, *parts, f"--seed_everything={seed}"])
+        evidence = Evidence(cli, None, seed, self.results.folder)
+        weights = method.weights.write_weights(evidence, folder)
+        kinds = self._kinds(cli.datamodule.sets["pool"])
+        found = flat(aurocs(torch.tensor(weights), kinds)) if kinds is not None else {}
+        return found, time.perf_counter() - started + evidence.seconds
 
     def _scored(self, cli: Any, folder: Path) -> Result:
         """What is measured of a finished fit, whose module holds the monitor-best policy."""
@@ -265,15 +288,4 @@ class Runner:
             loss_n, tokens_n = row_losses(policy, cli.datamodule, "test")
         table = {"id": cli.datamodule.sets["test"]["id"][:], "tokens": tokens_n, "loss": loss_n}
         pyarrow.parquet.write_table(pyarrow.table(table), folder / "test_losses.parquet")
-        return row | (self._answered(cli, folder) if self.answers else {})
-
-    def _answered(self, cli: Any, folder: Path) -> Result:
-        """Measures on greedy answers to the test prompts, which stay in `predictions.jsonl`."""
-        test, data = cli.datamodule.sets["test"], self.settings.data
-        cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
-        answers = [record["response"] for record in read_lines(folder / "predictions.jsonl")]
-        paths = [data.test] if isinstance(data.test, str) else data.test
-        files = [file for path in paths for file in members(located(path))]
-        raw = [record for file in files for _, record in records(file)]
-        expected = [raw[row].get("expected") for row in test["row"][:]]
-        return measures(answers, test["response"][:], expected)
+        return row | (answer(cli, folder) if self.answers else {})

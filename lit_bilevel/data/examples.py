@@ -5,12 +5,11 @@ Left out: the order of training, which is the stream's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from lit_bilevel.types import PADDING_ROW, Example, Question
 
@@ -54,7 +53,28 @@ class Examples:
         ]
 
 
-class EvaluationWindows(Dataset):
+class Batches:
+    """Batches that are made when they are asked for, as many on every process.
+
+    No `DataLoader`, for Lightning would deal the batches of each process out to all of them once more (under
+    `overfit_batches` also those of a loader whose sampler says that this is done).
+
+    Args:
+        make: the batch of this number.
+        count: how many there are.
+    """
+
+    def __init__(self, make: Callable[[int], Any], count: int):
+        self.make, self.count = make, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.make, range(self.count))
+
+
+class EvaluationWindows:
     """Every row of a set once, dealt out to the processes: the shortest first, the same number on each.
 
     Args:
@@ -76,9 +96,8 @@ class EvaluationWindows(Dataset):
     def __len__(self) -> int:
         return -(-(len(self.rows) + self.fillers) // self.size)
 
-    def __getitem__(self, index: int) -> Window:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
+    def __call__(self, index: int) -> Window:
+        """The window of this number; one without a row of its own is filled up with padding."""
         start, stop = index * self.size, (index + 1) * self.size
         own = self.examples(self.rows[start:stop].tolist())
         missing = min(stop, len(self.rows) + self.fillers) - start - len(own)
@@ -86,11 +105,11 @@ class EvaluationWindows(Dataset):
         return Window(own + filler, self.total)
 
 
-def questions_of(table: Any, max_length: int, rank: int, world_size: int) -> list[Question]:
-    """This process's share of the prompts of a set, the shortest first, with their ids as they are in training."""
+def questions_of(table: Any, max_length: int) -> list[Question]:
+    """The prompts of a set, the shortest first, with their ids as they are in training."""
     columns = [table[name][:] for name in ("id", "prompt", "input_ids", "response_start")]
     questions = [
         Question(position, id, prompt, ids[:start], max_length - start)
         for position, (id, prompt, ids, start) in enumerate(zip(*columns, strict=True))
     ]
-    return sorted(questions, key=lambda question: (len(question.prompt_ids), question.row))[rank::world_size]
+    return sorted(questions, key=lambda question: (len(question.prompt_ids), question.row))

@@ -10,6 +10,7 @@ result independent of the number of processes.
 from __future__ import annotations
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Collection, Mapping
@@ -19,20 +20,18 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
 
 from lit_bilevel.data.announce import announce, write_skipped
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
-from lit_bilevel.data.examples import EvaluationWindows, Examples, Window, questions_of
+from lit_bilevel.data.examples import Batches, EvaluationWindows, Examples, Window, questions_of
 from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
 from lit_bilevel.data.layout import layout_for
 from lit_bilevel.data.prepare import Preparation, cache_folder, load_tokenizer
 from lit_bilevel.data.refusals import check_settings
 from lit_bilevel.data.responses import ResponseStore
-from lit_bilevel.data.rows import Source
-from lit_bilevel.data.split import apart
-from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker, unchanged
+from lit_bilevel.data.sets import read_sets
+from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker
 from lit_bilevel.data.table import column, is_paired, source_numbers
 from lit_bilevel.errors import UserError
 from lit_bilevel.resources import located
@@ -52,7 +51,7 @@ class BilevelDataModule(LightningDataModule):
         tokenizer: folder or hub id; by default that of the policy.
         batch_size: pool rows of a micro-batch, per process.
         upper_batch_size: validation rows of a micro-batch, per process; by default as many as pool rows.
-        eval_batch_size: rows of a batch in monitor and test loops.
+        eval_batch_size: rows of a batch in monitor and test loops, and prompts that are answered at once, per process.
         max_length: longest sequence in tokens, prompt and response together.
         truncation: the side on which longer ones are cut: `right` the response, `left` first the oldest prompt tokens.
         train_on: assistant turns that are learned where there are several.
@@ -99,23 +98,23 @@ class BilevelDataModule(LightningDataModule):
         self.truth = None if truth is None else located(truth)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
-        self.upper_batch_size = upper_batch_size or batch_size
+        self.upper_batch_size = batch_size if upper_batch_size is None else upper_batch_size
         self.eval_batch_size = eval_batch_size
         self.max_length = max_length
         self.encoding: dict[str, Any] = {"truncation": truncation, "train_on": train_on}
         self.monitor_fraction = monitor_fraction
         self.source_settings: dict[str, Any] = {"format": format, "columns": columns or {}}
         self.on_bad_row, self.cache, self.num_proc = on_bad_row, cache, num_proc
-        self.num_workers = num_workers
-        self.pin_memory = pin_memory
+        self.num_workers, self.pin_memory = num_workers, pin_memory
         self.packing = packing
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = self._own_seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.source_names: list[str] = []
         self.sets: dict[str, Dataset] = {}
         self.skipped: dict[str, list[str]] = {}
         self.responses = ResponseStore()
         self.pair_levels: Collection[str] = ()
         """The levels, `lower` or `upper`, whose objective learns from pairs; with a Trainer, its module says."""
+        self._read_for: tuple[Any, list[str]] = (None, [])
         self._stream: PairedStream | None = None
         self._position = 0
         check_settings(self)
@@ -123,54 +122,55 @@ class BilevelDataModule(LightningDataModule):
     # ---- reading ----
 
     def setup(self, stage: str | None = None) -> None:
-        """Read, check, split and tokenize all sets, once.
+        """Read, check, split and tokenize all sets, once for a tokenizer; a fit begins with the first step.
 
         Raises:
             UserError: for files, records, overlaps or sizes that cannot be used.
         """
-        if self.sets:
-            return
+        if stage == "fit":
+            self._forget()
         if self.truth is not None and not Path(self.truth).is_file():
             raise UserError(f"{self.truth} does not exist; check `data.truth`, or leave it out.")
-        tokenizer = self._load_tokenizer()
         if self.trainer is not None:
             self.pair_levels = getattr(self.trainer.lightning_module, "pair_levels", ())
-        self._preparation = Preparation(
+        tokenizer, levels = self._tokenizer(), sorted(self.pair_levels)
+        if not self.sets or self._read_for[0] is not tokenizer or self._read_for[1] != levels:
+            self._read(tokenizer)
+            self._read_for = (tokenizer, levels)
+        if self.trainer is not None and stage == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            write_skipped(Path(self.trainer.default_root_dir), self.skipped)
+
+    def _forget(self) -> None:
+        """Put away what an earlier fit left: its position, its generated responses, a checkpoint's seed."""
+        self._stream, self._position, self.responses = None, 0, ResponseStore()
+        self.seed = self._own_seed
+        self.__dict__.pop("fingerprint", None)  # also of the number of rows in a step
+
+    def _read(self, tokenizer: Any) -> None:
+        self._preparation = Preparation(  # kept, for a temporary folder lasts as long as it does
             Encoder(tokenizer, self.max_length, **self.encoding),
             cache_folder(self.cache),
             self.on_bad_row,
             self.num_proc,
             progress=sys.stderr.isatty() and self._process[0] == 0,
         )
-        sets: dict[str, Dataset] = {}
-        formats: dict[str, str] = {}
-        for name, path in self.paths.items():
-            if path is not None:
-                source = Source(path, **self.source_settings, pairs=self._pairs_in(name))
-                sets[name], self.skipped[name], found = self._preparation(name, source)
-                formats |= found
-        sets, left_out = apart(sets, self.on_bad_row, self.monitor_fraction)
-        for name, messages in left_out.items():
-            self.skipped[name] += messages
-        self.source_names = sorted(column(sets["pool"], "source").unique().to_pylist())
-        self.sets = sets
-        announce(sets, self.skipped, formats, tokenizer)
-        if self.trainer is not None and stage == "fit" and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            write_skipped(Path(self.trainer.default_root_dir), self.skipped)
+        self.sets, self.skipped, formats = read_sets(
+            self.paths, self._preparation, self.source_settings, self.pair_levels, self.monitor_fraction
+        )
+        self.source_names = sorted(column(self.sets["pool"], "source").unique().to_pylist())
+        self.__dict__.pop("fingerprint", None)
+        announce(self.sets, self.skipped, formats, tokenizer)
 
-    def _load_tokenizer(self) -> Any:
-        if self.tokenizer is None and self.trainer is not None:
-            return self.trainer.lightning_module.tokenizer
-        if self.tokenizer is None:
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is not None:
+            return self._given_tokenizer
+        if self.trainer is None:
             raise UserError("`data.tokenizer` is not set and there is no policy to take it from; give a folder or id.")
-        return load_tokenizer(located(self.tokenizer))
+        return self.trainer.lightning_module.tokenizer
 
-    def _pairs_in(self, file: str) -> Literal["ignored", "kept", "required"]:
-        """What becomes of the preference pairs of a file; in the test file there may be any rows."""
-        level = {"pool": "lower", "validation": "upper"}.get(file)
-        if level is None:
-            return "kept" if self.pair_levels else "ignored"
-        return "required" if level in self.pair_levels else "ignored"
+    @functools.cached_property
+    def _given_tokenizer(self) -> Any:
+        return load_tokenizer(located(self.tokenizer or ""))
 
     def _examples(self, name: str) -> Examples:
         sources = {source: number for number, source in enumerate(self.source_names)}
@@ -204,7 +204,8 @@ class BilevelDataModule(LightningDataModule):
         if schedule.pool_rows < schedule.window:
             raise UserError(
                 f"the pool has {schedule.pool_rows} rows and a policy step takes {schedule.window};"
-                " lower `data.batch_size` (or `model.accumulate_grad_batches`)."
+                " lower `data.batch_size`, `model.accumulate_grad_batches` or the number of processes"
+                f" ({self._process[1]})."
             )
         trainer = self.trainer
         assert trainer is not None
@@ -218,27 +219,29 @@ class BilevelDataModule(LightningDataModule):
         self._stream.position = self._position
         return self._stream
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> Batches:
         return self.evaluation_loader("monitor")
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> Batches:
         if "test" not in self.sets:
             raise UserError("`data.test` is not set, so there is nothing to test on; give a file of held-out rows.")
         return self.evaluation_loader("test")
 
-    def predict_dataloader(self) -> DataLoader:
-        """The test prompts: lists of `Question`."""
+    def predict_dataloader(self) -> Batches:
+        """The test prompts, dealt out to the processes: lists of `Question`, the last of which may be empty."""
         if "test" not in self.sets:
             raise UserError("`data.test` is not set, so there are no prompts to answer; give a file of held-out rows.")
-        own = questions_of(self.sets["test"], self.max_length, *self._process)
-        batches: Any = [own[i : i + self.eval_batch_size] for i in range(0, len(own), self.eval_batch_size)]
-        return DataLoader(batches, batch_size=None, collate_fn=unchanged)
+        rank, world_size = self._process
+        questions, size = questions_of(self.sets["test"], self.max_length), self.eval_batch_size
+        own = questions[rank::world_size]
+        count = math.ceil(math.ceil(len(questions) / world_size) / size)
+        return Batches(lambda number: own[number * size : (number + 1) * size], count)
 
-    def evaluation_loader(self, name: str) -> DataLoader:
+    def evaluation_loader(self, name: str) -> Batches:
         """Every row of a set once, dealt out to the processes."""
         length_N = column(self.sets[name], "length").to_numpy()
         windows = EvaluationWindows(self._examples(name), length_N, self.eval_batch_size, *self._process)
-        return DataLoader(windows, batch_size=None, collate_fn=unchanged)
+        return Batches(windows, len(windows))
 
     # ---- what the main process adds ----
 

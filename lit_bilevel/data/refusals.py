@@ -22,6 +22,13 @@ def check_settings(data: Any) -> None:
         for name in names
         if getattr(data, name) < (name != "num_workers")
     ]
+    known = {"truncation": ("right", "left"), "train_on": ("last", "all"), "on_bad_row": ("error", "skip")}
+    given = data.encoding | {"on_bad_row": data.on_bad_row}
+    problems += [
+        f"`data.{name}` is {given[name]!r}; it must be {' or '.join(values)}"
+        for name, values in known.items()
+        if given[name] not in values
+    ]
     if not 0 < data.monitor_fraction < 1:
         problems.append(f"`data.monitor_fraction` is {data.monitor_fraction}; it must lie between 0 and 1")
     if problems:

@@ -13,7 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from datasets import Dataset
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
+from lit_bilevel.data.table import has_question
 from lit_bilevel.errors import UserError
 from lit_bilevel.types import Example, Group, Response
 
@@ -22,6 +26,27 @@ def is_usable(response: Response, keep_unfinished: bool = False) -> bool:
     """Whether a response may be trained on: it has content, and it ended by itself (unless that is waived)."""
     content = len(response.token_ids) - int(response.finished)
     return content > 0 and (response.finished or keep_unfinished)
+
+
+def rows_to_choose_from(pool: Dataset) -> Tensor:
+    """[M] the rows of the pool that have a question; how many do not is told once.
+
+    Raises:
+        UserError: if none has.
+    """
+    asked_N = has_question(pool)
+    without = int((~asked_N).sum())
+    if without == len(pool):
+        raise UserError(
+            "`SelfRefine` answers questions anew, and no row of the pool has one (the format `text` has none); leave it"
+            " out, or give rows with a prompt."
+        )
+    if without:
+        rank_zero_warn(
+            f"{without:,} of {len(pool):,} pool rows have no question (plain text, or cut off by `data.max_length`);"
+            " `SelfRefine` never chooses them."
+        )
+    return torch.from_numpy(asked_N.nonzero()[0])
 
 
 class ResponseStore:

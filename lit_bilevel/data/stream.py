@@ -1,7 +1,8 @@
 """The training stream: which pool rows and which validation rows meet in which policy step.
 
 A pure function of (seed, epoch, step), so a resumed run needs only its position to see the same data. The pool
-defines the epoch: a fresh permutation, cut into windows of nearly equal size so that none is left with a single row.
+defines the epoch: a fresh permutation, cut into windows of nearly equal size so that none is left with a single row,
+whose score could not be compared; where windows have 2 rows and the pool an odd number, one of them has 3.
 Validation rows come from an endless chain of permutations of their own.
 
 Left out: sampling pool rows by weight; every row is visited once an epoch.
@@ -42,7 +43,7 @@ class Schedule:
     @property
     def steps(self) -> int:
         """Policy steps in an epoch."""
-        return max(1, -(-self.pool_rows // self.window))
+        return max(1, min(-(-self.pool_rows // self.window), self.pool_rows // min(self.window, 2)))
 
     def lower(self, epoch: int, step: int) -> list[int]:
         """Pool rows of a step."""

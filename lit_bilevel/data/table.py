@@ -213,6 +213,15 @@ def column(table: Dataset, name: str) -> Any:
     return table.select_columns([name]).with_format("arrow")[:][name]
 
 
+def has_question(table: Dataset) -> np.ndarray:
+    """[N] whether something is asked before a row's answer: not in plain text, nor where all of it was cut off."""
+    import pyarrow.compute
+
+    prompted = pyarrow.compute.not_equal(column(table, "prompt"), "").to_numpy()
+    cut = column(table, "truncated").to_numpy() & (column(table, "response_start").to_numpy() <= 1)
+    return prompted & ~cut
+
+
 def is_paired(table: Dataset) -> bool:
     """Whether every row is a preference pair whose both answers were asked for."""
     import pyarrow.compute

@@ -1,7 +1,8 @@
 """Other engines behind the generation socket: transformers' continuous batching, and vLLM.
 
-Both are for accelerators. vLLM keeps a copy of the base model and is handed the adapter's weights at every refresh, so
-it needs a LoRA policy. Log-probabilities never come from an engine: the trainer scores the sampled ids itself.
+Both are meant for accelerators, and run on a CPU too. vLLM keeps a copy of the base model and is handed the adapter's
+weights at every refresh, so it needs a LoRA policy. Log-probabilities never come from an engine: the trainer scores the
+sampled ids itself.
 
 Left out: a vLLM server in another process, and pushing full weights into an engine (its internals change by release).
 """
@@ -9,7 +10,6 @@ Left out: a vLLM server in another process, and pushing full weights into an eng
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.generation.hf import GenerationBackend, Request, Sample, Sampling
+from lit_bilevel.generation.ending import without_settings
+from lit_bilevel.generation.hf import GenerationBackend
+from lit_bilevel.generation.sampling import Request, Sample, Sampling, ended
 from lit_bilevel.policy.policy import Policy
 
 VLLM_OLDEST, VLLM_NEWEST = (0, 10), (1, 0)
@@ -32,11 +34,17 @@ def _chunks(count: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class ContinuousBatching(GenerationBackend):
-    """transformers' `generate_batch` with a paged cache, on CUDA.
+    """transformers' `generate_batch` with a paged cache.
 
     Its draws come from the process's random state (put back afterwards), seeded by the first request, so samples
-    depend on how requests are dealt out; use `HFGenerate` where that matters.
+    depend on how requests are dealt out; use `HFGenerate` where that matters. It takes most of the free memory for its
+    cache unless `options` say how much, also on a CPU, where it is only worth trying out.
+
+    Args:
+        options: of transformers' `ContinuousBatchingConfig`, such as `num_blocks` or `max_memory_percent`.
     """
+
+    options: dict[str, Any] = field(default_factory=dict)
 
     def batches(self, requests: Sequence[Request]) -> list[list[int]]:
         return _chunks(len(requests))
@@ -52,17 +60,12 @@ class ContinuousBatching(GenerationBackend):
         """As in the socket.
 
         Raises:
-            UserError: if the policy is not on a CUDA device.
+            UserError: if transformers does not take the options.
             RuntimeError: if the engine lost requests.
         """
         from transformers import GenerationConfig
 
         device = policy.causal_lm.get_input_embeddings().weight.device
-        if device.type != "cuda":
-            raise UserError(
-                f"`ContinuousBatching` needs a CUDA device and the policy is on `{device.type}`; use `HFGenerate`, the"
-                " default backend."
-            )
         limit = max(request.max_new_tokens for request in requests)
         config = GenerationConfig(
             max_new_tokens=min(limit, sampling.max_new_tokens),
@@ -73,10 +76,12 @@ class ContinuousBatching(GenerationBackend):
             eos_token_id=list(end_ids),
             pad_token_id=end_ids[0],
         )
-        with policy.evaluating(), torch.random.fork_rng([device]):
+        further = {"continuous_batching_config": self._options()} if self.options else {}
+        forked = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with policy.evaluating(), without_settings(policy.causal_lm), forked:
             torch.manual_seed(requests[0].seed)
             prompts = [request.prompt_ids for request in requests]
-            outputs = list(policy.causal_lm.generate_batch(prompts, generation_config=config).values())
+            outputs = list(policy.causal_lm.generate_batch(prompts, generation_config=config, **further).values())
         failed = [output.error for output in outputs if output.error]
         if failed or len(outputs) != len(requests):
             raise RuntimeError(
@@ -90,6 +95,15 @@ class ContinuousBatching(GenerationBackend):
         if progress is not None:
             progress(sum(len(sample.token_ids) for sample in samples))
         return samples
+
+    def _options(self) -> Any:
+        try:
+            return importlib.import_module("transformers").ContinuousBatchingConfig(**self.options)
+        except (AttributeError, TypeError) as error:
+            raise UserError(
+                f"transformers does not take the `options` of `ContinuousBatching` ({error}); leave them out, or use a"
+                " newer version of it."
+            ) from error
 
 
 @dataclass
@@ -189,24 +203,15 @@ class VLLM(GenerationBackend):
         return request(f"policy-{self._handed_over}", self._handed_over, folder)
 
 
-def ended(token_ids: Sequence[int], end_ids: Sequence[int]) -> Sample:
-    """A sample cut after its first end token."""
-    ids = list(token_ids)
-    for position, token in enumerate(ids):
-        if token in end_ids:
-            return Sample(ids[: position + 1], True)
-    return Sample(ids, False)
-
-
 def _vllm() -> Any:
     try:
-        version = importlib.metadata.version("vllm")
         module = importlib.import_module("vllm")
-    except ImportError as error:  # also what `metadata` raises for a package that is not there
+    except ImportError as error:
         raise UserError(
             f"`VLLM` needs the package vllm, which cannot be imported ({error}); `pip install vllm`, or use"
             " `HFGenerate`."
         ) from error
+    version = module.__version__  # builds for other devices are distributions of other names
     number = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if not VLLM_OLDEST <= number < VLLM_NEWEST:
         raise UserError(

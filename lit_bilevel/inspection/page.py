@@ -49,9 +49,11 @@ def page(report: Report) -> str:
         "<meta name=viewport content='width=device-width,initial-scale=1'>",
         f"<title>{escaped(report.run.name)} · lit-bilevel</title><style>{STYLE}</style></head><body>",
         f"<h1>Run {escaped(report.run.name)}</h1>",
+        *([f"<p>{escaped(phase)}</p>"] if (phase := report.phase()) else []),
         *_results(report),
         *_settings(report),
         *_weights(report),
+        *_scores(report),
         *_curves(report),
         *_ends(report),
         *_refinements(report),
@@ -120,6 +122,23 @@ def _weights(report: Report) -> list[str]:
         header = ("source", "rows", "mean weight", "share of all weight")
         parts += ["<h2>Sources</h2>", table(header, rows, ("source",))]
     return parts
+
+
+def _scores(report: Report) -> list[str]:
+    if not report.scores:
+        return []
+    from scipy.stats import rankdata  # slow to import, and most runs have no scores
+
+    rows = []
+    for name, values in report.scores.items():
+        known = np.isfinite(values)
+        if known.any():
+            shown = [f"{value:.3g}" for value in np.quantile(values[known], [0.05, 0.5, 0.95])]
+            a, b = rankdata(values[known]), rankdata(report.weights["weight"][known])
+            varies = a.std() > 0 and b.std() > 0
+            rows.append((name, f"{known.sum():,}", *shown, f"{np.corrcoef(a, b)[0, 1]:.2f}" if varies else ""))
+    header = ("score", "rows", "5 %", "median", "95 %", "rank correlation with the weight")
+    return ["<h2>Scores before training</h2>", table(header, rows, ("score",))]
 
 
 def _curves(report: Report) -> list[str]:

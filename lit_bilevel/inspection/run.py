@@ -15,6 +15,7 @@ import numpy as np
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.curves import Curve, read_curves
 from lit_bilevel.inspection.folder import lines, read_lines
+from lit_bilevel.scores.table import read_scores
 
 Records = list[dict[str, Any]]
 
@@ -32,6 +33,7 @@ class Report:
         rows: rows at both ends of the weights, with their texts.
         refinements: questions with their offline answer and the generated ones, by round.
         curves: scalars by name.
+        scores: columns of `scores.parquet`, in the order of the weights; empty where there is none.
     """
 
     run: Path
@@ -42,6 +44,7 @@ class Report:
     rows: Records = field(default_factory=list)
     refinements: Records = field(default_factory=list)
     curves: dict[str, Curve] = field(default_factory=dict)
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
 
     def sources(self) -> list[tuple[str, int, float, float]]:
         """Name, rows, mean weight and share of all weight of every source, the heaviest first."""
@@ -59,6 +62,15 @@ class Report:
         """The metrics as they were before the first step, where they were measured then."""
         points = {name: self.curves[name][0] for name in self.metrics if self.curves.get(name)}
         return {name: value for name, (step, value) in points.items() if step == 0}
+
+    def phase(self) -> str:
+        """The phase that the run was in when it last logged, of which and in words; empty where it has one only."""
+        phases = str(self.settings.get("phases", "")).split("; ")
+        curve = self.curves.get("phase")
+        if len(phases) < 2 or not curve:
+            return ""
+        place = min(int(curve[-1][1]), len(phases) - 1)
+        return f"phase {place + 1} of {len(phases)}, {phases[place]}"
 
     def effective_share(self) -> float:
         """(Σw)² / (N·Σw²)."""
@@ -78,6 +90,7 @@ def read(run: Path) -> Report:
     table = run / "weights.parquet"
     if table.is_file():
         report.weights = _columns(table)
+        report.scores = _scores(run / "scores.parquet", report.weights["id"].tolist())
     if (run / "metrics.json").is_file():
         report.metrics = json.loads((run / "metrics.json").read_text())
     if (run / "inspection" / "settings.json").is_file():
@@ -95,10 +108,20 @@ def _columns(path: Path) -> dict[str, np.ndarray]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path, columns=["source", "weight", "weight_refined", "visits"])
+        table = pyarrow.parquet.read_table(path, columns=["id", "source", "weight", "weight_refined", "visits"])
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a readable table of weights ({error}).") from error
     return {name: table[name].to_numpy() for name in table.column_names}
+
+
+def _scores(path: Path, ids: list[str]) -> dict[str, np.ndarray]:
+    """What a pass said of the rows that have a weight; NaN for those that it did not see."""
+    if not path.is_file():
+        return {}
+    scores = read_scores(path)
+    place = {key: number for number, key in enumerate(scores.ids)}
+    rows = np.array([place.get(key, len(place)) for key in ids])
+    return {name: np.append(values, np.nan)[rows] for name, values in scores.columns.items()}
 
 
 def _refinements(run: Path, limit: int = 20) -> Records:

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of
+from lit_bilevel.training.phases import Phase
 from lit_bilevel.training.refusals import refiners
 
 Plain = str | int | float | bool
@@ -34,11 +35,14 @@ def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
         found[name] = type(optimizer).__name__
         found[f"{name}.lr"] = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])
     found["upper_weight"] = module.initial_upper_weight
-    for name in ("upper_weight_decay", "upper_weight_start", "weight_start", "warmup_steps", "accumulate_grad_batches"):
+    if len(module.phases) > 1:
+        found["phases"] = "; ".join(map(in_words, module.phases))
+    for name in ("upper_weight_decay", "warmup_steps", "accumulate_grad_batches"):
         found[name] = getattr(module, name)
     found["lr_scheduler"] = module.lr_scheduler_name
-    if module.gradient_clip_val is not None:
-        found["gradient_clip_val"] = module.gradient_clip_val
+    for name in ("gradient_clip_val", "upper_weight_decay_every"):
+        if getattr(module, name) is not None:
+            found[name] = getattr(module, name)
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     for name in ("batch_size", "upper_batch_size", "max_length", "seed"):
         found[f"data.{name}"] = getattr(data, name)
@@ -58,3 +62,13 @@ def own_settings(name: str, thing: object) -> dict[str, Plain]:
         if isinstance(value, str | int | float | bool):
             found[f"{name}.{argument}"] = value
     return found
+
+
+def in_words(phase: Phase) -> str:
+    """A phase and its settings, on one line."""
+    found = [f"{phase.name}: {phase.share:.0%} of the steps"]
+    found += [] if phase.upper_weight is None else [f"λ = {phase.upper_weight:g}"]
+    found += [] if phase.learning_rate is None else [f"learning rate × {phase.learning_rate:g}"]
+    if not phase.learn_weights:
+        found.append("weights stay, the solver runs" if phase.prepare_solver else "weights stay")
+    return ", ".join(found)

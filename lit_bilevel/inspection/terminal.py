@@ -56,7 +56,7 @@ def write_page(report: Report, output: Path) -> None:
 
 def text(report: Report, rows: int = 5) -> str:
     """The report as plain text."""
-    parts = [f"run {report.run}"]
+    parts = [f"run {report.run}" + (f"\n{phase}" if (phase := report.phase()) else "")]
     if report.metrics:
         first = {name: f"  (before the run {value:.4f})" for name, value in report.first().items()}
         parts.append("\n".join(f"{name:<24}{v:.4f}{first.get(name, '')}" for name, v in report.metrics.items()))

@@ -6,6 +6,7 @@ Left out: other adapters than LoRA (prompt-learning ones change the input, which
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -14,6 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.policy.adapter import Adapter, merge, put_on
+from lit_bilevel.policy.causal import check_causal
+from lit_bilevel.policy.context import context_of
 from lit_bilevel.policy.origin import adapter_of, base_of, origin, tokenizer_path, tunes_adapter
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.settings import LoraSettings, PolicySettings
@@ -22,11 +25,11 @@ from lit_bilevel.resources import located
 __all__ = ["LoraSettings", "PolicySettings", "checkpoint_activations", "load_policy", "load_tokenizer"]
 
 
-def load_tokenizer(settings: PolicySettings) -> Any:
-    """The policy's tokenizer.
+def load_tokenizer(settings: PolicySettings, path: str | None = None) -> Any:
+    """The policy's tokenizer, or that at another path.
 
     Raises:
-        UserError: if there is none at `settings.path`.
+        UserError: if there is none.
     """
     from transformers import AutoTokenizer
 
@@ -35,7 +38,7 @@ def load_tokenizer(settings: PolicySettings) -> Any:
             f"`model.policy.trust_remote_code` is ON: program code from {settings.path!r} runs on this machine with"
             " your rights and can read, change and send whatever you can. Turn it off unless you have read that code."
         )
-    path = tokenizer_path(settings)
+    path = tokenizer_path(settings) if path is None else located(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -44,14 +47,19 @@ def load_tokenizer(settings: PolicySettings) -> Any:
 
 def context_length(settings: PolicySettings) -> int | None:
     """Positions that the policy was made for; `None` where its configuration does not say, or cannot be read."""
+    config = policy_config(settings)
+    return None if config is None else context_of(config)
+
+
+def policy_config(settings: PolicySettings) -> Any | None:
+    """The configuration of the policy; `None` where it cannot be read."""
     from transformers import AutoConfig
 
     try:
         path = located(base_of(settings))
-        config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+        return AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError):
         return None  # `load_policy` tells it
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
@@ -110,6 +118,12 @@ def load_model(settings: PolicySettings, adapter: Adapter | None, dtype: torch.d
         if adapter is not None:
             raise _base_missing(adapter, error) from error
         raise _unloadable("causal language model", path, error) from error
+    if settings.quantization is not None:
+        keep_backward(model)
+    if getattr(model.config, "rescale_every", 0):
+        # RWKV divides its parameters in evaluation mode, for float16; in a run they would change between two losses
+        model.config.rescale_every = 0
+    check_causal(model)
     if adapter is None:
         return model
     continues = settings.adapter != "merge"
@@ -121,6 +135,17 @@ def checkpoint_activations(model: Any) -> None:
     """Let a transformers model compute its layers again in the backward pass instead of keeping what they gave."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def keep_backward(model: Any) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew, which it does at the first evaluation pass on some CPUs.
+
+    Those are CPUs with AVX512-BF16; layers packed in that way have no backward pass, and say nothing.
+    """
+    bitsandbytes = importlib.import_module("bitsandbytes")
+    for layer in model.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _quantization(settings: PolicySettings) -> Any:

@@ -9,6 +9,7 @@ packed ones are kept apart by the model, from their positions, which is tried on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -19,7 +20,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.losses import OutputLayer, logits_nll, token_nll
+from lit_bilevel.losses import (
+    OutputLayer,
+    logits_nll,
+    logits_nll_and_entropy,
+    token_nll,
+    token_nll_and_entropy,
+)
 from lit_bilevel.objectives.base import Objective
 from lit_bilevel.policy.head import Shape, head_shape
 from lit_bilevel.policy.isolation import is_isolated, refusal
@@ -44,6 +51,8 @@ class Policy(nn.Module):
         """Whether an adapter was merged into the base, which then is nowhere on disk."""
         self.isolated = False
         """Whether packed sequences were found not to see each other."""
+        self.decoder: Callable[..., list[list[int]]] | None = None
+        """How it generates, once that was tried."""
 
     @property
     def causal_lm(self) -> Any:
@@ -70,14 +79,35 @@ class Policy(nn.Module):
         Raises:
             UserError: for a packed batch, if the model does not keep its sequences apart.
         """
+        outputs_K = self._predicting(batch)
+        if (layer := self._output_layer()) is None:
+            return logits_nll(outputs_K, batch.target_K, temperature)
+        return token_nll(outputs_K, layer, batch.target_K, temperature)
+
+    def nll_and_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """NLL of each predicted token and entropy of its prediction, in nats, [K] each, without a graph.
+
+        Raises:
+            UserError: as a call does.
+        """
+        with torch.no_grad():
+            outputs_K = self._predicting(batch)
+            if (layer := self._output_layer()) is None:
+                return logits_nll_and_entropy(outputs_K, batch.target_K)
+            return token_nll_and_entropy(outputs_K, layer, batch.target_K)
+
+    def _predicting(self, batch: Batch) -> Tensor:
+        """[K, …] outputs at the positions before the predicted tokens."""
         if batch.packing is not None and not self.isolated:
             self._check_isolation()
-        outputs_K = _selected(self.outputs, batch)
+        return _selected(self.outputs, batch)
+
+    def _output_layer(self) -> OutputLayer | None:
+        """The output layer; `None` where it is not known and outputs are logits."""
         if self.head_shape is None:
-            return logits_nll(outputs_K, batch.target_K, temperature)
+            return None
         head = self.causal_lm.get_output_embeddings()
-        layer = OutputLayer(head.weight, head.bias, *self.head_shape)
-        return token_nll(outputs_K, layer, batch.target_K, temperature)
+        return OutputLayer(head.weight, head.bias, *self.head_shape)
 
     def losses(self, objective: Objective, batch: Batch) -> Tensor:
         """Loss of each example under an objective, [B], with a graph where gradients are recorded."""
@@ -217,6 +247,6 @@ def _selected(call: Callable[..., Tensor], batch: Batch) -> Tensor:
 
 def _has_dropout(policy: Policy) -> bool:
     """Whether a forward pass in training mode draws random numbers."""
-    config = policy.causal_lm.config.to_dict()
-    rates = [value for key, value in config.items() if "drop" in key and isinstance(value, float)]
+    config = policy.causal_lm.config.get_text_config().to_dict()
+    rates = [value for key, value in config.items() if re.search("drop|noise", key) and isinstance(value, float)]
     return any(rate > 0 for rate in rates) or any(isinstance(m, nn.Dropout) and m.p > 0 for m in policy.modules())

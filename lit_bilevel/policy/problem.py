@@ -7,25 +7,27 @@ asked for by itself, the upper level gets its own backward pass first; otherwise
 
 What f and ℓ_i are is said by the objective of each level; a reference that one needs is computed once a step.
 
-Dropout: every pass over the lower rows starts from the same random state, so differences compare like with like.
+Dropout: all passes of a step over the rows of a level have the same masks, so differences compare like with like, and
+the next step has others.
 Left out: gradients of ∇f with respect to anything but θ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.optim import Optimizer
 
-from lit_bilevel.errors import UserError
 from lit_bilevel.objectives.base import Objective
 from lit_bilevel.policy.engine import Engine
+from lit_bilevel.policy.moments import preconditioned
 from lit_bilevel.policy.policy import Policy
-from lit_bilevel.policy.randomness import random_states, restore_random_states
+from lit_bilevel.policy.randomness import Masks
 from lit_bilevel.policy.shard import carrying
 from lit_bilevel.problem import BilevelProblem, Values, norm, scaled
 from lit_bilevel.types import Batch, Features
@@ -70,9 +72,19 @@ class PolicyProblem(BilevelProblem):
         self._completed = False
         self._upper_gradient: Values | None = None
         self._waiting: Tensor | None = None
-        self._random: list[Tensor] | None = None
+        self._lower_masks, self._upper_masks = self._masks(), self._masks()
         self.upper_loss: Tensor | None = None
         """This process's part of f, detached; the mean over processes is f."""
+
+    def _masks(self) -> Masks:
+        return Masks(self.parameters[0].device, self.policy.has_dropout)
+
+    def at_rows(self, lower: list[Batch]) -> PolicyProblem:
+        """The same step over other lower rows, for passes at any values; these rows have masks of their own."""
+        other = copy.copy(self)
+        other.lower, other._lower_masks = lower, self._masks()
+        other._weights = other._lower_losses = other._graph = None
+        return other
 
     # ---- values and weights ----
 
@@ -92,6 +104,19 @@ class PolicyProblem(BilevelProblem):
         """Put into the batches what their losses need and does not change within the step; once."""
         batches[:] = [self.policy.prepared(objective, batch) for batch in batches]
 
+    @contextmanager
+    def _lower_pass(self) -> Iterator[None]:
+        """Around every pass over the lower rows; over the upper ones the next."""
+        self._prepare(self.lower_objective, self.lower)
+        with self._lower_masks.same():
+            yield
+
+    @contextmanager
+    def _upper_pass(self) -> Iterator[None]:
+        self._prepare(self.upper_objective, self.upper)
+        with self._upper_masks.same():
+            yield
+
     def _lower_losses_of(self, batch: Batch) -> Tensor:
         return self.policy.losses(self.lower_objective, batch)
 
@@ -110,17 +135,17 @@ class PolicyProblem(BilevelProblem):
 
     def _backward_upper(self, factor: float, last: bool) -> None:
         losses = []
-        self._prepare(self.upper_objective, self.upper)
-        for index, batch in enumerate(self.upper):
-            final = last and index == len(self.upper) - 1
-            with nullcontext() if final else self.engine.unsynchronised():
-                loss_B = self.policy.losses(self.upper_objective, batch)
-                loss = loss_B.sum() * (self.engine.world_size / batch.window_rows)
-                if self.engine.one_backward and not last:
-                    self._waiting = loss * factor
-                else:
-                    self.engine.backward(loss * factor)
-            losses.append(loss.detach())
+        with self._upper_pass():
+            for index, batch in enumerate(self.upper):
+                final = last and index == len(self.upper) - 1
+                with nullcontext() if final else self.engine.unsynchronised():
+                    loss_B = self.policy.losses(self.upper_objective, batch)
+                    loss = loss_B.sum() * (self.engine.world_size / batch.window_rows)
+                    if self.engine.one_backward and not last:
+                        self._waiting = loss * factor
+                    else:
+                        self.engine.backward(loss * factor)
+                losses.append(loss.detach())
         self.upper_loss = torch.stack(losses).sum()
 
     # ---- the lower level ----
@@ -128,9 +153,8 @@ class PolicyProblem(BilevelProblem):
     def lower_losses(self) -> Tensor:
         if self._lower_losses is None:
             self._finish_upper()
-            self._begin_lower_pass()
             single = len(self.lower) == 1 and self.upper_weight < 1  # its graph waits for `complete`
-            with nullcontext() if single else torch.no_grad():
+            with self._lower_pass(), nullcontext() if single else torch.no_grad():
                 losses = [self._lower_losses_of(batch) for batch in self.lower]
             if not single:  # or autocast gives its casts, which know no gradient, to the passes that follow
                 torch.clear_autocast_cache()
@@ -145,29 +169,27 @@ class PolicyProblem(BilevelProblem):
 
     def _backward_lower(self) -> None:
         """(1−λ)·∇ mean_i w_i·ℓ_i, with the weights as they are now."""
-        self._begin_lower_pass()
         losses = []
-        for index, batch in enumerate(self.lower):
-            final = index == len(self.lower) - 1
-            with nullcontext() if final else self.engine.unsynchronised():
-                loss_B = self._graph if self._graph is not None else self._lower_losses_of(batch)
-                weight_B = self.weigh(batch.features.with_loss(loss_B.detach())).to(loss_B.dtype)
-                share = (1 - self.upper_weight) * self.engine.world_size / batch.window_rows
-                objective = (weight_B * loss_B).sum() * share
-                self.engine.backward(objective if self._waiting is None else objective + self._waiting)
-            losses.append(loss_B.detach())
+        with self._lower_pass():
+            for index, batch in enumerate(self.lower):
+                final = index == len(self.lower) - 1
+                with nullcontext() if final else self.engine.unsynchronised():
+                    loss_B = self._graph if self._graph is not None else self._lower_losses_of(batch)
+                    weight_B = self.weigh(batch.features.with_loss(loss_B.detach())).to(loss_B.dtype)
+                    share = (1 - self.upper_weight) * self.engine.world_size / batch.window_rows
+                    objective = (weight_B * loss_B).sum() * share
+                    self.engine.backward(objective if self._waiting is None else objective + self._waiting)
+                losses.append(loss_B.detach())
         self._graph, self._waiting, self._lower_losses = None, None, torch.cat(losses)
 
     def lower_losses_at(self, values: Values) -> Tensor:
-        self._begin_lower_pass()
-        with self.policy.substituted(values), torch.no_grad():
+        with self._lower_pass(), self.policy.substituted(values), torch.no_grad():
             return torch.cat([self._lower_losses_of(batch) for batch in self.lower])
 
     def lower_gradient_at(self, values: Values) -> tuple[Tensor, Values]:
         weights_B = self.weights()
         losses, totals, start = [], [torch.zeros_like(value) for value in values], 0
-        self._begin_lower_pass()
-        with self.policy.substituted(values):
+        with self._lower_pass(), self.policy.substituted(values):
             for batch in self.lower:
                 loss_B = self._lower_losses_of(batch)
                 weight_B = weights_B[start : start + batch.size].to(loss_B.dtype)
@@ -178,14 +200,14 @@ class PolicyProblem(BilevelProblem):
         return torch.cat(losses), self.engine.average(totals)
 
     def lower_jvp(self, direction: Values) -> Tensor:
-        self._begin_lower_pass()
         tangents = []
         length: Tensor | float = 1.0
         if self.engine.loss_scale != 1:  # float16: entries far from 1 would vanish in the tangents
             size = norm(direction) / sum(value.numel() for value in direction) ** 0.5
             length = size.clamp_min(torch.finfo(torch.float32).tiny)  # after an overflow the direction is 0
             direction = scaled(direction, 1 / length)
-        with torch.no_grad(), forward_ad.dual_level(), self.policy.as_written(), carrying(self.policy, direction):
+        as_written = self.policy.as_written()
+        with self._lower_pass(), torch.no_grad(), forward_ad.dual_level(), as_written, carrying(self.policy, direction):
             for batch in self.lower:
                 dual_B = self._lower_losses_of(batch)
                 tangents.append(forward_ad.unpack_dual(dual_B).tangent)
@@ -195,13 +217,13 @@ class PolicyProblem(BilevelProblem):
     def hessian_vector_product(self, vector: Values) -> Values:
         weights_B = self.weights()
         totals, start = [torch.zeros_like(value) for value in vector], 0
-        self._prepare(self.upper_objective, self.upper)
-        self._begin_lower_pass()  # the same operator at every call
-        with self.policy.as_written():
+        # the same operator at every call, and that of the f and the ℓ_i whose gradients the step takes
+        with self._upper_pass(), self.policy.as_written():
             for batch in self.upper:
                 loss = self.policy.losses(self.upper_objective, batch).sum()
                 loss = loss * (self.upper_weight / batch.window_rows)
                 torch._foreach_add_(totals, self._second_order(loss, vector))
+        with self._lower_pass(), self.policy.as_written():
             for batch in self.lower:
                 weight_B = weights_B[start : start + batch.size]
                 loss_B = self._lower_losses_of(batch)
@@ -258,38 +280,7 @@ class PolicyProblem(BilevelProblem):
         self._completed = True
 
     def preconditioned(self, direction: Values) -> Values:
-        known = dict(zip(self.parameters, direction, strict=True))
-        for group in self.optimizer.param_groups:
-            states = [self.optimizer.state.get(parameter, {}) for parameter in group["params"]]
-            if "betas" not in group or "eps" not in group or any(s and "exp_avg_sq" not in s for s in states):
-                raise UserError(
-                    f"`{type(self.optimizer).__name__}` keeps no second moments as Adam does, so the direction cannot"
-                    " be preconditioned; use AdamW as `model.optimizer`, or set `preconditioned: false`."
-                )
-            decay = group["betas"][1]
-            for parameter, moments in zip(group["params"], states, strict=True):
-                slope = known[parameter]
-                second = (1 - decay) * slope**2
-                if moments:
-                    second.add_(moments["exp_avg_sq"], alpha=decay)
-                correction = 1 - decay ** (_number(moments["step"]) + 1 if moments else 1)
-                known[parameter] = slope / (second / correction).sqrt_().add_(group["eps"])
-        return [known[parameter] for parameter in self.parameters]
-
-    def _begin_lower_pass(self) -> None:
-        """Start every pass over the lower rows from the random state of the first."""
-        self._prepare(self.lower_objective, self.lower)
-        if not self.policy.has_dropout:
-            return
-        if self._random is None:
-            self._random = random_states(self.parameters[0].device)
-        else:
-            restore_random_states(self._random, self.parameters[0].device)
-
-
-def _number(step: Tensor | float) -> Tensor | float:
-    """As a Python number where that does not wait for a device."""
-    return step if isinstance(step, Tensor) and step.device.type != "cpu" else float(step)
+        return preconditioned(self.optimizer, self.parameters, direction)
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ of them. Left out: tensor parallelism, and Hessian-vector products, which FSDP2'
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +43,7 @@ def carrying(policy: Policy, direction: Values) -> Iterator[None]:
 
     A policy that is not sharded is one unit. To be entered inside `forward_ad.dual_level()`.
     """
+    _load_rules()
     tangents = dict(zip(map(id, policy.trainable()), direction, strict=True))
     handles = []
     units: list[nn.Module] = [module for module in policy.modules() if isinstance(module, FSDPModule)]
@@ -57,6 +60,14 @@ def carrying(policy: Policy, direction: Values) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@functools.cache
+def _load_rules() -> None:
+    """Let torch load its rules for forward mode, without what it then says of TorchScript, in which it wrote them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.*")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 def _held(module: nn.Module) -> Iterator[nn.Module]:

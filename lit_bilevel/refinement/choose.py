@@ -1,7 +1,7 @@
 """Which rows are refined: one small class a rule, and a socket for others.
 
-All of them see the weights of the whole pool, on every process the same. Left out: rules that read the policy's losses;
-the weights already sum up what the losses said.
+All of them see the weights of all rows that have a question, on every process the same. Left out: rules that read the
+policy's losses; the weights already sum up what the losses said.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from lit_bilevel.errors import UserError
 
 
 class Choose(ABC):
-    """Chooses rows of the pool for refinement."""
+    """Chooses rows of the pool for refinement, among those that have a question."""
 
     @abstractmethod
     def rows(self, weight_N: Tensor, seed: int) -> Tensor:
-        """Row numbers.
+        """Positions in `weight_N`.
 
         Args:
-            weight_N: [N] weights of all rows, those of refined rows as they were frozen.
+            weight_N: [N] weights of the rows that have a question, in the order of the pool; those of refined rows as
+                they were frozen. These are all rows, unless some are plain text.
             seed: that of the data order.
         """
 
@@ -38,10 +39,10 @@ def _checked(fraction: float) -> float:
 
 
 class LowestFraction(Choose):
-    """The lowest-weighted share of the pool, chosen anew at each refresh; equal weights at the cut are drawn by lot.
+    """The lowest-weighted share of the rows, chosen anew at each refresh; equal weights at the cut are drawn by lot.
 
     Args:
-        fraction: share of the pool.
+        fraction: share of the rows that have a question.
     """
 
     def __init__(self, fraction: float = 0.1):
@@ -53,10 +54,10 @@ class LowestFraction(Choose):
 
 
 class RandomFraction(Choose):
-    """A random share of the pool, the same at every refresh.
+    """A random share of the rows, the same at every refresh.
 
     Args:
-        fraction: share of the pool.
+        fraction: share of the rows that have a question.
     """
 
     def __init__(self, fraction: float = 0.1):
@@ -75,6 +76,8 @@ class BelowThreshold(Choose):
     """
 
     def __init__(self, threshold: float = 0.1):
+        if not threshold > 0:
+            raise UserError(f"`threshold` is {threshold}; it must be above 0, or no row is ever chosen.")
         self.threshold = threshold
 
     def rows(self, weight_N: Tensor, seed: int) -> Tensor:

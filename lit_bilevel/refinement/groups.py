@@ -27,6 +27,7 @@ from lit_bilevel.refinement.response_weights import ResponseWeights
 from lit_bilevel.types import PADDING_ROW, Features
 from lit_bilevel.weights.base import ExampleWeights
 from lit_bilevel.weights.optimizer import check_optimizer
+from lit_bilevel.weights.undo import Undo
 
 
 class Refinement(nn.Module):
@@ -50,6 +51,7 @@ class Refinement(nn.Module):
         self.register_buffer("frozen", torch.zeros(0, dtype=torch.bool), persistent=False)
         self._source = torch.zeros(0, dtype=torch.int64)
         self._optimizer_state: dict[str, Any] | None = None
+        self._undos: list[Undo] = []
 
     rows: Tensor
     frozen: Tensor
@@ -79,6 +81,11 @@ class Refinement(nn.Module):
     def needs_loss(self) -> bool:
         """Whether the groups' weights depend on their losses in this step."""
         return self.weights is not None and self.weights.needs_loss
+
+    def begin(self) -> None:
+        """Forget the rows that an earlier run refined."""
+        none = torch.zeros(0, dtype=torch.int64)
+        self._build(none, none, 0, 0.0, torch.float32)
 
     def refresh(self, rows_M: Tensor, offline: ExampleWeights, source_N: Tensor, share: float) -> None:
         """Start a round: these pool rows are refined, and every group weighs 1.
@@ -115,9 +122,14 @@ class Refinement(nn.Module):
         groups = replace(features, row_B=position_B, source_B=source_B)
         return weight_B + (1 - self.share) * self.weights(groups)
 
-    def observe(self, offline: ExampleWeights, features: Features) -> None:
-        """Take note of a policy step: its rows and groups, without padding."""
+    def observe(self, offline: ExampleWeights, optimizer: Optimizer | None, features: Features) -> None:
+        """Take note of a policy step, before its weight step: its rows and groups, without padding."""
         own, groups = self._parted(features)
+        self._undos = [Undo(offline, optimizer, features.row_B[own])]
+        if self.weights is not None:
+            if self.optimizer is None:
+                self._make_optimizer(self.weights)
+            self._undos.append(Undo(self.weights, self.optimizer, features.row_B[groups] - len(self.frozen)))
         if len(own):
             offline.observe(_taken(features, own))
         if self.weights is not None and len(groups):
@@ -130,12 +142,24 @@ class Refinement(nn.Module):
             return
         own, groups = self._parted(features)
         own = own[~self.frozen[features.row_B[own]]]
-        if self.optimizer is None:
-            self._make_optimizer(self.weights)
         parts = ((offline, optimizer, own, 0), (self.weights, self.optimizer, groups, len(self.frozen)))
         for weights, stepped, chosen, first in parts:
             if weights.learnable and len(chosen) > 1:  # one row has no baseline to be compared with
                 _step(weights, stepped, _taken(features, chosen, first), s_B[chosen])
+
+    def follow(self, found: Tensor | None) -> None:
+        """Let the rule take in the generated responses of a policy step that was taken.
+
+        Args:
+            found: what `weigh_responses` returned, over all processes, if there were any.
+        """
+        if found is not None:
+            self.rule.follow(found[-2:])
+
+    def take_back(self) -> None:
+        """Leave no trace in the weights of the step that was last observed, because the policy's was skipped."""
+        for undo in self._undos:
+            undo.take_back()
 
     def table(self) -> tuple[Tensor, Tensor]:
         """The refined rows [M], and the weights [M] of their groups."""

@@ -160,15 +160,21 @@ class _Relative(ResponseWeights):
     """Scores ≥ 0 divided by their mean in the group; those of a lone response by a running mean of earlier steps.
 
     The running mean, of scores above 0, takes in a step only after it, so that micro-batches of a step change nothing;
-    before there is one, a lone response with a score above 0 counts 1.
+    before there is one, a lone response with a score above 0 counts 1. It is one running sum by another, both from 0,
+    so the first step counts no more than any other.
 
     Args:
         most: largest weight of a lone response.
     """
 
     def __init__(self, most: float = math.inf) -> None:
-        self.mean: float | None = None
+        self._sum = self._count = 0.0
         self._most = most
+
+    @property
+    def mean(self) -> float | None:
+        """The running mean of lone scores, if any was seen."""
+        return self._sum / self._count if self._count > 0 else None
 
     @abstractmethod
     def score(self, ratios: Ratios) -> Tensor:
@@ -194,14 +200,14 @@ class _Relative(ResponseWeights):
     def follow(self, sums: Tensor) -> None:
         total, count = sums.tolist()
         if count > 0 and math.isfinite(total):
-            mean = total / count
-            self.mean = mean if self.mean is None else DECAY * self.mean + (1 - DECAY) * mean
+            self._sum = DECAY * self._sum + total
+            self._count = DECAY * self._count + count
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean}
+        return {"sum": self._sum, "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mean = state["mean"]
+        self._sum, self._count = state["sum"], state["count"]
 
 
 class SelfNormalised(_Relative):

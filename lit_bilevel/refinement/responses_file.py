@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from datasets import Dataset
+
+from lit_bilevel.types import Response
 
 
 class ResponseFile:
@@ -40,3 +44,37 @@ class ResponseFile:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
+
+
+def text_of(response: Response, tokenizer: Any) -> str:
+    """What was answered, without control tokens."""
+    return tokenizer.decode(response.token_ids, skip_special_tokens=True)
+
+
+def records(
+    pool: Dataset, tokenizer: Any, responses: Mapping[int, Sequence[Response]], round: int, temperature: float
+) -> Iterator[dict[str, Any]]:
+    """What is kept on file of every response of a round.
+
+    Args:
+        pool: the table of the pool.
+        tokenizer: of the policy.
+        responses: of every chosen row.
+        round: its number.
+        temperature: at which they were sampled.
+    """
+    names = pool.select_columns(["id", "row"])
+    for row, group in responses.items():
+        known = names[row]
+        for sample, response in enumerate(group):
+            yield {
+                **known,
+                "round": round,
+                "sample": sample,
+                "response": text_of(response, tokenizer),
+                "token_ids": response.token_ids,
+                "token_logprobs": response.token_logprobs,
+                "logprob": sum(response.token_logprobs),
+                "temperature": temperature,
+                "finished": response.finished,
+            }

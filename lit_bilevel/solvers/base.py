@@ -45,6 +45,25 @@ class BilevelSolver(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (most solvers have no state)
         """Take over what `state_dict` returned."""
 
+    def scores_at_rest(self, problem: BilevelProblem) -> Tensor:
+        """s_i of rows at the policy and the state as they are now, [B], detached; nothing learns and nothing is kept.
+
+        A row's scores in training are of the moments when it was visited; these are of one moment, for all rows alike.
+
+        Args:
+            problem: whose lower losses and derivatives are asked for, and nothing of its upper level.
+
+        Raises:
+            UserError: where a solver has none.
+        """
+        raise UserError(
+            f"`{type(self).__name__}` has no scores at rest; use `ValueFunction`, `OneStep` or `Penalty`, or leave"
+            " `ClosingSweep` out."
+        )
+
+    def release(self) -> None:  # noqa: B027
+        """Forget all that is kept from step to step; called where no later step of the run asks for scores."""
+
     def __call__(self, problem: BilevelProblem) -> Tensor:
         """Scores with their shape checked.
 

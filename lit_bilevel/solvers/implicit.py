@@ -23,6 +23,8 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.problem import BilevelProblem, Values, added, dot, norm, scaled
 from lit_bilevel.solvers.base import BilevelSolver
 
+TOLERANCE = 1e-10
+
 
 class Implicit(BilevelSolver):
     """Scores a row by what the implicit function theorem says about its weight.
@@ -43,7 +45,7 @@ class Implicit(BilevelSolver):
         self,
         method: Literal["conjugate_gradient", "neumann"] = "conjugate_gradient",
         iterations: int = 10,
-        tolerance: float = 1e-10,
+        tolerance: float = TOLERANCE,
         damping: float = 0.0,
         step_size: float | None = None,
     ):
@@ -55,6 +57,10 @@ class Implicit(BilevelSolver):
             raise UserError(f"`damping` is {damping}; it must be at least 0.")
         if step_size is not None and step_size <= 0:
             raise UserError(f"`step_size` is {step_size}; it must be above 0.")
+        if method == "neumann" and tolerance != TOLERANCE:
+            raise UserError(f"`tolerance` is {tolerance}, which `method: neumann` does not use; set `iterations`.")
+        if method == "conjugate_gradient" and step_size is not None:
+            raise UserError(f"`step_size` is {step_size}, which only `method: neumann` uses; leave it out.")
         self.method = method
         self.iterations = iterations
         self.tolerance = tolerance

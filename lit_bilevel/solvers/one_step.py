@@ -1,6 +1,10 @@
 """The one-step solver: how much would a small step on this row's loss raise or lower the validation loss?
 
-    s_i = −⟨d, ∇ℓ_i(θ)⟩       d = ∇f, or P·∇f as the policy's Adam would step       (running mean over steps)
+    s_i = −⟨d, ∇ℓ_i(θ)⟩       d = m, or P·m as the policy's Adam would step       m = running mean of ∇f over steps
+
+The mean starts at 0 and is divided by 1 − βⁿ after n gradients, as Adam's are. Started at its first gradient instead,
+it would be that one noisy gradient of an untrained policy for hundreds of steps: with β = 0.99 still 0.66 of it after
+42 gradients, where the corrected mean has 0.02 of each.
 
 Source: L2RW (arXiv 1803.09050), Meta-Weight-Net (1902.07379), DARTS (1806.09055), as a direction derivative:
 
@@ -58,6 +62,8 @@ class OneStep(BilevelSolver):
             raise UserError(f"`direction_every` is {direction_every}; above 1 it needs `direction_decay` above 0.")
         if epsilon is not None and epsilon <= 0:
             raise UserError(f"`epsilon` is {epsilon}; it must be above 0.")
+        if epsilon is not None and derivative == "forward":
+            raise UserError(f"`epsilon` is {epsilon}, and `derivative: forward` takes no finite step; leave one out.")
         self.derivative = derivative
         self.epsilon = epsilon
         self.preconditioned = preconditioned
@@ -65,15 +71,23 @@ class OneStep(BilevelSolver):
         self.direction_every = direction_every
         self._steps = 0
         self._average: Values | None = None
+        self._gradients: Tensor | None = None
 
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:
-        direction = self._direction(problem)
+        return self._scores(problem, self._direction(problem))
+
+    def scores_at_rest(self, problem: BilevelProblem) -> Tensor:
+        if self._average is None:  # no gradient so far
+            return torch.zeros_like(problem.lower_losses())
+        return self._scores(problem, self._mean(problem))
+
+    def _scores(self, problem: BilevelProblem, direction: Values) -> Tensor:
         if self._derivative(problem) == "forward":
             return -problem.lower_jvp(direction)
         values = problem.values()
         epsilon = self.epsilon or (1e-4 if values[0].dtype == torch.float64 else 1e-2)
-        length = norm(direction).clamp_min(torch.finfo(torch.float32).tiny)
-        step = scaled(direction, epsilon / length)
+        length = norm(direction)  # 0 gives scores that are exactly 0, which the weights do not count as a step
+        step = scaled(direction, epsilon / length.clamp_min(torch.finfo(torch.float32).tiny))
         ahead_B = problem.lower_losses_at(added(values, step))
         if self._derivative(problem) == "central":
             behind_B = problem.lower_losses_at(added(values, step, -1.0))
@@ -94,20 +108,40 @@ class OneStep(BilevelSolver):
 
     def _direction(self, problem: BilevelProblem) -> Values:
         if self._average is None or self._steps % self.direction_every == 0:
-            gradient = problem.upper_gradient()
-            finite = torch.isfinite(norm(gradient))  # one overflow would spoil the mean for the rest of the run
-            instead = self._average or [torch.zeros_like(g) for g in gradient]
-            gradient = [torch.where(finite, g, other) for g, other in zip(gradient, instead, strict=True)]
-            if self._average is None:
-                self._average = gradient
-            else:
-                torch._foreach_lerp_(self._average, gradient, 1 - self.direction_decay)
+            self._take(problem.upper_gradient())
         self._steps += 1
-        return problem.preconditioned(self._average) if self.preconditioned else self._average
+        return self._mean(problem)
+
+    def _mean(self, problem: BilevelProblem) -> Values:
+        """The corrected running mean, as the policy's optimizer would step along it."""
+        assert self._average is not None
+        assert self._gradients is not None
+        # no gradient was finite so far: 0, without asking the device
+        corrected = (1 - self.direction_decay**self._gradients).clamp_min(torch.finfo(torch.float32).tiny)
+        mean = scaled(self._average, (1 / corrected).to(self._average[0].dtype))
+        return problem.preconditioned(mean) if self.preconditioned else mean
+
+    def _take(self, gradient: Values) -> None:
+        """Let the running mean take in a gradient, if it is finite: one overflow would spoil it for the whole run."""
+        size = norm(gradient)
+        if self._average is None:
+            self._average = [torch.zeros_like(value) for value in gradient]
+            self._gradients = torch.zeros_like(size, dtype=torch.float64)
+        finite = torch.isfinite(size)
+        gradient = [torch.where(finite, new, old) for new, old in zip(gradient, self._average, strict=True)]
+        torch._foreach_lerp_(self._average, gradient, 1 - self.direction_decay)
+        assert self._gradients is not None
+        self._gradients += finite
+
+    def release(self) -> None:
+        self._steps, self._average, self._gradients = 0, None, None
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._average is None else {"average": self._average, "steps": self._steps}
+        if self._average is None:
+            return {}
+        return {"average": self._average, "gradients": self._gradients, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             self._average, self._steps = [value.clone() for value in state["average"]], state["steps"]
+            self._gradients = state["gradients"].clone()

@@ -23,3 +23,6 @@ class Penalty(BilevelSolver):
 
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:
         return penalty_strength(problem) * problem.lower_losses()
+
+    def scores_at_rest(self, problem: BilevelProblem) -> Tensor:
+        return self.weight_gradient(problem)

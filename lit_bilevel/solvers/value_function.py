@@ -5,14 +5,16 @@
 By the envelope theorem this is the gradient of f + γ·(g(θ) − min g), whose minimiser is off by O(1/γ).
 
 Source: PBGD (arXiv 2302.05185), F2SA (2301.10945), BOME (2209.08709), ScaleBiO (2406.19976), SEAL's full form
-(2410.07471). φ starts as a copy of θ and is trained on (1−λ)·g beside it, at the policy's current learning rate: a
-second set of adapter values on the same frozen base, or a second copy where the whole model is tuned.
+(2410.07471). φ starts as a copy of θ, so the scores are 0 until it has moved. It is trained on (1−λ)·g beside the
+policy, at the policy's current learning rate: a second set of adapter values on the same frozen base, or a second copy
+where the whole model is tuned.
 
 Left out: a schedule that raises γ (`upper_weight` decides it), and gradient clipping for φ.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -56,10 +58,13 @@ class ValueFunction(BilevelSolver):
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:
         gamma = penalty_strength(problem)
         policy_loss_B = problem.lower_losses()
-        if self._optimizer is None:
+        begins = self._optimizer is None
+        if begins:
             self._begin(problem.values())
         for _ in range(self.inner_steps):
             pool_loss_B = self._inner_step(problem)
+        if begins and self.inner_steps == 1:  # φ was θ in that pass; what differs is the rounding of two kernels
+            return torch.zeros_like(policy_loss_B)
         return gamma * (policy_loss_B - pool_loss_B)
 
     def _begin(self, values: Values) -> None:
@@ -79,6 +84,14 @@ class ValueFunction(BilevelSolver):
             self._optimizer.zero_grad(set_to_none=True)
         return loss_B
 
+    def scores_at_rest(self, problem: BilevelProblem) -> Tensor:
+        policy_loss_B = problem.lower_losses()
+        pool_loss_B = problem.lower_losses_at(self._values) if self._values else policy_loss_B  # φ is still θ
+        return penalty_strength(problem) * (policy_loss_B - pool_loss_B)
+
+    def release(self) -> None:
+        self._values, self._optimizer = [], None
+
     def state_dict(self) -> dict[str, Any]:
         if self._optimizer is None:
             return {}
@@ -88,4 +101,4 @@ class ValueFunction(BilevelSolver):
         if state:
             self._begin(state["values"])
             assert self._optimizer is not None
-            self._optimizer.load_state_dict(state["optimizer"])
+            self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on with the same tensors

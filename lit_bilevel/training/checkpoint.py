@@ -1,13 +1,16 @@
 """What a checkpoint holds beside Lightning's own entries, whole whatever form the parameters have.
 
-Parameters that are frozen stay out of it: they come with the base model. The solver's state may have the shape of the
-policy's values; where these are spread over processes it is gathered to be saved, and spread again when it is loaded.
+Of the policy it holds the parameters that are trained. All else comes with the base model: frozen parameters, buffers,
+and what a quantized layer adds to its state. The solver's state may have the shape of the policy's values; where these
+are spread over processes it is gathered to be saved, and spread again when it is loaded.
 
-Left out: the position of the data and random states; the data module and a callback keep those.
+Left out: the position of the data and random states, which the data module and a callback keep; and buffers of a policy
+that training would change, such as running means, which causal language models do not have.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.fabric.utilities.apply_func import move_data_to_device
@@ -21,9 +24,9 @@ from lit_bilevel.training.schema import VERSION, check_checkpoint
 
 
 def save_own(module: Any, checkpoint: dict[str, Any]) -> None:
-    """Add a `LitBilevel`'s state, and leave out frozen parameters; called on every process."""
-    frozen = _frozen_names(module)
-    checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+    """Add a `LitBilevel`'s state, and leave out what the base model brings; called on every process."""
+    kept = _kept(module, checkpoint["state_dict"])
+    checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in kept}
     checkpoint["lit_bilevel"] = {
         "schema": VERSION,
         "solver": apply_to_collection(module.solver.state_dict(), Tensor, whole),
@@ -44,8 +47,8 @@ def restore_own(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
     module.guard.load_state_dict(own["guard"])
     module.refinement.restore(own["refinement"], module.weights.pool_rows)
     if "state_dict" in checkpoint:  # a strategy that shards parameters has loaded it already
-        frozen = _frozen_names(module)
-        expected = {name: value.shape for name, value in module.state_dict().items() if name not in frozen}
+        state = module.state_dict()
+        expected = {name: state[name].shape for name in _kept(module, state)}
         found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if expected != found:
             raise misfit(expected, found)
@@ -62,7 +65,8 @@ def restore_late(module: Any, own: dict[str, Any]) -> None:
         module.own_optimizer.load_state_dict(own["optimizer"])
 
 
-def _frozen_names(module: Any) -> set[str]:
-    """Parameters that checkpoints leave out, under every name they have (tied ones have several)."""
+def _kept(module: Any, names: Iterable[str]) -> list[str]:
+    """Those of the names that a checkpoint keeps; of tied parameters, which have several, all."""
     named = module.named_parameters(remove_duplicate=False)
-    return {name for name, parameter in named if not parameter.requires_grad and name.startswith("policy.")}
+    trained = {name for name, parameter in named if parameter.requires_grad}
+    return [name for name in names if name in trained or not name.startswith("policy.")]

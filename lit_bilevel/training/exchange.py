@@ -18,7 +18,6 @@ from torch import Tensor
 from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.problem import Values
-from lit_bilevel.refinement.response_weights import ResponseWeights
 from lit_bilevel.types import PADDING_ROW, Features
 
 
@@ -27,15 +26,18 @@ def lightning_engine(module: Any) -> Engine:
     trainer, strategy = module.trainer, module.trainer.strategy
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     sharded = isinstance(strategy, ModelParallelStrategy)
+    one_backward = isinstance(strategy, DeepSpeedStrategy)
+    # DeepSpeed has no gradients to hold back from stage 2 on, and its one backward pass a step is the synchronised one
+    unsynchronised = nullcontext if one_backward else getattr(strategy, "block_backward_sync", nullcontext)
     return Engine(
         backward=module.manual_backward,
-        unsynchronised=getattr(strategy, "block_backward_sync", nullcontext),
+        unsynchronised=unsynchronised,
         average=(lambda values: values) if sharded else functools.partial(averaged, strategy=strategy),
         world_size=trainer.world_size,
         loss_scale=1.0 if scaler is None else scaler.get_scale(),
         differences=_keeps_digits(trainer.precision) and module.policy.precise,
         sharded=sharded,
-        one_backward=isinstance(strategy, DeepSpeedStrategy),
+        one_backward=one_backward,
     )
 
 
@@ -89,12 +91,11 @@ def gathered_scores(
     return Features(row.long(), source.long(), length.long(), loss), s, losses
 
 
-def followed(found: Tensor | None, rule: ResponseWeights, trainer: Any) -> Tensor | None:
-    """Let the rule take in the generated responses of a step on all processes.
+def gathered_responses(found: Tensor | None, trainer: Any) -> Tensor | None:
+    """What was found of the generated responses of a step, over all processes.
 
     Args:
         found: what `weigh_responses` returned here, or `None` where no row is refined.
-        rule: of the response weights.
         trainer: Lightning's.
 
     Returns:
@@ -105,7 +106,4 @@ def followed(found: Tensor | None, rule: ResponseWeights, trainer: Any) -> Tenso
     if trainer.world_size > 1:
         table = trainer.strategy.all_gather(found)
         found = torch.cat([table[table[:, 0].argmax(), :2], table[:, 2:].sum(0)])
-    if not found[3] > 0:
-        return None
-    rule.follow(found[-2:])
-    return found
+    return found if found[3] > 0 else None

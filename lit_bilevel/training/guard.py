@@ -1,6 +1,7 @@
 """Numerical faults in training, each named with its step and rows and handled by a rule.
 
     the gradient is not finite       the step is skipped and counted; `max_skipped_steps` in a row stop the run
+                                     (the weights' step is taken back with it, see `Refinement.take_back`)
     all weight lies on a few rows    (Σw)²/Σw² < max(2, `min_effective_size`·N), from the weights' running sums
     importance ratios explode        some ρ_t > `max_ratio`; what a rule makes of ρ is bounded by its clip all the same
 
@@ -53,6 +54,8 @@ class GuardSettings:
             found.append(f"`model.guard.max_skipped_steps` is {self.max_skipped_steps}; it must be at least 1")
         if not 0 <= self.min_effective_size < 1:
             found.append(f"`model.guard.min_effective_size` is {self.min_effective_size}; it must be in [0, 1)")
+        if self.on_limit not in ("warn", "stop"):
+            found.append(f"`model.guard.on_limit` is {self.on_limit!r}; it must be warn or stop")
         if not self.max_ratio > 1:
             found.append(f"`model.guard.max_ratio` is {self.max_ratio}; it must be above 1")
         return found
@@ -67,20 +70,27 @@ class Guard:
 
     def __init__(self, settings: GuardSettings):
         self.settings = settings
-        self.skipped = 0
-        self.in_a_row = 0
+        self.skipped = self.in_a_row = 0
         self.reason: str | None = None
         """Why the run must end; whoever saves checkpoints does so first."""
         self._told: set[str] = set()
 
-    def admits(self, module: Any, features: Features, size: Tensor | None, found: Tensor | None) -> bool:
-        """Clip the policy's gradient; whether the step may be taken, on every process alike.
+    def begin(self) -> None:
+        """Forget an earlier run."""
+        self.skipped, self.in_a_row, self.reason, self._told = 0, 0, None, set()
+
+    def steps(self, module: Any, optimizer: Any, features: Features, size: Tensor | None, found: Tensor | None) -> bool:
+        """Clip the policy's gradient and take its step and that of its schedule, unless the gradient is not finite.
 
         Args:
             module: the `LitBilevel`.
+            optimizer: the policy's, as Lightning wraps it.
             features: rows of the global window, with their losses.
             size: effective size of the weights, where they know it.
             found: what was measured on the generated responses of all processes, if there were any.
+
+        Returns:
+            Whether the step was taken, on every process alike.
         """
         scaler = getattr(module.trainer.precision_plugin, "scaler", None)
         norm = _clipped(module, scaler)
@@ -88,14 +98,19 @@ class Guard:
         worst = [unknown, unknown] if found is None else [found[0], found[1]]
         numbers = [value.double() for value in (norm, unknown if size is None else size, *worst)]
         length, rows, ratio, row = torch.stack(numbers).tolist()
-        self._look_at_weights(module, rows)
         if found is not None:
             self._look_at_ratios(module, ratio, row)
-        if math.isfinite(length):
-            self.in_a_row = 0
-            return True
-        self._skip(module, features, scaler)
-        return False
+        if not math.isfinite(length):
+            self._skip(module, features, scaler)
+            return False
+        optimizer.step()
+        if _skipped_by_strategy(module.trainer.strategy):
+            self.skipped += 1
+            return False
+        module.lr_schedulers().step()
+        self._look_at_weights(module, rows)
+        self.in_a_row = 0
+        return True
 
     def look(self, module: Any, weight_N: Tensor) -> None:
         """Look at all weights, where they are at hand: some weightings have only an estimate in a step."""
@@ -185,6 +200,12 @@ def _clipped(module: Any, scaler: Any) -> Tensor:
     if module.gradient_clip_val is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, module.gradient_clip_val * scale, norm)
     return norm / scale
+
+
+def _skipped_by_strategy(strategy: Any) -> bool:
+    """Whether DeepSpeed, which looks at gradients by itself, skipped the step because they overflowed its scale."""
+    engine: Any = strategy.model if isinstance(strategy, DeepSpeedStrategy) else None
+    return engine is not None and not engine.was_step_applied()
 
 
 def _step(module: Any) -> str:

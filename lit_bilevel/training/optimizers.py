@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch.optim.lr_scheduler import LambdaLR
+
 from lit_bilevel.errors import UserError
 from lit_bilevel.training.refusals import takes_one_optimizer
+from lit_bilevel.training.schedule import learning_rate_factor
 from lit_bilevel.weights.optimizer import check_optimizer
 
 
@@ -30,20 +33,14 @@ def made_optimizers(module: Any) -> Any:
 
 
 def _made(module: Any) -> Any:
-    from transformers import get_scheduler
-
     inner = module.make_optimizer(module.policy.trainable())
     parameters = list(module.weights.parameters())
     optimizers = [inner, module.make_weight_optimizer(parameters)] if parameters else [inner]
     if module.learns_weights:
         check_optimizer(module.weights, optimizers[-1])
         module.refinement.check()
-    steps = module.trainer.estimated_stepping_batches
-    total = None if steps == float("inf") else int(steps)
-    settings = module.lr_scheduler_kwargs
-    scheduler = get_scheduler(
-        module.lr_scheduler_name, inner, module.warmup_steps, total, scheduler_specific_kwargs=settings
-    )
+    factor = learning_rate_factor(module, module.trainer.estimated_stepping_batches)
+    scheduler = LambdaLR(inner, factor)
     if takes_one_optimizer(module.trainer.strategy):
         module.own_optimizer = optimizers.pop() if parameters else None
     return optimizers, [{"scheduler": scheduler, "interval": "step"}]

@@ -17,10 +17,12 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
-from lit_bilevel.data.table import longest
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.policy.load import context_length
 from lit_bilevel.training.callbacks import drop_savers, unfit_callbacks
+from lit_bilevel.training.effects import of_precision, without_callbacks, without_effect
+from lit_bilevel.training.phases import problems_of
+from lit_bilevel.training.schedule import most_falls
+from lit_bilevel.training.sizes import oversized
 
 SHARDING = "configs/strategies/fsdp2.yaml"
 
@@ -31,7 +33,7 @@ def check_settings(module: Any) -> None:
     Raises:
         UserError: naming each of them.
     """
-    problems = []
+    problems = problems_of(module.phases)
     if not (0 <= module.initial_upper_weight < 1 or (module.initial_upper_weight == 1 and not module.learns_weights)):
         problems.append(
             f"`model.upper_weight` is {module.initial_upper_weight}; it must be in [0, 1), or 1 with the `Mixing`"
@@ -39,20 +41,24 @@ def check_settings(module: Any) -> None:
         )
     if module.upper_weight_decay < 0:
         problems.append(f"`model.upper_weight_decay` is {module.upper_weight_decay}; it must be at least 0")
+    if module.upper_weight_decay_every is not None and module.upper_weight_decay_every < 1:
+        problems.append(
+            f"`model.upper_weight_decay_every` is {module.upper_weight_decay_every}; it must be at least 1 step"
+        )
     if module.solver.learns and not module.weights.learnable:
         problems.append(
             f"`model.weights` is `{type(module.weights).__name__}`, which learns nothing from scores, so `model.solver:"
             f" {type(module.solver).__name__}` would do nothing; use `Mixing`, or weights that learn"
         )
-    for part in _need_upper_weight(module.weights, module.solver):
-        for name, value, wrong in (
-            ("upper_weight", module.initial_upper_weight, module.initial_upper_weight == 0),
-            ("upper_weight_start", module.upper_weight_start, module.upper_weight_start > 0),
-        ):
-            if wrong:
+    for phase in module.phases:
+        name, value = "`model.upper_weight`", module.initial_upper_weight
+        if phase.upper_weight is not None:
+            name, value = f"`upper_weight` of the phase {phase.name!r}", phase.upper_weight
+        for part in _need_upper_weight(module.weights, *([module.solver] if phase.runs_solver else [])):
+            if value == 0:
                 problems.append(
-                    f"`model.{name}` is {value}, so λ is 0 in some step, where `{type(part).__name__}` has no meaning;"
-                    " change it, or use `OneStep` with `SoftmaxWeights`"
+                    f"{name} is {value}, so λ is 0 in some step, where `{type(part).__name__}` has no meaning; change"
+                    " it, or use `OneStep` with `SoftmaxWeights`"
                 )
     groups = module.refinement.template
     if groups.learnable and not module.weights.learnable:
@@ -69,7 +75,7 @@ def check_settings(module: Any) -> None:
                 " adapter switched off, and there is no new one; set `--model.policy.lora '{r: 16, alpha: 16}'` (and"
                 " where `path` holds an adapter, `--model.policy.adapter merge`)"
             )
-    problems += _out_of_range(module) + module.guard.settings.problems()
+    problems += _out_of_range(module) + module.guard.settings.problems() + without_effect(module)
     if problems:
         raise gathered("bad settings", problems)
 
@@ -85,19 +91,17 @@ def _out_of_range(module: Any) -> list[str]:
         ("accumulate_grad_batches", 1, None),
         ("max_new_tokens", 1, None),
         ("warmup_steps", 0, None),
-        ("upper_weight_start", 0, 1),
-        ("weight_start", 0, 1),
     ):
         value = getattr(module, name)
-        if value < least or (most is not None and value > most):
-            wanted = f"at least {least}" if most is None else f"in [{least}, {most}]"
+        if not value >= least or (most is not None and value >= most):
+            wanted = f"at least {least}" if most is None else f"in [{least}, {most})"
             problems.append(f"`model.{name}` is {value}; it must be {wanted}")
     if module.gradient_clip_val is not None and module.gradient_clip_val <= 0:
         problems.append(
             f"`model.gradient_clip_val` is {module.gradient_clip_val}; it must be above 0, or null for none"
         )
-    if module.lr_scheduler_name == "reduce_lr_on_plateau":
-        problems.append("`model.lr_scheduler` is reduce_lr_on_plateau, which follows a metric; use one of steps")
+    if module.lr_scheduler_name in ("reduce_lr_on_plateau", "greedy"):
+        problems.append(f"`model.lr_scheduler` is {module.lr_scheduler_name}, which follows a metric; use one of steps")
     return problems
 
 
@@ -134,9 +138,9 @@ def check_run(module: Any, stage: str) -> None:
         UserError: naming each of them.
     """
     strategy = module.trainer.strategy
-    problems = _of_kernels(module) + _of_context(module)
+    problems = _of_kernels(module) + oversized(module, stage) + of_precision(module)
     if stage == "fit":
-        problems += _of_decay(module) + _of_length(module)
+        problems += _of_decay(module) + _of_length(module) + without_callbacks(module, bool(refiners(module.trainer)))
     if isinstance(strategy, SingleDeviceStrategy) and strategy.root_device.type == "mps":
         problems.append(
             "`trainer.accelerator` is (or chose) MPS, which has no float64, and the weights are summed in it; use"
@@ -167,15 +171,17 @@ def check_run(module: Any, stage: str) -> None:
 
 def _of_decay(module: Any) -> list[str]:
     groups = [module.refinement.template] if refiners(module.trainer) else []
-    names = [type(part).__name__ for part in _need_upper_weight(module.solver, module.weights, *groups)]
-    decay, epochs = module.upper_weight_decay, module.trainer.max_epochs
+    own = [phase for phase in module.phases if phase.upper_weight is None]
+    solvers = [module.solver] if any(phase.runs_solver for phase in own) else []
+    names = [type(part).__name__ for part in _need_upper_weight(*solvers, module.weights, *groups)] if own else []
+    decay = module.upper_weight_decay
     if names and module.initial_upper_weight == 0:
         return [f"`model.upper_weight` is 0, where `{names[0]}` for refined rows has no meaning; set it above 0"]
-    if not names or decay == 0 or (epochs > 0 and decay * (epochs - 1) < module.initial_upper_weight):
+    if not names or decay == 0 or decay * most_falls(module) < module.initial_upper_weight:
         return []
-    last = (
-        f"in epoch {math.ceil(module.initial_upper_weight / decay - 1e-9) + 1}" if epochs > 0 else "after some epochs"
-    )
+    falls, every = math.ceil(module.initial_upper_weight / decay - 1e-9), module.upper_weight_decay_every
+    last = f"in epoch {falls + 1}" if module.trainer.max_epochs > 0 else "after some epochs"
+    last = last if every is None else f"after {falls * every} policy steps"
     return [
         f"`model.upper_weight_decay` is {decay}, so λ is 0 {last}, where `{names[0]}` has no meaning; lower it, set"
         " `trainer.max_epochs` where it is not, or use `OneStep` with `SoftmaxWeights`"
@@ -190,22 +196,10 @@ def refiners(trainer: Any) -> list[Any]:
 def _of_length(module: Any) -> list[str]:
     if module.trainer.max_epochs != -1 or module.trainer.max_steps != -1:
         return []
-    return [
-        f"`model.{name}` is {getattr(module, name)}, a share of a run whose length is not known; set"
-        " `trainer.max_steps` or `trainer.max_epochs`"
-        for name in ("upper_weight_start", "weight_start")
-        if getattr(module, name) > 0
-    ]
-
-
-def _of_context(module: Any) -> list[str]:
-    sets = getattr(getattr(module.trainer, "datamodule", None), "sets", {})
-    context, found = context_length(module.policy_settings), longest(sets.values())
-    if context is None or found <= context:
+    if len(module.phases) == 1:
         return []
     return [
-        f"the longest row has {found} tokens and the policy was made for {context}; set `data.max_length` to at most"
-        f" {context}"
+        "`model.phases` are shares of a run whose length is not known; set `trainer.max_steps` or `trainer.max_epochs`"
     ]
 
 

@@ -58,6 +58,10 @@ class ExampleWeights(nn.Module, ABC):
     """Whether the weights learn about validation only through a policy that trains on it (λ > 0)."""
     sparse: bool = False
     """Whether the gradient is sparse, and an optimizer that moves rows without one spoils the order."""
+    columns: tuple[str, ...] = ()
+    """Names of the scores that the weights read of every row; `set_columns` gives them."""
+    by_row: frozenset[str] = frozenset({"visits", "log_prior_N"})
+    """Parameters and buffers [N] of which a step changes the visited rows only; `Undo` copies all others whole."""
 
     spread_average: Tensor
     score_average: Tensor
@@ -139,6 +143,17 @@ class ExampleWeights(nn.Module, ABC):
         self.log_prior_N.copy_(log_N - log_N.exp().mean().log())
         self.refresh()
 
+    def set_columns(self, table_NF: Tensor) -> None:
+        """Take the scores that are named in `columns`; call it between `build` and the first step.
+
+        Args:
+            table_NF: [N, F] scores of the rows, each of about mean 0 and standard deviation 1.
+
+        Raises:
+            UserError: where these weights read none.
+        """
+        raise UserError(f"`{type(self).__name__}` read no scores of rows; use `NetworkWeights` with `columns`.")
+
     def log_prior(self, features: Features) -> Tensor:
         """[B] log p of the rows in `features`, float64; p has mean 1 over the pool."""
         return self.log_prior_N[features.row_B.clamp_min(0)].double()
@@ -188,16 +203,27 @@ class ExampleWeights(nn.Module, ABC):
         s_B = torch.where(valid_B, s_B.double(), 0.0)
         w_B = torch.where(valid_B, w_B + TINY, 0.0)  # rows that all weigh 0 have the plain mean as their baseline
         centred_B = centred(s_B, w_B) * valid_B
-        self.updates += 1
-        self.spread_average.mul_(DECAY).add_(centred_B.abs().mean(), alpha=1 - DECAY)
-        self.score_average.mul_(DECAY).add_(s_B.abs().mean(), alpha=1 - DECAY)
-        scale = torch.maximum(self.spread_average, FLOOR * self.score_average) / (1 - DECAY**self.updates)
-        score_B = (centred_B / scale.clamp_min(TINY)).clamp(-CUT, CUT)
+        score_B = (centred_B / self._scale(s_B, centred_B, valid_B)).clamp(-CUT, CUT)
         if self.kl_to_prior > 0:
             moved_B = w_B.clamp_min(TINY).log() - self.log_prior(features)
             pull_B = centred(moved_B.clamp_min(SMALLEST_LOG_WEIGHT), w_B)
             score_B = score_B + self.kl_to_prior * pull_B * valid_B
         self.assign_gradient(features, score_B)
+
+    def _scale(self, s_B: Tensor, centred_B: Tensor, valid_B: Tensor) -> Tensor:
+        """c, after it has taken in a step; one without two rows to compare, or whose scores are all 0, is none.
+
+        Such a step says nothing of how large scores are, and would blow up those of the next ones: (k + 1)-fold after
+        k steps.
+        """
+        rows = valid_B.sum()
+        counts = ((rows > 1) & (s_B != 0).any()).double()
+        share = (1 - DECAY) * counts
+        self.updates += counts
+        self.spread_average.lerp_(centred_B.abs().sum() / rows.clamp_min(1), share)
+        self.score_average.lerp_(s_B.abs().sum() / rows.clamp_min(1), share)
+        average = torch.maximum(self.spread_average, FLOOR * self.score_average)
+        return (average / (1 - DECAY**self.updates).clamp_min(TINY)).clamp_min(TINY)
 
     def _apply(self, fn, recurse: bool = True):
         """Follow the module to a device, never to another precision."""

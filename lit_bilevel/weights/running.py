@@ -1,10 +1,11 @@
 """Weights that are a function of a row's features, p·u/Ẑ, with a running normaliser. The base of `bmo` and `network`.
 
-    log Ẑ ← logaddexp(log β + log Ẑ, log(1−β) + log mean_B u)        w_i = u_i / Ẑ
+    log Z ← logaddexp(log β + log Z, log(1−β) + log mean_B p·u)      Ẑ = Z / (1 − βⁿ)      w_i = p_i·u_i / Ẑ
 
-The mean of u over the pool cannot be had from a batch, so Ẑ runs along in float64, once per policy step, over the rows
-of all processes; it starts from the first window, in which every row weighs 1. That way neither accumulation nor the
-number of processes changes anything.
+The mean of p·u over the pool cannot be had from a batch, so Z runs along in float64, once per policy step, over the
+rows of all processes. That way neither accumulation nor the number of processes changes anything. Z starts at 0 and is
+corrected for it after n windows: started at the first window it would remember that one for hundreds of steps, while
+losses fall and u grows. Before any window a row weighs its prior.
 
 The features last seen of each row are kept, so `table` is exact (mean 1) for what is known; but losses last seen are
 ordered by visit, so an export scores every row under the final policy first.
@@ -38,22 +39,23 @@ class RunningWeights(ExampleWeights):
 
     needs_loss = True
     needs_scoring = True
+    by_row = ExampleWeights.by_row | {"loss_N", "length_N", "source_N"}
 
-    log_normaliser: Tensor
+    log_average: Tensor
     moments: Tensor
-    started: Tensor
+    windows: Tensor
     loss_N: Tensor
     length_N: Tensor
     source_N: Tensor
 
-    def __init__(self, kl_to_prior: float = 0.0, decay: float = 0.99) -> None:
+    def __init__(self, kl_to_prior: float = 0.0, decay: float = 0.9) -> None:
         super().__init__(kl_to_prior)
         if not 0 <= decay < 1:
             raise UserError(f"`decay` is {decay}; it must be in [0, 1).")
         self.decay = decay
-        self.register_buffer("log_normaliser", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("moments", torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64))
-        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("log_average", torch.full((), -math.inf, dtype=torch.float64))
+        self.register_buffer("moments", torch.zeros(3, dtype=torch.float64))
+        self.register_buffer("windows", torch.zeros((), dtype=torch.float64))
         for name in ("loss_N", "length_N", "source_N"):
             self.register_buffer(name, torch.zeros(0))
 
@@ -62,14 +64,19 @@ class RunningWeights(ExampleWeights):
         """log u of the rows in `features`, [B], float64."""
 
     def create(self, source_N: Tensor, dtype: torch.dtype) -> None:
-        device = self.log_normaliser.device
+        device = self.log_average.device
         self.loss_N = torch.full((len(source_N),), math.nan, dtype=dtype, device=device)
         self.length_N = torch.zeros(len(source_N), dtype=torch.int32, device=device)
         self.source_N = source_N.to(device, torch.int32)
 
+    @property
+    def log_normaliser(self) -> Tensor:
+        """log Ẑ; NaN before the first window."""
+        return self.log_average - (1 - self.decay**self.windows).log()
+
     def weigh(self, features: Features) -> Tensor:
         prior_B = self.log_prior(features)
-        log_w_B = torch.where(self.started, self.log_unnormalised(features) - self.log_normaliser, 0.0) + prior_B
+        log_w_B = torch.where(self.windows > 0, self.log_unnormalised(features) - self.log_normaliser, 0.0) + prior_B
         return log_w_B.exp().to(self.loss_N.dtype)
 
     def observe(self, features: Features) -> None:
@@ -80,14 +87,15 @@ class RunningWeights(ExampleWeights):
         valid_B = torch.isfinite(log_u_B)
         any_valid = valid_B.any()
         log_u_B = log_u_B.masked_fill(~valid_B, -math.inf)
-        log_mean = torch.where(any_valid, log_u_B.logsumexp(0) - valid_B.sum().log(), self.log_normaliser)
-        keep = self.decay * self.started.double()
-        self.log_normaliser.copy_(torch.logaddexp(keep.log() + self.log_normaliser, (1 - keep).log() + log_mean))
+        log_mean = log_u_B.logsumexp(0) - valid_B.sum().log()
+        share = torch.full_like(log_mean, 1 - self.decay)
+        moved = torch.logaddexp((1 - share).log() + self.log_average, share.log() + log_mean)
+        self.log_average.copy_(torch.where(any_valid, moved, self.log_average))
+        self.windows += any_valid
         w_B = (log_u_B - self.log_normaliser).exp()
-        now = torch.stack([w_B.mean(), (w_B * w_B).mean(), torch.xlogy(w_B, w_B).mean()])
-        share = torch.where(self.started, 1 - STATISTICS_DECAY, 1.0).double() * any_valid
-        self.moments.lerp_(now, share)
-        self.started.logical_or_(any_valid)
+        now = torch.stack([w_B.sum(), (w_B * w_B).sum(), torch.xlogy(w_B, w_B).sum()]) / valid_B.sum()
+        moments = torch.lerp(self.moments, now, 1 - STATISTICS_DECAY)
+        self.moments.copy_(torch.where(any_valid, moments, self.moments))
 
     def score(self, features: Features) -> None:
         assert features.loss_B is not None
@@ -111,7 +119,9 @@ class RunningWeights(ExampleWeights):
 
     def statistics(self) -> dict[str, Tensor]:
         """From running means over the last ten windows or so of w, w² and w·log w."""
-        mean, square, w_log_w = self.moments
+        equal = torch.tensor([1.0, 1.0, 0.0], dtype=self.moments.dtype, device=self.moments.device)
+        known = self.moments / (1 - STATISTICS_DECAY**self.windows)
+        mean, square, w_log_w = torch.where(self.windows > 0, known, equal)
         return {
             "effective_size": self.pool_rows * mean**2 / square,
             "entropy": math.log(self.pool_rows) + mean.log() - w_log_w / mean,

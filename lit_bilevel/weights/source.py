@@ -22,6 +22,8 @@ class SourceWeights(ExampleWeights):
         kl_to_prior: strength of the pull towards the prior, in units of the scaled score.
     """
 
+    by_row = ExampleWeights.by_row | {"source_N"}
+
     logits: nn.Parameter
     source_N: Tensor
     share_of_source: Tensor

@@ -42,6 +42,7 @@ class TableWeights(ExampleWeights):
     """
 
     sparse = True
+    by_row = ExampleWeights.by_row | {"logits"}
 
     logits: nn.Parameter
     sums: Tensor
@@ -177,7 +178,8 @@ class TableWeights(ExampleWeights):
         p_N = self.log_prior_N.double().exp() * valid_N
         s_N = torch.where(valid_N, s_N.to(p_N), 0.0)
         centred_N = centred(s_N, p_N) * valid_N
-        scale = torch.maximum(centred_N.abs().mean(), FLOOR * s_N.abs().mean()).clamp_min(TINY)
+        rows = valid_N.sum().clamp_min(1)
+        scale = (torch.maximum(centred_N.abs().sum(), FLOOR * s_N.abs().sum()) / rows).clamp_min(TINY)
         with torch.no_grad():
             self.logits.copy_((centred_N / scale).clamp(-CUT, CUT) * (-self.temperature / strength))
         self.refresh()

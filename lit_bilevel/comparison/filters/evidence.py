@@ -5,6 +5,8 @@ Left out: several processes. Scores are computed on the first device of the conf
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +16,15 @@ import numpy as np
 import torch
 
 from lit_bilevel.data.collate import collate
+from lit_bilevel.data.fingerprint import rows_digest
+from lit_bilevel.data.layout import layout_for
 from lit_bilevel.losses import example_nll
-from lit_bilevel.policy.load import LoraSettings, load_policy
+from lit_bilevel.policy.load import LoraSettings, load_policy, load_tokenizer
 from lit_bilevel.policy.origin import tunes_adapter
 from lit_bilevel.policy.policy import Policy
+from lit_bilevel.scores.columns import COLUMNS
+from lit_bilevel.scores.sweep import policy_digest, score_rows
+from lit_bilevel.scores.table import Scores, made_in, read_scores, write_scores
 from lit_bilevel.types import Batch
 
 
@@ -28,12 +35,15 @@ class Evidence:
         cli: a `BilevelCLI` that was built without running, its data set up.
         earlier: folder of the run that the filter needs.
         seed: of the run.
+        shared: folder for what several filters read; without, nothing is kept.
     """
 
-    def __init__(self, cli: Any, earlier: Path | None, seed: int):
+    def __init__(self, cli: Any, earlier: Path | None, seed: int, shared: Path | None = None):
         self.data, self.trainer = cli.datamodule, cli.trainer
         self.settings = cli.model.policy_settings
-        self.earlier, self.seed = earlier, seed
+        self.earlier, self.seed, self.shared = earlier, seed, shared
+        self.seconds = 0.0
+        """What an earlier filter spent on what this one read."""
 
     @property
     def ids(self) -> list[str]:
@@ -55,6 +65,25 @@ class Evidence:
         policy = self.policy(tuned)
         with self.trainer.precision_plugin.forward_context():
             return row_losses(policy, self.data, "pool")[0]
+
+    def scores(self) -> Scores:
+        """What a pass of the policy before training says of the pool rows; made once for all that read it."""
+        started = time.perf_counter()
+        policy, tokenizer = self.policy(), load_tokenizer(self.settings)
+        pool, trusted = self.data.sets["pool"], self.data.sets["upper"]
+        made_of = [policy_digest(policy), rows_digest(pool), rows_digest(trusted), str(self.trainer.precision)]
+        name = hashlib.sha256("".join(made_of).encode()).hexdigest()[:12]
+        path = self.shared / f"scores-{name}.parquet" if self.shared else None
+        if path is not None and path.is_file():
+            self.seconds = made_in(path)
+            return read_scores(path)
+        with self.trainer.precision_plugin.forward_context():
+            cost = layout_for(self.trainer, packing=False).call_cost
+            columns = score_rows(policy, tokenizer, pool, trusted, self.data.eval_batch_size, cost)
+        found = Scores(self.ids, {column: columns[column] for column in COLUMNS})
+        if path is not None:
+            write_scores(path, found.ids, found.columns, {"seconds": time.perf_counter() - started})
+        return found
 
     def policy(self, tuned: bool = False, adapter: LoraSettings | None = None) -> Policy:
         """The policy, ready to score.

@@ -1,0 +1,145 @@
+"""Weights from one look at all rows, where the phase in which they were learned is over.
+
+    ω_i = −T·(s_i − b) / (strength·c)          s_i the solver's score of row i, all of them at the same θ and φ
+
+In training a row's weight comes of the few moments when it was visited: with one or two visits, of a policy that knew
+little yet. This passes over the pool once at the end of the phase, without gradients and with dropout off, every
+process its share, and sets the table of weights anew from the scores (`TableWeights.settle`); the prior stays. It costs
+two forward passes a row.
+
+    phases: [{name: weights, share: 0.4}, {name: policy, share: 0.6, learn_weights: false, learning_rate: 1.0}]
+    callbacks: [{class_path: ClosingSweep, init_args: {phase: weights}}]
+
+A checkpoint is saved only after it, or before the last step of the phase, so a killed run sweeps once in the end.
+Rows that are refined by then are settled, too. Left out: weights that rows share; they have no entry to set.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lit_bilevel.callbacks.export import evaluating
+from lit_bilevel.callbacks.progress import say
+from lit_bilevel.errors import UserError
+from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.rest import RestingProblem
+from lit_bilevel.training.exchange import lightning_engine
+from lit_bilevel.training.phases import borders, place_named
+from lit_bilevel.weights.table import TableWeights
+
+
+class ClosingSweep(Callback):
+    """Sets the weights from scores of all rows at the end of a phase.
+
+    Args:
+        phase: its name; by default the last one that learns weights.
+        strength: how far the weights move: with softmax weights, a row whose score is one mean deviation better than
+            the mean weighs e^(1/strength) times its prior.
+    """
+
+    def __init__(self, phase: str | None = None, strength: float = 1.0):
+        if not strength > 0:
+            raise UserError(f"`strength` of `ClosingSweep` is {strength}; it must be above 0.")
+        self.phase, self.strength = phase, strength
+        self._done = False
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(phase=self.phase)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self._done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._done = state_dict["done"]
+
+    # ---- when ----
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LitBilevel)
+        if trainer.ckpt_path is None:
+            self._done = False
+        if not (pl_module.learns_weights and isinstance(pl_module.weights, TableWeights)):
+            raise UserError(
+                "`ClosingSweep` sets a table of weights from the scores of a solver, and the run has"
+                f" `{type(pl_module.solver).__name__}` with `{type(pl_module.weights).__name__}`; use `ValueFunction`"
+                " with `SigmoidWeights`, for example, or leave the callback out."
+            )
+        place = self._place(pl_module)
+        if not pl_module.phases[place].learn_weights:
+            raise UserError(f"`ClosingSweep` names the phase {self.phase!r}, which learns no weights; name another.")
+
+    def _place(self, module: LitBilevel) -> int:
+        if self.phase is not None:
+            return place_named(module.phases, self.phase)
+        learning = [place for place, phase in enumerate(module.phases) if phase.learn_weights]
+        if not learning:
+            raise UserError("no phase of `model.phases` learns weights, so `ClosingSweep` has no end to wait for.")
+        return learning[-1]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, LitBilevel)
+        place = self._place(pl_module)
+        border = borders(pl_module.phases, trainer.estimated_stepping_batches)[place]
+        if not self._done and trainer.global_step >= border:
+            self.sweep(trainer, pl_module, self._upper_weight(pl_module, place))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where steps were skipped, or the run has no length: at the end of the last epoch."""
+        assert isinstance(pl_module, LitBilevel)
+        place = self._place(pl_module)
+        last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+        if not self._done and last and place == len(pl_module.phases) - 1:
+            self.sweep(trainer, pl_module, self._upper_weight(pl_module, place))
+
+    @staticmethod
+    def _upper_weight(module: LitBilevel, place: int) -> float:
+        own = module.phases[place].upper_weight
+        return own if own is not None else module.initial_upper_weight  # scores are scaled, so its decay says nothing
+
+    # ---- what ----
+
+    def sweep(self, trainer: Trainer, module: LitBilevel, upper_weight: float) -> None:
+        """Score all rows and set the weights, on all processes alike."""
+        started = time.monotonic()
+        assert isinstance(module.weights, TableWeights)
+        module.weights.settle(pool_scores(trainer, module, upper_weight), self.strength)
+        self._done = True
+        say(
+            f"all {module.weights.pool_rows:,} rows were scored once more and the weights set from that"
+            f" ({time.monotonic() - started:.0f} s)"
+        )
+
+
+def pool_scores(trainer: Trainer, module: LitBilevel, upper_weight: float) -> Tensor:
+    """[N] the solver's scores at rest of all pool rows, float64, on all processes alike.
+
+    Args:
+        trainer: Lightning's, in a fit.
+        module: with its solver's state.
+        upper_weight: λ under which rows are scored.
+    """
+    assert module.policy is not None
+    inner, _ = module._optimizers()
+    score_N = torch.full((module.weights.pool_rows,), math.nan, dtype=torch.float64, device=module.device)
+    loader = trainer.datamodule.evaluation_loader("pool")  # type: ignore[attr-defined]
+    engine = lightning_engine(module)
+    with evaluating(trainer, module) as made:
+        for batch in map(made, loader):
+            problem = RestingProblem(
+                module.policy, batch, upper_weight, inner.optimizer, engine, module.lower_objective
+            )
+            table = torch.stack([batch.row_B.double(), module.solver.scores_at_rest(problem).double()], dim=1)
+            if trainer.world_size > 1:
+                table = module.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]
+            row, score = table[table[:, 0] >= 0].unbind(1)
+            score_N[row.long()] = score
+    return score_N

@@ -1,0 +1,104 @@
+"""Decoding prompts of different lengths together, for models whose cache holds keys and values and nothing else.
+
+Prompts are padded on the left, a mask and positions tell the model so, and rows that have ended leave the batch and its
+cache. Left out: models with a state that padding would go through; see `unpadded`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Choose = Callable[[Tensor, int, Tensor], Tensor]
+"""From the rows [B] that go on, the number of the step and their logits [B, V] to their next tokens [B]."""
+
+
+def decode_padded(
+    model: Any,
+    prompts: Sequence[list[int]],
+    limits: Sequence[int],
+    end_ids: Sequence[int],
+    choose: Choose,
+    progress: Callable[[int], Any] | None = None,
+) -> list[list[int]]:
+    """The new tokens of every prompt, its end token included.
+
+    Args:
+        model: a transformers causal LM in evaluation mode.
+        prompts: token ids.
+        limits: longest answer to each prompt.
+        end_ids: tokens that end an answer.
+        choose: what draws the tokens.
+        progress: told the number of new tokens after each step.
+    """
+    batch = _Padded(model, prompts, limits, end_ids)
+    step = 0
+    while len(batch.alive):
+        drawn_B = choose(batch.alive_B, step, batch.logits(step))
+        if progress is not None:
+            progress(len(batch.alive))
+        batch.append(drawn_B)
+        step += 1
+    return batch.tokens
+
+
+class _Padded:
+    """One batch; row b of the tensors is the prompt `alive[b]`."""
+
+    def __init__(self, model: Any, prompts: Sequence[list[int]], limits: Sequence[int], end_ids: Sequence[int]):
+        from transformers import DynamicCache
+
+        self.model, self.limits, self.end_ids = model, list(limits), frozenset(end_ids)
+        self.device = model.get_input_embeddings().weight.device
+        self.tokens: list[list[int]] = [[] for _ in prompts]
+        accepted = inspect.signature(model.forward).parameters
+        self.positions = "position_ids" in accepted
+        self.last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self.cache = DynamicCache(config=model.config)
+        self.alive = list(range(len(prompts)))
+        self.alive_B = torch.tensor(self.alive, device=self.device)
+        self.width = width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.int64)
+        mask = torch.zeros(len(prompts), width + max(limits), dtype=torch.int64)
+        for b, prompt in enumerate(prompts):
+            ids[b, width - len(prompt) :] = torch.tensor(prompt)
+            mask[b, width - len(prompt) :] = 1
+        self.input_ids, self.mask = ids.to(self.device), mask.to(self.device)
+        self.offset = torch.tensor([width - len(prompt) for prompt in prompts], device=self.device)
+
+    def logits(self, step: int) -> Tensor:
+        """Of the next token of every row, [B, V]."""
+        seen = self.width + step
+        positions = torch.arange(seen - self.input_ids.shape[1], seen, device=self.device) - self.offset[:, None]
+        extra = {"position_ids": positions.clamp_min(0)} if self.positions else {}
+        output = self.model(
+            input_ids=self.input_ids,
+            attention_mask=self.mask[:, :seen],
+            past_key_values=self.cache,
+            use_cache=True,
+            **extra,
+            **self.last_only,
+        )
+        return output.logits[:, -1].float()
+
+    def append(self, drawn_B: Tensor) -> None:
+        """Add a token to every row; rows that have ended leave."""
+        for prompt, token in zip(self.alive, drawn_B.tolist(), strict=True):
+            self.tokens[prompt].append(token)
+        going = [
+            b
+            for b, prompt in enumerate(self.alive)
+            if self.tokens[prompt][-1] not in self.end_ids and len(self.tokens[prompt]) < self.limits[prompt]
+        ]
+        self.input_ids = drawn_B[:, None]
+        if len(going) < len(self.alive):
+            self.alive = [self.alive[b] for b in going]
+            kept = torch.tensor(going, dtype=torch.int64, device=self.device)
+            self.input_ids, self.mask, self.offset = self.input_ids[kept], self.mask[kept], self.offset[kept]
+            self.alive_B = self.alive_B[kept]
+            if going:
+                self.cache.batch_select_indices(kept)

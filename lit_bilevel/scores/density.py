@@ -1,0 +1,135 @@
+"""How much more likely a row is among trusted rows than in the pool, from what a pass says of both.
+
+    w(x) = p_trusted(x) / p_pool(x) = odds of `trusted`, classes balanced      scaled to mean 1 over the pool
+
+Under covariate shift these are the weights that make the pool's expectation the trusted one (Shimodaira, 2000). The
+odds come from a logistic regression on the features and their squares, each standardised on the rows it is fitted on,
+features cut at 5 standard deviations. It is cross-fitted: rows of pool and validation are dealt out to folds alike, and
+a row's odds come from the fit without its fold, so no row is told apart because its own label was learned.
+
+The strength of the penalty is chosen for every fold, by log loss with balanced classes on further folds of the rows it
+is fitted on: how well membership is told. Nothing else is looked at, a truth file least of all. Of a pool larger than
+`FITTED`, so many rows drawn by lot are fitted on; all are scored. Left out: interactions of features, and trees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lit_bilevel.errors import UserError
+from lit_bilevel.scores.columns import FEATURES
+
+FOLDS = 10
+INNER_FOLDS = 5
+STRENGTHS = tuple(10.0**power for power in range(-4, 2))
+"""Values of C, the inverse of the penalty, that are tried."""
+FITTED = 20_000
+LEAST_TRUSTED = 10
+LIMIT = 5.0
+
+
+def density_features(table_NF: np.ndarray) -> np.ndarray:
+    """[N, F] what the regression looks at: the measured features, numbers of tokens by their logarithms."""
+    found = table_NF.astype(np.float64)
+    for name in ("length", "prompt_length"):
+        found[:, FEATURES.index(name)] = np.log(found[:, FEATURES.index(name)])
+    return found
+
+
+def density_ratio(pool_NF: np.ndarray, trusted_MF: np.ndarray, seed: int = 0) -> np.ndarray:
+    """[N] weights of the pool rows, mean 1.
+
+    Args:
+        pool_NF: features of the pool rows; NaN for a feature that a row does not have.
+        trusted_MF: the same of trusted rows.
+        seed: of the folds.
+
+    Raises:
+        UserError: if there are too few trusted rows.
+    """
+    if len(trusted_MF) < LEAST_TRUSTED:
+        raise UserError(
+            f"a density ratio needs at least {LEAST_TRUSTED} trusted rows and there are {len(trusted_MF)}; give more"
+            " validation rows, or a smaller `data.monitor_fraction`."
+        )
+    features_nF = np.concatenate([pool_NF, trusted_MF])
+    trusted_n = np.arange(len(features_nF)) >= len(pool_NF)
+    log_odds_N = cross_fitted_log_odds(features_nF, trusted_n, seed)[: len(pool_NF)]
+    ratio_N = np.exp(log_odds_N - log_odds_N.max())
+    return ratio_N / ratio_N.mean()
+
+
+def cross_fitted_log_odds(features_nF: np.ndarray, trusted_n: np.ndarray, seed: int = 0) -> np.ndarray:
+    """[n] log odds of being trusted with balanced classes; no row's own label counts in its own odds.
+
+    Args:
+        features_nF: features of all rows.
+        trusted_n: whether each row is trusted.
+        seed: of the folds.
+    """
+    log_odds_n = np.empty(len(features_nF))
+    for fitted, held in _folds(len(features_nF), FOLDS, seed):
+        fitted = _drawn(fitted, trusted_n, seed)
+        features, trusted = features_nF[fitted], trusted_n[fitted]
+        basis = _basis().fit(features)
+        model = _regression(_chosen_strength(features, trusted, seed)).fit(basis.transform(features), trusted)
+        log_odds_n[held] = model.decision_function(basis.transform(features_nF[held]))
+    return log_odds_n
+
+
+def _folds(rows: int, count: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Positions to fit on and positions held out, whatever the labels."""
+    place = np.random.default_rng(seed).permutation(rows) % count
+    for fold in range(count):
+        yield (place != fold).nonzero()[0], (place == fold).nonzero()[0]
+
+
+def _drawn(rows: np.ndarray, trusted_n: np.ndarray, seed: int) -> np.ndarray:
+    """The trusted ones of some rows, and at most `FITTED` of the others."""
+    others = rows[~trusted_n[rows]]
+    if len(others) <= FITTED:
+        return rows
+    others = np.random.default_rng(seed).choice(others, FITTED, replace=False)
+    return np.sort(np.concatenate([rows[trusted_n[rows]], others]))
+
+
+def _chosen_strength(features_nF: np.ndarray, trusted_n: np.ndarray, seed: int) -> float:
+    """C with the lowest log loss on held-out rows, classes balanced; of equal ones the smallest."""
+    loss = np.zeros(len(STRENGTHS))
+    for fitted, held in _folds(len(features_nF), INNER_FOLDS, seed + 1):
+        basis = _basis()
+        fitted_nF, held_nF = basis.fit_transform(features_nF[fitted]), basis.transform(features_nF[held])
+        for number, strength in enumerate(STRENGTHS):
+            model = _regression(strength).fit(fitted_nF, trusted_n[fitted])
+            wrong = model.decision_function(held_nF) * np.where(trusted_n[held], -1, 1)
+            nll = np.logaddexp(0, wrong)
+            loss[number] += sum(nll[trusted_n[held] == kind].mean() for kind in np.unique(trusted_n[held]))
+    return STRENGTHS[int(loss.argmin())]
+
+
+def _basis() -> Any:
+    """Features and their squares, standardised on the rows that it is fitted on."""
+    from sklearn.impute import SimpleImputer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer, StandardScaler
+
+    return make_pipeline(
+        SimpleImputer(keep_empty_features=True),  # a feature that a row does not have is as in the mean of rows
+        StandardScaler(),
+        FunctionTransformer(_with_squares),
+        StandardScaler(),  # or the penalty would weigh squares otherwise
+    )
+
+
+def _regression(strength: float) -> Any:
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)
+
+
+def _with_squares(scaled_nF: np.ndarray) -> np.ndarray:
+    cut_nF = scaled_nF.clip(-LIMIT, LIMIT)
+    return np.concatenate([cut_nF, cut_nF**2], axis=1)

@@ -1,0 +1,112 @@
+"""The pass itself: what a policy says of rows, with their prompts and without.
+
+    features = Measure(policy, opening_of(tokenizer), tokenizer.eos_token_id)(examples, responses)
+
+Two forward passes in batches of like length; the first also gives entropies. Token losses are brought to the CPU and
+summed there in float64, so a row's numbers do not depend on the order of anything. Left out: gradients.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lit_bilevel.data.collate import collate
+from lit_bilevel.policy.policy import Policy
+from lit_bilevel.scores.columns import FEATURES
+from lit_bilevel.scores.opening import has_prompt, last_response, without_prompt
+from lit_bilevel.types import Example
+
+FIRST = 3
+"""Tokens that `first_loss` looks at."""
+
+
+class Measure:
+    """Measures rows under a policy.
+
+    Args:
+        policy: any policy; dropout is off while it is asked.
+        opening: token ids that a response without a prompt follows.
+        end_token: id of the token that ends a response which was not cut.
+        batch_size: most rows in a call of the policy.
+        call_cost: how many tokens' computation one more call is worth saving.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        opening: list[int],
+        end_token: int,
+        batch_size: int = 64,
+        call_cost: float = math.inf,
+    ):
+        self.policy, self.opening, self.end_token = policy, opening, end_token
+        self.batch_size, self.call_cost = batch_size, call_cost
+
+    def __call__(
+        self,
+        examples: Sequence[Example],
+        responses: Sequence[str],
+        counted: Callable[[int], object] = lambda tokens: None,
+    ) -> np.ndarray:
+        """[n, F] float32 numbers, F in the order of `FEATURES`; NaN where a row has none.
+
+        Args:
+            examples: the rows.
+            responses: their responses as text.
+            counted: told how many more tokens went through the policy, padding not among them.
+        """
+        examples = [last_response(example) for example in examples]
+        prompted = [place for place, example in enumerate(examples) if has_prompt(example)]
+        found: list[dict[str, float]] = [{} for _ in examples]
+        with self.policy.evaluating():
+            for place, nll, entropy in self._passed(examples, counted):
+                ended = examples[place].input_ids[-1] == self.end_token
+                found[place] = {
+                    "loss": nll.mean(),
+                    "end_loss": nll[-1] if ended else math.nan,
+                    "entropy": entropy.mean(),
+                    "loss_before_end": _before_end(nll, ended),
+                    "first_loss": nll[:FIRST].mean(),
+                    "largest_loss": nll.max(),
+                }
+            alone = [without_prompt(examples[place], self.opening) for place in prompted]
+            for number, nll, _ in self._passed(alone, counted):
+                ended = alone[number].input_ids[-1] == self.end_token
+                found[prompted[number]]["loss_without_prompt"] = nll.mean()
+                found[prompted[number]]["loss_before_end_without_prompt"] = _before_end(nll, ended)
+        for own, example, response in zip(found, examples, responses, strict=True):
+            own |= {"length": example.response_length, "prompt_length": example.response_start}
+            own["compressed"] = compressed(response)
+        return np.array([[own.get(name, math.nan) for name in FEATURES] for own in found], dtype=np.float32)
+
+    def _passed(
+        self, examples: Sequence[Example], counted: Callable[[int], object]
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Place of every example, and the NLL and the entropy of its predicted tokens, float64."""
+        device = next(self.policy.parameters()).device
+        order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
+        for start in range(0, len(order), self.batch_size):
+            places = order[start : start + self.batch_size]
+            rows = [replace(examples[place], row=number) for number, place in enumerate(places)]
+            batch = collate(rows, len(rows), self.call_cost)
+            both = [values_K.cpu().double().numpy() for values_K in self.policy.nll_and_entropy(batch.to(device))]
+            segment = batch.segment_K.numpy()
+            tokens = segment.argsort(kind="stable")
+            ends = np.bincount(segment).cumsum()[:-1]
+            yield from zip(places, *(np.split(v[tokens], ends) for v in both), strict=True)
+            counted(sum(len(row.input_ids) for row in rows))
+
+
+def compressed(text: str) -> float:
+    """Size of a text under zlib over its size; above 1 for short ones, small for text that repeats itself."""
+    data = text.encode()
+    return len(zlib.compress(data, 9)) / max(len(data), 1)
+
+
+def _before_end(nll: np.ndarray, ended: bool) -> float:
+    return float(nll[:-1].mean() if ended and len(nll) > 1 else nll.mean())

@@ -1,0 +1,148 @@
+"""The file of scores: one row a pool row, `id` and the columns of `columns.py`.
+
+    weights = fixed_weights("ifd", read_scores("scores.parquet").columns["ifd"])
+
+Left out: joining it to a pool; `select` and `compare` do that by id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_bilevel.errors import UserError
+from lit_bilevel.scores.columns import COLUMNS, DIRECTION, FEATURES
+from lit_bilevel.scores.density import LEAST_TRUSTED, density_features, density_ratio
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a pool.
+
+    Args:
+        ids: [N] the users' keys.
+        columns: [N] float32 numbers by name.
+    """
+
+    ids: list[str]
+    columns: dict[str, np.ndarray]
+    made_of: Mapping[str, Any] | None = None
+    """What the numbers come from, where the file says so."""
+
+    def directed(self, name: str) -> np.ndarray:
+        """[N] a column with its sign turned where low values speak for a row, float64; high is for keeping.
+
+        Raises:
+            UserError: if a row has no such score, or there is no such column.
+        """
+        if name not in self.columns:
+            raise UserError(f"there is no score {name!r}; there are: {', '.join(self.columns)}.")
+        values = self.columns[name].astype(np.float64)
+        if missing := int((~np.isfinite(values)).sum()):
+            raise UserError(f"{missing:,} of {len(values):,} rows have no `{name}`{_why(name)}; use another score.")
+        return DIRECTION.get(name, 1) * values
+
+
+def _why(name: str) -> str:
+    if name in ("loss_without_prompt", "pmi", "ifd"):
+        return ", because they have no prompt"
+    if name == "end_loss":
+        return ", because their response was cut at `data.max_length`"
+    if name == "density_ratio":
+        return f", because there were fewer than {LEAST_TRUSTED} trusted rows"
+    return ""
+
+
+def columns_of(pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0) -> dict[str, np.ndarray]:
+    """All numbers of the pool rows by name, float32: the columns of the file, then the other features.
+
+    Args:
+        pool_NF: what was measured of the pool rows, F in the order of `FEATURES`.
+        trusted_MF: the same of trusted rows; without, or with too few of them, `density_ratio` is NaN.
+        seed: of the folds of the density ratio.
+
+    Raises:
+        UserError: if a loss is not finite.
+    """
+    found = {name: pool_NF[:, place] for place, name in enumerate(FEATURES)}
+    if wrong := int((~np.isfinite(found["loss"])).sum()):
+        raise UserError(f"the loss of {wrong:,} rows is not finite; check the policy, and `trainer.precision`.")
+    found["pmi"] = found["loss_without_prompt"] - found["loss"]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found["ifd"] = found["loss"] / found["loss_without_prompt"]
+    if trusted_MF is None or len(trusted_MF) < LEAST_TRUSTED:
+        found["density_ratio"] = np.full(len(pool_NF), np.nan, dtype=np.float32)
+    else:
+        ratio_N = density_ratio(density_features(pool_NF), density_features(trusted_MF), seed)
+        found["density_ratio"] = ratio_N.astype(np.float32)
+    return {name: found[name] for name in dict.fromkeys((*COLUMNS, *FEATURES))}
+
+
+def fixed_weights(name: str, directed_N: np.ndarray) -> np.ndarray:
+    """[N] weights of mean 1 from a score: a density ratio is one already, others go through σ(z) with z their z-score.
+
+    Args:
+        name: of the score.
+        directed_N: its values, high for rows to be kept.
+    """
+    if name == "density_ratio":
+        weight_N = directed_N
+    else:
+        z_N = (directed_N - directed_N.mean()) / max(float(directed_N.std()), np.finfo(np.float64).tiny)
+        weight_N = 1 / (1 + np.exp(-z_N))
+    return weight_N / weight_N.mean()
+
+
+def write_scores(path: Path, ids: Any, columns: Mapping[str, np.ndarray], made_of: Mapping[str, Any]) -> None:
+    """Write the file; it is there whole or not at all.
+
+    Args:
+        path: a parquet file.
+        ids: [N] a pyarrow column or a list.
+        columns: [N] numbers by name.
+        made_of: what the numbers come from, kept in the file's metadata.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"id": ids} | {name: pyarrow.array(values) for name, values in columns.items()})
+    table = table.replace_schema_metadata({"lit_bilevel": json.dumps(made_of)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    pyarrow.parquet.write_table(table, partial)
+    os.replace(partial, path)
+
+
+def read_scores(path: str | Path) -> Scores:
+    """The scores in a file.
+
+    Raises:
+        UserError: if the file is missing or is not such a table.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist; give a file that `lit-bilevel score` wrote.")
+    try:
+        table = pyarrow.parquet.read_table(path)
+        ids = table["id"].to_pylist()
+    except (pyarrow.ArrowException, KeyError) as error:
+        raise UserError(f"{path} is not a table of scores ({error}); `lit-bilevel score` writes one.") from error
+    numbers = [field.name for field in table.schema if pyarrow.types.is_floating(field.type)]
+    made_of = json.loads((table.schema.metadata or {}).get(b"lit_bilevel", b"null"))
+    return Scores(ids, {name: table[name].to_numpy() for name in numbers}, made_of)
+
+
+def made_in(path: str | Path) -> float:
+    """Seconds that a file of scores says it took; 0 where it does not."""
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_schema(path).metadata or {}
+    return json.loads(metadata.get(b"lit_bilevel", b"{}")).get("seconds", 0.0)

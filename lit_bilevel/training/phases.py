@@ -1,0 +1,131 @@
+"""The phases of a run: which settings hold in which of its policy steps.
+
+    phases:
+      - {name: weights, share: 0.4, upper_weight: 0.95, learning_rate: 0.02}
+      - {name: policy, share: 0.6, upper_weight: 0.25, learning_rate: 1.0, learn_weights: false}
+
+Of 1,000 steps, 0 to 399 are of the first phase: weights are learned while the policy moves at a fiftieth of its rate.
+Then the policy is trained under the weights, which stay, without a pass of the solver.
+
+The phase of a step follows from its number and the run's length alone, so a resumed run needs nothing to know it.
+Left out: phases of another solver, another policy or other data; those are runs of their own.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lit_bilevel.errors import UserError
+
+ROUNDING = 1e-6
+"""What the shares may miss of 1, and a border of a whole step."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run.
+
+    Args:
+        name: of the phase.
+        share: of the run's policy steps; the shares of all phases come to 1.
+        upper_weight: λ in this phase; by default that of the module, with its decay.
+        learn_weights: whether weights are learned; without, a step costs what one of `Mixing` does.
+        prepare_solver: where no weights are learned, run the solver all the same and drop its scores, so that its pool
+            model or its mean direction is ready for the next phase.
+        learning_rate: factor of the policy's learning rate, whose schedule (warm-up and decay) begins anew with this
+            phase; by default the schedule of the phase before goes on through this one.
+    """
+
+    name: str
+    share: float
+    upper_weight: float | None = None
+    learn_weights: bool = True
+    prepare_solver: bool = False
+    learning_rate: float | None = None
+
+    @property
+    def runs_solver(self) -> bool:
+        """Whether the solver is asked in its steps."""
+        return self.learn_weights or self.prepare_solver
+
+    def problems(self) -> list[str]:
+        """What is wrong with its settings."""
+        found = []
+        if not self.name:
+            found.append("a phase of `model.phases` has no `name`; give one")
+        if not 0 < self.share <= 1:
+            found.append(f"`share` of the phase {self.name!r} is {self.share}; it must be in (0, 1]")
+        if self.upper_weight is not None and not (
+            0 <= self.upper_weight < 1 or (self.upper_weight == 1 and not self.runs_solver)
+        ):
+            found.append(
+                f"`upper_weight` of the phase {self.name!r} is {self.upper_weight}; it must be in [0, 1), or 1 where"
+                " the solver does not run"
+            )
+        if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
+            found.append(f"`learning_rate` of the phase {self.name!r} is {self.learning_rate}; it must be at least 0")
+        return found
+
+
+WHOLE = Phase("fit", 1.0)
+"""The one phase of a run that names none."""
+
+
+def problems_of(phases: Sequence[Phase]) -> list[str]:
+    """What is wrong with the phases of a run, by themselves and together."""
+    found = [problem for phase in phases for problem in phase.problems()]
+    names = [phase.name for phase in phases]
+    if again := sorted({name for name in names if names.count(name) > 1}):
+        found.append(f"`model.phases` has {', '.join(map(repr, again))} more than once; give each a name of its own")
+    for place, phase in enumerate(phases):
+        if phase.prepare_solver and (phase.learn_weights or not any(later.learn_weights for later in phases[place:])):
+            found.append(
+                f"`prepare_solver` of the phase {phase.name!r} is for one that learns no weights, before one that does;"
+                " leave it out"
+            )
+    total = sum(phase.share for phase in phases)
+    if not abs(total - 1) <= ROUNDING:
+        found.append(f"the shares of `model.phases` come to {total:g}; they must come to 1")
+    return found
+
+
+def borders(phases: Sequence[Phase], steps: float) -> list[float]:
+    """The number of policy steps after which each phase is over.
+
+    Args:
+        phases: of the run.
+        steps: its length; infinite where it has no end.
+    """
+    if math.isinf(steps):
+        return [math.inf] * len(phases)
+    shares = itertools.accumulate(phase.share for phase in phases)
+    return [min(steps, math.ceil(steps * share - ROUNDING)) for share in shares]
+
+
+def place_of(phases: Sequence[Phase], step: int, steps: float) -> int:
+    """Which of the phases a step is in; after the last step, the last one."""
+    return min(bisect.bisect_right(borders(phases, steps), step), len(phases) - 1)
+
+
+def place_named(phases: Sequence[Phase], name: str) -> int:
+    """Which of the phases has a name.
+
+    Raises:
+        UserError: if none has.
+    """
+    names = [phase.name for phase in phases]
+    if name not in names:
+        raise UserError(f"there is no phase {name!r} in `model.phases`; there are: {', '.join(names)}.")
+    return names.index(name)
+
+
+def enter_phase(module: Any) -> None:
+    """Begin a policy step of a `LitBilevel`: log its phase, and free what the solver keeps where it runs no more."""
+    module.log("phase", float(module.place))
+    if not any(phase.runs_solver for phase in module.phases[module.place :]):
+        module.solver.release()
