@@ -51,7 +51,7 @@ class OneStep(BilevelSolver):
         derivative: Literal["auto", "one_sided", "central", "forward"] = "auto",
         epsilon: float | None = None,
         preconditioned: bool = True,
-        direction_decay: float = 0.95,
+        direction_decay: float = 0.99,
         direction_every: int = 1,
     ):
         if derivative not in ("auto", "one_sided", "central", "forward"):

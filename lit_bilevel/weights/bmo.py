@@ -28,7 +28,7 @@ class BMOWeights(RunningWeights):
     learnable = False
     needs_upper_weight = True
 
-    def __init__(self, temperature: float = 0.5, decay: float = 0.9) -> None:
+    def __init__(self, temperature: float = 0.5, decay: float = 0.99) -> None:
         super().__init__(decay=decay)
         if temperature <= 0:
             raise UserError(f"`temperature` is {temperature}; it must be above 0.")

@@ -44,7 +44,7 @@ class NetworkWeights(RunningWeights):
         hidden_size: int = 32,
         source_size: int = 4,
         kl_to_prior: float = 0.0,
-        decay: float = 0.9,
+        decay: float = 0.99,
         columns: Sequence[str] = (),
     ) -> None:
         super().__init__(kl_to_prior, decay)

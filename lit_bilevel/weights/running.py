@@ -48,7 +48,7 @@ class RunningWeights(ExampleWeights):
     length_N: Tensor
     source_N: Tensor
 
-    def __init__(self, kl_to_prior: float = 0.0, decay: float = 0.9) -> None:
+    def __init__(self, kl_to_prior: float = 0.0, decay: float = 0.99) -> None:
         super().__init__(kl_to_prior)
         if not 0 <= decay < 1:
             raise UserError(f"`decay` is {decay}; it must be in [0, 1).")
