@@ -415,12 +415,12 @@ def test_the_weights_that_training_uses_have_mean_one(name):
     hard_N, means = normal(ROWS, seed=5).abs() / 2, []
     for step in range(300):
         rows = torch.randperm(ROWS, generator=generator)[: 2 * BATCH]
-        features = features_of(rows, hard_N + 1.0 + 0.25 * math.exp(-step / 60))
+        features = features_of(rows, hard_N + 1.0 + 0.5 * math.exp(-step / 60))
         weights.observe(features)
         means.append(weights(features).mean())
     parts = torch.stack([part.mean() for part in torch.stack(means).split(60)])
     assert (parts - 1).abs().max() < 0.3, parts  # the normaliser is some hundred windows behind
-    assert parts[-1] == pytest.approx(1, abs=0.05)
+    assert parts[-1] == pytest.approx(1, abs=0.1)
 
 
 def test_losses_too_large_for_exp():
