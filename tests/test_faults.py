@@ -112,6 +112,7 @@ class Spoil(Callback):
     ids=["table", "closed", "refined", "optimizer with a state"],
 )
 def test_a_skipped_policy_step_takes_neither_weight_step_nor_rule_along(small, tmp_path, settings, refined, accumulate):
+    settings = copy.deepcopy(settings)  # an object that has learned in one module is refused in another
     spoil = Spoil(3)
     watch = refine_all(choose=LowestFraction(0.9), responses=1) if refined else Callback()
     with pytest.warns(UserWarning, match="was skipped.*every row of the pool has a finite loss"):

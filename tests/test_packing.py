@@ -138,7 +138,7 @@ def test_solvers_give_the_same_scores_and_gradients(monkeypatch, solver, size):
 
 def test_dropout_is_replayed(monkeypatch):
     monkeypatch.setattr(test_policy_problem, "collate", partial(collate, pack_width=0.0))
-    test_policy_problem.test_dropout_is_replayed(3)
+    test_policy_problem.test_dropout_is_replayed(3, test_policy_problem.UPPER_WEIGHT)
 
 
 @pytest.fixture(scope="module")
