@@ -147,7 +147,7 @@ def tokenizer():
 @pytest.fixture
 def sets(tmp_path, monkeypatch, tokenizer):
     """Makes a data module with one bad file among clean ones."""
-    monkeypatch.setattr(BilevelDataModule, "_tokenizer", lambda self: tokenizer)
+    monkeypatch.setattr(BilevelDataModule, "_load_tokenizer", lambda self: tokenizer)
     monkeypatch.setattr(files, "MAX_LINE", 200_000)
     monkeypatch.setattr(formats, "MAX_TEXT", 2000)
 

@@ -133,7 +133,7 @@ class BilevelDataModule(LightningDataModule):
             raise UserError(f"{self.truth} does not exist; check `data.truth`, or leave it out.")
         if self.trainer is not None:
             self.pair_levels = getattr(self.trainer.lightning_module, "pair_levels", ())
-        tokenizer, levels = self._tokenizer(), sorted(self.pair_levels)
+        tokenizer, levels = self._load_tokenizer(), sorted(self.pair_levels)
         if not self.sets or self._read_for[0] is not tokenizer or self._read_for[1] != levels:
             self._read(tokenizer)
             self._read_for = (tokenizer, levels)
@@ -161,7 +161,7 @@ class BilevelDataModule(LightningDataModule):
         self.__dict__.pop("fingerprint", None)
         announce(self.sets, self.skipped, formats, tokenizer)
 
-    def _tokenizer(self) -> Any:
+    def _load_tokenizer(self) -> Any:
         if self.tokenizer is not None:
             return self._given_tokenizer
         if self.trainer is None:
