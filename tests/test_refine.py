@@ -177,7 +177,7 @@ def test_micro_batches_change_nothing(small, tmp_path, rule, responses):
     """Offline rows, groups, shares and every rule, in double precision, one batch of 8 against four of 2."""
     tables = []
     for size in (8, 2):
-        rule.load_state_dict({"mean": None})
+        rule.load_state_dict({"sum": 0.0, "count": 0.0})
         refine = refine_all(choose=RandomFraction(0.6), responses=responses, offline_share=0.3)
         model = run(
             small,
@@ -279,6 +279,7 @@ def test_without_refined_rows_nothing_changes():
 def test_scores_move_groups_and_rows_apart():
     offline, refinement = built([1, 4], 0.5)
     stepped = torch.optim.SGD(offline.parameters(), lr=0.1)
+    refinement.observe(offline, stepped, features(0, 1, 2, 6, 7))
     refinement.step(offline, stepped, features(0, 1, 2, 6, 7), torch.tensor([1.0, 100.0, -1.0, -5.0, 5.0]))
     logits, groups = offline.logits.detach(), refinement.weights.logits.detach()
     assert logits[0] < 0 < logits[2]

@@ -60,6 +60,7 @@ def short(small, folder: Path) -> list[str]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:the run in .* is finished")  # the last of these stops there
 @pytest.mark.parametrize(
     ("hook", "step", "number", "saved"),
     [

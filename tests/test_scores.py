@@ -352,7 +352,7 @@ def test_the_command_writes_the_columns_and_says_what_they_find(asked, tmp_path,
     ("flags", "message"),
     [
         (["--output=scores.csv"], "must end in .parquet"),
-        (["--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"], "use `ddp`"),
+        (["--trainer.strategy={class_path: lightning.pytorch.strategies.ModelParallelStrategy}"], "use `ddp`"),
         (["--data.max_length=4096"], None),
         (["--data.bach_size=3"], "did you mean"),
     ],

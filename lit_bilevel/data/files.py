@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lightning.pytorch.utilities import rank_zero_info
-
 from lit_bilevel.errors import UserError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -63,9 +61,7 @@ def members(source: str) -> list[str]:
     if not folder.is_dir() or any((folder / name).is_file() for name in SAVED):
         return [source]
     if _is_repository(folder):
-        rank_zero_info(
-            f"{folder}: its README.md says which files are what; the split `train` is read (`{folder}::test`)"
-        )
+        _tell(f"{folder}: its README.md says which files are what; the split `train` is read (`{folder}::test`)")
         return [source]
     inside = (path for path in folder.rglob("*") if path.is_file())
     found = sorted(path for path in inside if not any(p[0] in "._" for p in path.relative_to(folder).parts))
@@ -82,8 +78,14 @@ def members(source: str) -> list[str]:
     rest = [path.relative_to(folder).as_posix() for path in found if path not in files]
     left = f" (left alone: {', '.join(rest)})" if rest else ""
     names = ", ".join(path.relative_to(folder).as_posix() for path in files)
-    rank_zero_info(f"{folder}: {len(files)} data file{'' if len(files) == 1 else 's'}, {names}{left}")
+    _tell(f"{folder}: {len(files)} data file{'' if len(files) == 1 else 's'}, {names}{left}")
     return [str(path) for path in files]
+
+
+def _tell(text: str) -> None:
+    from lightning.pytorch.utilities import rank_zero_info  # seconds to import, which `select` need not wait for
+
+    rank_zero_info(text)
 
 
 def _is_repository(folder: Path) -> bool:
