@@ -1,4 +1,4 @@
-"""Whether a run folder can be made and written, tried before anything is read.
+"""Tries whether a run folder can be made and written, before anything is read.
 
 Example: `trainer.default_root_dir: runs/a` where `runs` is a file, or lies in a read-only place, ends at once, and not
 at the first checkpoint. Left out: remote storage.
@@ -19,30 +19,39 @@ WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, e
 
 
 def try_folder(folder: str | Path, what: str = "trainer.default_root_dir") -> None:
-    """Make a folder and a file in it; what was not there before goes away again.
+    """Write a file in the folder, or in the nearest one above it that exists.
+
+    Nothing is made that stays, so a run that is refused later leaves no empty folder.
 
     Args:
-        folder: which one; parents are made too.
+        folder: which one.
         what: the setting that names it.
 
     Raises:
         UserError: if it cannot be made, or nothing can be written there.
     """
-    path = Path(folder)
+    path = Path(folder).absolute()
     try:
-        new = [place for place in (path, *path.parents) if not place.exists()]
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".tried-") as file:
+        # Nothing is made and taken away again: the processes of a run come here at different times, and one would
+        # remove what another has begun to use.
+        with tempfile.NamedTemporaryFile(dir=_nearest(path), prefix=".tried-") as file:
             file.write(b"x" * 4096)
             file.flush()
             os.fsync(file.fileno())
-        for place in new:
-            place.rmdir()
     except OSError as error:
         raise UserError(
             f"`{what}` is {folder}, where nothing can be written ({error.strerror or error}); give another folder, or"
             " make it one that can."
         ) from error
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the nearest one above it that exists; other errors than its absence are raised."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return _nearest(path.parent)
+    return path
 
 
 def check_room(folder: str | Path, needed: int) -> None:
@@ -55,8 +64,7 @@ def check_room(folder: str | Path, needed: int) -> None:
     Raises:
         UserError: with both numbers.
     """
-    path = Path(folder)
-    free = shutil.disk_usage(next(place for place in (path, *path.absolute().parents) if place.exists())).free
+    free = shutil.disk_usage(_nearest(Path(folder).absolute())).free
     if free < needed:
         raise UserError(
             f"`trainer.default_root_dir` is {folder}, where {free / 1e9:.2f} GB are free, and the checkpoints and the"
