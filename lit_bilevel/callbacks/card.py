@@ -15,7 +15,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_bilevel.callbacks.export import is_rehearsal, run_checkpoint, run_folder
+from lit_bilevel.callbacks.run import is_rehearsal, run_checkpoint, run_folder
 from lit_bilevel.callbacks.summary import Summary
 from lit_bilevel.inspection.settings import Plain, run_settings
 from lit_bilevel.module import LitBilevel

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.run import is_rehearsal, run_folder
 from lit_bilevel.data.table import column
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.context import context_of, room

@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.run import is_rehearsal, run_folder
 from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.module import LitBilevel
