@@ -24,6 +24,7 @@ from lit_bilevel.callbacks.passes import score_pool
 from lit_bilevel.callbacks.run import is_rehearsal, run_checkpoint, run_folder
 from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replace_text, replacing
 from lit_bilevel.generation.ending import exported_settings
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.module import LitBilevel
@@ -113,11 +114,7 @@ class Export(Callback):
         assert isinstance(pl_module, LitBilevel)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         metrics |= self._scores(trainer)
-        path = run_folder(trainer) / "metrics.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(metrics, indent=2) + "\n")
-        os.replace(partial, path)
+        replace_text(run_folder(trainer) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
     def _scores(self, trainer: Trainer) -> dict[str, float]:
         """AUROC of the exported weights, where there is a truth file to score them."""
@@ -149,9 +146,8 @@ class Export(Callback):
                 "visits": pyarrow.array(weights.visits.cpu().numpy(), pyarrow.int32()),
             }
         )
-        partial = path.with_suffix(".partial")
-        pyarrow.parquet.write_table(table, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            pyarrow.parquet.write_table(table, partial)
 
     def _write_policy(self, pl_module: LitBilevel, path: Path, state: dict[str, Any] | None) -> None:
         partial = path.with_name("policy.partial")

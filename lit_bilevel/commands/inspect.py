@@ -7,11 +7,11 @@ is missing is left out of the report, so an unfinished run can be looked at. Lef
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replace_text
 from lit_bilevel.inspection.page import page
 from lit_bilevel.inspection.run import Report, read
 from lit_bilevel.inspection.terminal import text
@@ -37,10 +37,7 @@ def main(arguments: list[str]) -> int:
 
 def write_page(report: Report, output: Path) -> None:
     """Write the HTML file."""
-    partial = output.with_name(output.name + ".partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page(report), encoding="utf-8", errors="replace")
-        os.replace(partial, output)
+        replace_text(output, page(report))
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error}); choose another place with `--output`.") from error
