@@ -55,6 +55,9 @@ class SelfRefine(Callback):
         on_failure: where generation fails, `keep` the responses there are and go on, or `stop` with a checkpoint.
     """
 
+    generates_responses = True
+    """Read by `training/callbacks.py`, which does not know this class."""
+
     def __init__(
         self,
         choose: Choose | None = None,

@@ -49,6 +49,9 @@ class ScoredPrior(Callback):
         scores: a file that `lit-bilevel score` wrote, of the same rows, instead of a pass.
     """
 
+    scores_rows = True
+    """Read by `training/callbacks.py`, which does not know this class."""
+
     def __init__(
         self, columns: Sequence[str] = ("ifd", "density_ratio"), sharpness: float = 2.0, scores: str | None = None
     ):
