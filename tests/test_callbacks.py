@@ -172,7 +172,7 @@ def refused(flags, place, capsys) -> str:
 def test_a_run_folder_that_cannot_be_made_is_named_at_the_start(flags, tmp_path, capsys, monkeypatch):
     file = tmp_path / "file"
     file.touch()
-    assert f"`trainer.default_root_dir` is {file}, where nothing can be written (File exists)" in refused(
+    assert f"`trainer.default_root_dir` is {file}, where nothing can be written (Not a directory)" in refused(
         flags, file, capsys
     )
     assert "(Not a directory)" in refused(flags, file / "run", capsys)
