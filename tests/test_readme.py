@@ -44,7 +44,8 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_a_document_names_exist(document):
     text = (ROOT / document).read_text()
-    for path in re.findall(r"(?<![\w/])(?:\./)?((?:scripts|configs|lit_bilevel|tests)/[\w/.]+\.(?:sh|py|yaml|md))", text):
+    folders = r"(?<![\w/])((?:scripts|configs|lit_bilevel|tests)/[\w/.]+\.(?:sh|py|yaml|md))"
+    for path in re.findall(folders, text.replace("./", "")):
         assert (ROOT / path).exists(), path
     for name in re.findall(r"`(\w+\.yaml)`", text):
         assert list((ROOT / "configs").rglob(name)) or name in ("config.yaml", "variants.yaml"), name
