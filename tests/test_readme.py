@@ -66,6 +66,16 @@ def test_links_of_a_document_lead_somewhere(document):
             assert heading in [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines], target
 
 
+def test_docstrings_cite_sections_that_are_there():
+    headings = re.findall(r"^##+ ([\d.]+?)\.? ", (ROOT / "lit_bilevel" / "README.md").read_text(), flags=re.M)
+    files = [*(ROOT / "lit_bilevel").rglob("*.py"), *(ROOT / "tests").glob("test_*.py")]
+    text = "\n".join(path.read_text() for path in files)
+    cited = set(re.findall(r"lit_bilevel/README\.md (\d[\d.]*\d|\d)", text))
+    assert cited
+    assert cited <= set(headings)
+    assert not re.search(r"\bMETHOD sec" r"tion", text)
+
+
 def test_the_first_page_is_short():
     assert len(README.splitlines()) <= 200
 

@@ -4,7 +4,8 @@ Requests are sorted by length and cut into batches under a token budget *before*
 batch is decoded is chosen by trying what the model can do (see `decode`); what is sampled is the policy's distribution
 in any case, as `sampling` says. Of the model's own generation settings only its end tokens hold (see `ending`).
 
-Log-probabilities are not taken from here: cached ones differ from the trainer's (METHOD section 3); see `score`.
+Log-probabilities are not taken from here: cached ones differ from the trainer's (lit_bilevel/README.md 6.1);
+see `score`.
 """
 
 from __future__ import annotations
