@@ -30,13 +30,19 @@ LIMITS = {  # of every run, by the environment, so that the commands stay as the
 }
 
 
-def test_the_python_example_runs(tmp_path, monkeypatch):
+def test_the_python_example_runs(small, tmp_path, monkeypatch):
+    """As it is, on fewer rows."""
     monkeypatch.chdir(tmp_path)  # it makes a run folder
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    assert (ROOT / "lit_bilevel/toy/pool.jsonl").exists()
+    code = code.replace("lit_bilevel/toy/pool.jsonl", small["pool"]).replace(
+        "lit_bilevel/toy/validation.jsonl", small["validation"]
+    )
+    assert small["pool"] in code
     namespace: dict = {}
     exec(compile(code, "README.md", "exec"), namespace)
     weights = namespace["weights"]
-    assert len(weights) == 4000
+    assert len(weights) == 90
     assert abs(float(weights.mean()) - 1) < 1e-9
     assert float(weights.std()) > 0
 
