@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -174,3 +175,21 @@ def test_the_blocks_that_are_run_are_all_there_are():
     left_out = [block for block in every if block not in ran]
     assert len(ran) == 4
     assert [other for block in left_out for other in others if block.startswith(other)] == list(others)
+
+
+def test_the_picture_is_drawn_from_a_comparison(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import pyarrow
+    import pyarrow.parquet
+
+    truth = read_jsonl(TOY / "truth.jsonl")
+    run_folder = tmp_path / "curate" / "seed0"
+    run_folder.mkdir(parents=True)
+    columns = {"id": [row["id"] for row in truth], "weight": [2.0 - 2.0 * row["corrupted"] for row in truth]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), run_folder / "weights.parquet")
+    methods = ("validation_only", "mixing", "curate", "oracle")
+    lines = ["method,seed,test_loss", *(f"{name},0,0.{number}" for number, name in enumerate(methods, start=1))]
+    (tmp_path / "results.csv").write_text("\n".join(lines))
+    monkeypatch.setattr(sys, "argv", ["picture.py", str(tmp_path), "--output", str(tmp_path / "picture.png")])
+    runpy.run_path(str(ROOT / "scripts" / "picture.py"), run_name="__main__")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
