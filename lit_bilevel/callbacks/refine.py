@@ -2,10 +2,10 @@
 
     choose rows → sample G responses each with the current policy → score them once → store them       (every refresh)
 
-From then on these rows contribute their responses (METHOD section 3; arXiv 2511.21056). A row once chosen stays
-refined, and every refresh regenerates all of them; its offline weight takes no step, its group weighs 1 anew. Responses
-that are empty or did not end by themselves are kept on file and out of training; a row left with none keeps its
-offline pair. The first refresh comes after `start` epochs (or steps), none at the very end of training.
+From then on these rows contribute their responses (lit_bilevel/README.md 6; arXiv 2511.21056). A row once chosen
+stays refined, and every refresh regenerates all of them; its offline weight takes no step, its group weighs 1 anew.
+Responses that are empty or did not end by themselves are kept on file and out of training; a row left with none keeps
+its offline pair. The first refresh comes after `start` epochs (or steps), none at the very end of training.
 A refresh that fails leaves everything as it was (`on_failure`).
 
 Left out: policies whose parameters are sharded; every process scores its own responses, which sharding does not allow.
