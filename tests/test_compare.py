@@ -386,9 +386,8 @@ def test_a_recipe_runs_beside_other_methods_under_a_configuration_without_its_ph
     assert float(table["curate"]["steps"]) > float(table["mixing"]["steps"]) == 2  # before the last phase
     assert 0 <= float(table["curate"]["auroc/all"]) <= 1
     assert "auroc/all" not in {k for k, v in table["mixing"].items() if v}
-    assert "The monitor part (" in (tmp_path / "results.md").read_text() or "cannot tell" in (
-        tmp_path / "results.md"
-    ).read_text()
+    text = (tmp_path / "results.md").read_text()
+    assert "The monitor part (" in text or "cannot tell" in text
 
 
 def test_a_run_that_fails_stops_no_others(small, tmp_path, capsys):
