@@ -42,8 +42,8 @@ from lit_bilevel.callbacks import (
     Summary,
     WeightInspector,
 )
-from lit_bilevel.callbacks.export import is_rehearsal, run_checkpoint, run_folder
 from lit_bilevel.callbacks.progress import Bar, Lines
+from lit_bilevel.callbacks.run import is_rehearsal, run_checkpoint, run_folder
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
@@ -200,7 +200,11 @@ class BilevelCLI(LightningCLI):
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         summary = next(c for c in callbacks if isinstance(c, Summary))
         if monitor := summary.monitor_losses:
-            lines.append(f"{'monitor/loss':<20} {monitor[0]:.4f} at its first check, {min(monitor):.4f} at its best")
+            best, error = min(zip(monitor, summary.monitor_errors, strict=True))
+            lines.append(
+                f"{'monitor/loss':<20} {monitor[0]:.4f} at its first check, {best:.4f} at its best (standard error"
+                f" {error:.4f}, over {len(self.datamodule.sets['monitor']):,} rows)"
+            )
         metrics = folder / "metrics.json"
         if metrics.is_file():
             for name, value in json.loads(metrics.read_text()).items():

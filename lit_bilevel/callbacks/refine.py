@@ -2,10 +2,10 @@
 
     choose rows → sample G responses each with the current policy → score them once → store them       (every refresh)
 
-From then on these rows contribute their responses (METHOD section 3; arXiv 2511.21056). A row once chosen stays
-refined, and every refresh regenerates all of them; its offline weight takes no step, its group weighs 1 anew. Responses
-that are empty or did not end by themselves are kept on file and out of training; a row left with none keeps its
-offline pair. The first refresh comes after `start` epochs (or steps), none at the very end of training.
+From then on these rows contribute their responses (lit_bilevel/README.md 6; arXiv 2511.21056). A row once chosen
+stays refined, and every refresh regenerates all of them; its offline weight takes no step, its group weighs 1 anew.
+Responses that are empty or did not end by themselves are kept on file and out of training; a row left with none keeps
+its offline pair. The first refresh comes after `start` epochs (or steps), none at the very end of training.
 A refresh that fails leaves everything as it was (`on_failure`).
 
 Left out: policies whose parameters are sharded; every process scores its own responses, which sharding does not allow.
@@ -22,16 +22,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
-from lit_bilevel.callbacks.inspector import table_cell
 from lit_bilevel.callbacks.progress import GenerationBar, say
+from lit_bilevel.callbacks.run import is_rehearsal, run_folder
 from lit_bilevel.data.responses import ResponseStore, is_usable, rows_to_choose_from
 from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.generation.base import GenerationBackend, Request, Sampling
 from lit_bilevel.generation.ending import end_tokens
-from lit_bilevel.generation.hf import GenerationBackend, HFGenerate
+from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.generation.respond import GenerationFailed, gathered_responses, respond
-from lit_bilevel.generation.sampling import Request, Sampling
-from lit_bilevel.inspection.folder import tallied
+from lit_bilevel.inspection.text import table_cell, tallied
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.context import context_of, room
 from lit_bilevel.refinement.choose import Choose, LowestFraction
@@ -55,6 +54,9 @@ class SelfRefine(Callback):
         rows_shown: rows of the table in TensorBoard.
         on_failure: where generation fails, `keep` the responses there are and go on, or `stop` with a checkpoint.
     """
+
+    generates_responses = True
+    """Read by `training/callbacks.py`, which does not know this class."""
 
     def __init__(
         self,

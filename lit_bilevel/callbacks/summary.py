@@ -6,20 +6,18 @@ Left out: a table of layers; `trainer.enable_model_summary: true` gives Lightnin
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lit_bilevel.callbacks.export import evaluating, is_rehearsal
-from lit_bilevel.callbacks.inspector import boards
+from lit_bilevel.callbacks.passes import test_losses
 from lit_bilevel.callbacks.progress import say
+from lit_bilevel.callbacks.run import boards, is_rehearsal
 from lit_bilevel.data.table import column
 from lit_bilevel.inspection.settings import Plain, in_words, run_settings
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of, origin
-from lit_bilevel.training.evaluation import Evaluation
 
 
 class Summary(Callback):
@@ -34,16 +32,19 @@ class Summary(Callback):
         self.first: dict[str, float] = {}
         """Test metrics of the policy that the run began with."""
         self.monitor_losses: list[float] = []
+        self.monitor_errors: list[float] = []
+        """Standard errors of these losses."""
         self._place = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # or what an earlier one showed would be taken for this one's
-            self.first, self.monitor_losses = {}, []
+            self.first, self.monitor_losses, self.monitor_errors = {}, [], []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = trainer.callback_metrics.get("monitor/loss")
         if loss is not None and not trainer.sanity_checking:
             self.monitor_losses.append(float(loss))
+            self.monitor_errors.append(float(trainer.callback_metrics["monitor/error"]))
 
     @rank_zero_only
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -69,10 +70,12 @@ class Summary(Callback):
                 logger.log_metrics(self.first, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self.first, "monitor_losses": self.monitor_losses}
+        names = ("first", "monitor_losses", "monitor_errors")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.first, self.monitor_losses = state_dict["first"], state_dict["monitor_losses"]
+        for name, value in state_dict.items():
+            setattr(self, name, value)
 
     @staticmethod
     @rank_zero_only
@@ -87,20 +90,6 @@ class Summary(Callback):
             "look": _look(trainer),
         }
         rank_zero_info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
-
-
-def test_losses(trainer: Trainer, module: LitBilevel) -> dict[str, float]:
-    """What `test` would log for the policy as it is, on all processes alike."""
-    assert module.policy is not None
-    metrics: dict[str, Any] = {}
-    limit = trainer.limit_test_batches
-    loader = trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
-    count = min(limit, len(loader)) if isinstance(limit, int) else int(limit * len(loader))
-    evaluation = Evaluation(module.lower_objective, module.upper_objective).to(module.device)
-    with evaluating(trainer, module) as made:
-        for window in itertools.islice(loader, count):
-            metrics = evaluation("test", module.policy, made(window))
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 def _pool(trainer: Trainer) -> str:

@@ -16,11 +16,12 @@ from pathlib import Path
 from lit_bilevel.comparison import methods
 from lit_bilevel.comparison.answers import write_pairs
 from lit_bilevel.comparison.output import say
-from lit_bilevel.comparison.results import Results, replace_text
+from lit_bilevel.comparison.results import Results
 from lit_bilevel.comparison.run import Runner
 from lit_bilevel.comparison.table import draw, markdown
 from lit_bilevel.comparison.variants import read_variants
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replace_text
 from lit_bilevel.resources import located
 
 
@@ -138,7 +139,7 @@ def _fill(runner: Runner, options: argparse.Namespace, command: str) -> list[str
             say(f"    failed: {type(error).__name__}: {error}")
             continue
         if not known or not table:
-            table = markdown(results.rows, results.write_losses(), command)
+            table = markdown(results.rows, results.write_losses(), results.monitor_losses(), command)
             replace_text(results.folder / "results.md", table)
     if results.rows:
         say("\n" + table)

@@ -38,6 +38,7 @@ from lit_bilevel.data.files import stored
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.table import column, encode_rows, write_rows
 from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.files import sync
 from lit_bilevel.types import Row
 from lit_bilevel.version import __version__
 
@@ -181,7 +182,7 @@ class Preparation:
             (partial / "rows.arrow").unlink()
             (partial / "about.json").write_text(json.dumps(about))
             for file in partial.iterdir():
-                _sync(file)
+                sync(file)
             shutil.rmtree(place, ignore_errors=True)
             os.replace(partial, place)
         finally:
@@ -235,12 +236,6 @@ def _add_file(digest: Any, path: Path) -> None:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file is on disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _places(mask: Any) -> Any:

@@ -123,7 +123,7 @@ class Source:
             place, renamed = strangers[0]
             raise UserError(
                 f"{place}: the columns {_names(renamed)} fit no known format ({wanted}); rename them with"
-                " `data.columns`."
+                " `data.columns`, theirs to ours: `--data.columns '{question: prompt, answer: response}'`, for example."
             )
 
     def _forced(self) -> Format | None:
