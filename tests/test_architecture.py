@@ -14,7 +14,7 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for p
 HEAVY = ("lightning", "transformers", "peft", "datasets")
 PURE = (
     *("types.py", "losses.py", "problem.py", "errors.py", "refinement/response_weights.py", "refinement/choose.py"),
-    *("refinement/groups.py", "weights/", "solvers/", "objectives/"),
+    *("refinement/alike.py", "refinement/trust.py", "refinement/consensus.py", "refinement/groups.py", "weights/", "solvers/", "objectives/"),
 )
 # Each room, or file at the root, and those it may import: only ones above it, so that there is no way round.
 ROOMS = {
@@ -28,7 +28,7 @@ ROOMS = {
     "solvers": "errors problem",
     "objectives": "errors losses types",
     "data": "errors resources types version",
-    "refinement": "errors types weights",
+    "refinement": "errors problem types weights",
     "policy": "errors losses objectives problem refinement resources types",
     "scores": "data errors policy types version",
     "generation": "data errors policy types",

@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_bilevel.errors import UserError
 
-VERSION = 5
+VERSION = 6
 
 
 def check_checkpoint(checkpoint: dict[str, Any], trainer: Any) -> dict[str, Any]:
