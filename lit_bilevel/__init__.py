@@ -22,6 +22,9 @@ _NAMES = {
     "lit_bilevel.solvers": "BilevelSolver Implicit Mixing OneStep Penalty ValueFunction",
     "lit_bilevel.refinement.response_weights": "Aligned LengthNormalised ResponseWeights SelfNormalised Sequence Token "
     "Uniform",
+    "lit_bilevel.refinement.consensus": "Agreement Product",
+    "lit_bilevel.refinement.alike": "Alike SameAnswer SameNumber SharedWords",
+    "lit_bilevel.refinement.trust": "Agreed Trust",
     "lit_bilevel.generation.hf": "GenerationBackend HFGenerate",
     "lit_bilevel.generation.sampling": "Sampling",
     "lit_bilevel.generation.backends": "ContinuousBatching VLLM",

@@ -43,6 +43,7 @@ RULES = {
     "length_normalised": "LengthNormalised",
     "self_normalised": "SelfNormalised",
     "aligned": "Aligned",
+    "agreement": "Agreement",
 }
 REFINE: dict[str, Any] = {
     "class_path": "SelfRefine",

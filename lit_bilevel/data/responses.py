@@ -49,6 +49,22 @@ def rows_to_choose_from(pool: Dataset) -> Tensor:
     return torch.from_numpy(asked_N.nonzero()[0])
 
 
+def rows_to_judge_by(monitor: Dataset, count: int, seed: int) -> list[int]:
+    """At most so many rows of the monitor part that have a question, drawn by a seed, sorted.
+
+    Raises:
+        UserError: if none has.
+    """
+    asked = torch.from_numpy(has_question(monitor).nonzero()[0])
+    if not len(asked):
+        raise UserError(
+            "`SelfRefine` judges its answers by questions of the monitor part of the validation file, and no row there"
+            " has one; give validation rows with a prompt, or set `on_doubt: replace` to train on answers unjudged."
+        )
+    drawn = torch.randperm(len(asked), generator=torch.Generator().manual_seed(seed))[:count]
+    return asked[drawn].sort().values.tolist()
+
+
 class ResponseStore:
     """Responses of the refined rows in the current round."""
 
@@ -102,6 +118,10 @@ class ResponseStore:
         self.mean_length = sum(len(response.token_ids) for response in every) / len(every) if every else 1.0
         self.mean_agreement = sum(response.agreement for response in every) / len(every) if every else 1.0
         self._keep({row: group for row, group in usable.items() if group})
+
+    def leave_out(self) -> None:
+        """Count a round whose responses are not trained on; everything else stays as it was."""
+        self.round += 1
 
     def _keep(self, responses: dict[int, list[Response]]) -> None:
         self._responses = responses

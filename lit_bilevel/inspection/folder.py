@@ -5,6 +5,7 @@
                       with a truth file AUROC, precision and recall, kinds of the sampled rows; where the weights are
                       those of an earlier run, a line before (epoch -1, step 0)
     rows.jsonl        the rows at both ends of the weights now, with their texts
+    rounds.jsonl      one line a refinement round: how many answers, how it was judged, what it took
     refined.jsonl     questions and offline answers of some refined rows; `responses.jsonl` has the new ones
     *.md              the tables as they are in TensorBoard
 
@@ -34,6 +35,10 @@ class Inspection:
     def epochs(self) -> list[dict[str, Any]]:
         """The epochs so far."""
         return read_lines(self.folder / "epochs.jsonl")
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The refinement rounds so far."""
+        return read_lines(self.folder / "rounds.jsonl")
 
     def add_epoch(self, record: Mapping[str, Any]) -> None:
         """Add an epoch; later ones of an interrupted run, which is repeated now, are dropped."""

@@ -67,7 +67,9 @@ def weigh_responses(problem: PolicyProblem, rule: ResponseWeights) -> Tensor:
         if generated is None:
             continue
         log_ratio_J = (response_logprobs(problem.policy, batch) - generated.logprob_J).double()
-        ratios = Ratios(log_ratio_J, generated.response_J, generated.example_R, batch.size, alignment_R, generated.agreement_R)
+        ratios = Ratios(
+            log_ratio_J, generated.response_J, generated.example_R, batch.size, alignment_R, generated.agreement_R
+        )
         weight_J, clipped_J = rule.weigh(ratios)
         scale_J = batch.scale_K[generated.token_J] * weight_J.to(batch.scale_K.dtype)
         problem.lower[index] = replace(batch, scale_K=batch.scale_K.index_copy(0, generated.token_J, scale_J))

@@ -3,9 +3,9 @@
     Agreement    r = c / mean c        c: share of the other G − 1 answers to the question that say the same
     Product      r = Π_k r_k
 
-The mean is that of all responses of a round that are trained on, so r has mean 1 over them, and a question whose answers
-scatter counts less than one whose answers agree. Within a question alone (mean 1 there), two answers could never differ:
-either both agree or neither does. Source: self-consistency (arXiv 2203.11171).
+The mean is that of all responses of a round that are trained on, so r has mean 1 over them, and a question whose
+answers scatter counts less than one whose answers agree. With mean 1 inside each question, two answers would always
+count the same: either both agree or neither does. Source: self-consistency (arXiv 2203.11171).
 
 Left out: powers of c; `Agreed` already says from where on it is enough.
 """

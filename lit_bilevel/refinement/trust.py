@@ -13,8 +13,8 @@ new answer fails and the old one is repeated, so that a few lucky answers prove 
 Example: 60 % of the trusted answers are repeated and 20 % of the old ones: about a third of the old ones are right.
 A policy that repeats 2 % of both cannot do the task: 0.02² is far below 0.02.
 
-The log-probability under the policy was tried and dropped: own samples are likely whatever they say.
-Left out: judging questions one by one, by how hard they are.
+Left out: log-probabilities under the policy, for its own samples are likely whatever they say; and judging questions
+one by one, by how hard they are.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ class Agreed(Trust):
             if known < self.fewest:
                 break  # higher agreement is rarer still
             old = min(1.0, b / a) if a > 0 else 1.0
-            said = f"new answers are right in about {a:.0%} (of the monitor's {known} questions), the old ones in {old:.0%}"
+            said = (
+                f"new answers are right in about {a:.0%} (judged by {known} trusted questions), old ones in {old:.0%}"
+            )
             if a**2 > b:
                 shared = f"agree with {least:.0%} of the others or more" if least > 0 else "are usable"
                 return Verdict(least, f"{said}: those that {shared} count", a, old)
