@@ -3,7 +3,7 @@
     refine/finished, usable, used    shares of the responses: ended by themselves, with content, trained on
     refine/agreement                 mean share of the other answers to the question that say the same
     refine/new_right, old_right      estimated from the monitor's questions, where the round was judged
-    refine/tokens_per_second, share_of_time    of generation, scoring included; the share is of the run since it was started
+    refine/tokens_per_second, share_of_time    of generation with scoring; share of the run since it was started
 
 Left out: whether answers are right; nothing that trains knows. `lit-bilevel inspect` tells, given a truth file.
 """

@@ -21,7 +21,8 @@ from lit_bilevel.errors import UserError
 
 MARKED = re.compile(r"####\s*(.+)|\\boxed\{([^{}]*)\}|\b(?:final )?answer is:?\s*(.+)", re.IGNORECASE)
 NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?|[-−]?\.\d+")
-WORD = re.compile(r"\w+", re.UNICODE)
+WORD = re.compile(r"\w+")
+TOKEN = re.compile(rf"{NUMBER.pattern}|\w+|[^\w\s.,;:!?'\"()]")
 
 
 class Alike(ABC):
@@ -99,11 +100,9 @@ def final(text: str) -> str:
 
 
 def _normalised(text: str) -> tuple[str | float, ...]:
-    whole = NUMBER.fullmatch(text.strip().rstrip("."))
-    if whole:
-        return (_value(whole.group()),)
-    text = NUMBER.sub(lambda match: f" {_value(match.group()):g} ", text.casefold())
-    return tuple(re.findall(r"[\w.+-]+|[^\w\s.,;:!?'\"()]", text)) or (text.strip(),)
+    """Numbers by value, words, and signs that are no punctuation, in their order."""
+    found = [match.group() for match in TOKEN.finditer(text.casefold())]
+    return tuple(_value(part) if NUMBER.fullmatch(part) else part for part in found) or (text.strip(),)
 
 
 def _value(number: str) -> float:
