@@ -35,7 +35,7 @@ ROOMS = {
     "generation": "data errors policy types",
     "training": "data errors losses objectives policy problem refinement types weights",
     "module": "errors generation objectives policy refinement solvers training types weights",
-    "inspection": "errors module policy scores training",
+    "inspection": "errors module policy refinement scores training",
     "callbacks": "data errors generation inspection module policy refinement resources scores training types version"
     " weights",
     "__init__": "version",

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -26,18 +25,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.callbacks.answering import answer_anew
 from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.judging import agreed, trusted
 from lit_bilevel.callbacks.progress import say
 from lit_bilevel.callbacks.round_report import Round
-from lit_bilevel.data.responses import ResponseStore, is_usable, rows_to_choose_from, rows_to_judge_by
+from lit_bilevel.callbacks.round_weights import write_round_weights
+from lit_bilevel.data.responses import ResponseStore, rows_to_choose_from, rows_to_judge_by
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.generation.hf import GenerationBackend, HFGenerate
 from lit_bilevel.generation.respond import GenerationFailed
 from lit_bilevel.generation.sampling import Sampling
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.refinement.choose import Choose, LowestFraction
-from lit_bilevel.refinement.responses_file import ResponseFile, records, text_of
-from lit_bilevel.refinement.trust import Agreed, Answered, Trust, Verdict
-from lit_bilevel.types import Response
+from lit_bilevel.refinement.responses_file import ResponseFile, records
+from lit_bilevel.refinement.trust import Agreed, Trust
 
 
 class SelfRefine(Callback):
@@ -153,6 +153,7 @@ class SelfRefine(Callback):
         if not rows:
             say(f"no row is answered anew: `{type(self.choose).__name__}` chose none")
             return
+        self._end_round(trainer, pl_module)
         wanted: dict[str, Sequence[int]] = {"pool": rows, "monitor": self._monitor}
         started, number = time.monotonic(), store.round + 1
         try:
@@ -162,12 +163,13 @@ class SelfRefine(Callback):
             return
         seconds = time.monotonic() - started
         self._spent += seconds
-        answers, verdict = self._judged(data, pl_module.tokenizer, found)
+        sides = agreed(data.sets, pl_module.tokenizer, found, self.trust, self.keep_unfinished)
+        answers, verdict = sides[0], self.trust.judge(*sides[1:]) if self.on_doubt == "keep" else None
         if verdict is not None and verdict.least is None:
             store.leave_out()
             used = {row: [] for row in rows}
         else:
-            used = self._used(answers, verdict)
+            used = trusted(answers, verdict, self.keep_unfinished)
             store.put(used, self._temperature, self.offline_share, self.keep_unfinished)
             kept = torch.tensor(store.rows, dtype=torch.int64)
             pl_module.refinement.refresh(kept, pl_module.weights, data.pool_sources, self.offline_share)
@@ -186,34 +188,14 @@ class SelfRefine(Callback):
         """At which log-probabilities are taken; greedy answers have those of the policy."""
         return self.sampling.temperature or 1.0
 
-    def _judged(
-        self, data: Any, tokenizer: Any, found: dict[str, dict[int, list[Response]]]
-    ) -> tuple[dict[int, list[Response]], Verdict | None]:
-        """The new answers of the pool with their agreement, and whether they are trusted, where that is asked."""
-        sides: dict[str, list[Answered]] = {}
-        for name, responses in found.items():
-            known = data.sets[name].select_columns(["response"])[list(responses)]["response"]
-            sides[name] = [
-                Answered(old, tuple(self._text(response, tokenizer) for response in group))
-                for old, group in zip(known, responses.values(), strict=True)
-            ]
-        answers = {
-            row: [replace(r, agreement=c) for r, c in zip(group, self.trust.agreement(answered.new), strict=True)]
-            for (row, group), answered in zip(found["pool"].items(), sides["pool"], strict=True)
-        }
-        judged = self.on_doubt == "keep"
-        return answers, self.trust.judge(sides["pool"], sides["monitor"]) if judged else None
+    def _end_round(self, trainer: Trainer, pl_module: LitBilevel) -> None:
+        """Note what the responses that are trained on have come to weigh."""
+        if self._file is not None and pl_module.refinement.active:
+            write_round_weights(trainer, pl_module)
 
-    def _text(self, response: Response, tokenizer: Any) -> str | None:
-        return text_of(response, tokenizer) if is_usable(response, self.keep_unfinished) else None
-
-    def _used(self, answers: dict[int, list[Response]], verdict: Verdict | None) -> dict[int, list[Response]]:
-        """The answers that are trained on; a row that has none is not refined, and may be chosen again."""
-        least = 0.0 if verdict is None or verdict.least is None else verdict.least
-        return {
-            row: [r for r in group if is_usable(r, self.keep_unfinished) and r.agreement >= least]
-            for row, group in answers.items()
-        }
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LitBilevel)
+        self._end_round(trainer, pl_module)
 
     def _failed(self, pl_module: LitBilevel, round: int, error: GenerationFailed) -> None:
         """Go on with the responses there are, or ask for a stop; a stopped run begins with this refresh again."""

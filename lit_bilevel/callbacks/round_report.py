@@ -105,14 +105,22 @@ class Round:
             record = {"round": self.number, "step": step, "seconds": self.seconds, "tokens": self.tokens}
             record |= {"verdict": verdict, **{name.removeprefix("refine/"): value for name, value in shares.items()}}
             files = Inspection(run_folder(trainer) / "inspection")
+            weights, pool = module.weights.table().cpu(), trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
+            texts = pool.select_columns(["id", "row", "prompt", "response"])
+            shown = [texts[row] | {"weight": float(weights[row])} for row in self.shown(rows_shown)]
+            files.write("refined.jsonl", shown)
             files.write("rounds.jsonl", [*(known for known in files.rounds() if known["round"] < self.number), record])
+
+    def shown(self, count: int) -> list[int]:
+        """So many of the rows, those with new answers that count first."""
+        return sorted(self.responses, key=lambda row: (row not in self.used, row))[:count]
 
     def markdown(self, trainer: Trainer, module: LitBilevel, rows_shown: int) -> str:
         """Some rows with their old and new answers."""
         header = ["id", "question", "offline answer", "its weight", "new answers (agreement)", "counts now"]
         lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         weights, pool = module.weights.table().cpu(), trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
-        for row in list(self.responses)[:rows_shown]:
+        for row in self.shown(rows_shown):
             record = pool[row]
             texts = [(text_of(r, module.tokenizer), r.agreement) for r in self.responses[row]]
             new = "\n".join(tallied(f"{text} ({share:.2f})" for text, share in texts))

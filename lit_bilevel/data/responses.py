@@ -72,7 +72,9 @@ class ResponseStore:
         self.chosen: list[int] = []
         """All rows that were ever chosen, sorted."""
         self.round = 0
-        """Rounds so far."""
+        """Rounds so far, those that were left out among them."""
+        self.source = 0
+        """The round that the responses are of."""
         self.share = 0.0
         """κ, what a refined row's offline pair still counts."""
         self.temperature = 1.0
@@ -114,6 +116,7 @@ class ResponseStore:
         usable = {row: [r for r in responses[row] if is_usable(r, keep_unfinished)] for row in self.chosen}
         every = [response for group in usable.values() for response in group]
         self.round += 1
+        self.source = self.round
         self.share, self.temperature = share, temperature
         self.mean_length = sum(len(response.token_ids) for response in every) / len(every) if every else 1.0
         self.mean_agreement = sum(response.agreement for response in every) / len(every) if every else 1.0
@@ -148,6 +151,7 @@ class ResponseStore:
         kept = [(row, response) for row in self.rows for response in self._responses[row]]
         return {
             "round": self.round,
+            "source": self.source,
             "share": self.share,
             "temperature": self.temperature,
             "mean_length": self.mean_length,
@@ -163,7 +167,7 @@ class ResponseStore:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.round, self.share = state["round"], state["share"]
+        self.round, self.source, self.share = state["round"], state["source"], state["share"]
         self.temperature, self.mean_length = state["temperature"], state["mean_length"]
         self.mean_agreement = state["mean_agreement"]
         self.chosen = state["chosen"].tolist()

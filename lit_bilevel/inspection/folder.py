@@ -6,7 +6,8 @@
                       those of an earlier run, a line before (epoch -1, step 0)
     rows.jsonl        the rows at both ends of the weights now, with their texts
     rounds.jsonl      one line a refinement round: how many answers, how it was judged, what it took
-    refined.jsonl     questions and offline answers of some refined rows; `responses.jsonl` has the new ones
+    response_weights.jsonl    what each response that was trained on weighed at the end of its round, by each rule
+    refined.jsonl     questions, offline answers and weights of some chosen rows; `responses.jsonl` has the new answers
     *.md              the tables as they are in TensorBoard
 
 Left out: all N weights of every epoch; `weights.parquet` has those of the end.
@@ -39,6 +40,10 @@ class Inspection:
     def rounds(self) -> list[dict[str, Any]]:
         """The refinement rounds so far."""
         return read_lines(self.folder / "rounds.jsonl")
+
+    def response_weights(self) -> list[dict[str, Any]]:
+        """What responses weighed at the end of their round."""
+        return read_lines(self.folder / "response_weights.jsonl")
 
     def add_epoch(self, record: Mapping[str, Any]) -> None:
         """Add an epoch; later ones of an interrupted run, which is repeated now, are dropped."""

@@ -9,16 +9,28 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.inspection.folder import tallied
 from lit_bilevel.inspection.page import page
+from lit_bilevel.inspection.refined import (
+    ROUND_HEADER,
+    TRUTH_HEADER,
+    auroc_lines,
+    counts_now,
+    new_answers,
+    round_lines,
+    truth_lines,
+)
+from lit_bilevel.inspection.rounds import judge_rounds
 from lit_bilevel.inspection.run import Report, read
+from lit_bilevel.refinement.alike import Alike, SameAnswer, SameNumber, SharedWords
 
+ALIKE: dict[str, type[Alike]] = {"answer": SameAnswer, "number": SameNumber, "words": SharedWords}
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -28,9 +40,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("run", help="the run folder (`trainer.default_root_dir`)")
     parser.add_argument("--output", help="the HTML file; by default inspect.html in the run folder")
     parser.add_argument("--rows", type=int, default=5, help="rows of each table on the terminal")
+    parser.add_argument("--truth", help="jsonl of `id`, `corrupted`, `original_response`: were the new answers right?")
+    parser.add_argument("--alike", choices=list(ALIKE), default="answer", help="what makes two answers the same")
     options = parser.parse_args(arguments[1:])
     try:
         report = read(Path(options.run))
+        if options.truth:
+            report.figures = judge_rounds(report.run, options.truth, ALIKE[options.alike]())
         output = Path(options.output) if options.output else report.run / "inspect.html"
         write_page(report, output)
     except UserError as error:
@@ -70,10 +86,15 @@ def text(report: Report, rows: int = 5) -> str:
         found = [record for record in report.rows if record["end"] == end][:rows]
         if found:
             parts.append(f"{end} weights\n" + "\n".join(_row(record) for record in found))
+    if report.rounds:
+        parts.append("refinement\n" + columns(ROUND_HEADER, round_lines(report.rounds)))
+    if report.figures:
+        parts.append("right answers, by the truth file\n" + columns(TRUTH_HEADER, truth_lines(report.figures)))
+        parts.append("AUROC of right new answers\n" + columns(*auroc_lines(report.figures)))
     for record in report.refinements[:rows]:
-        last = max(record["rounds"])
-        new = " | ".join(short(answer, 60) for answer in tallied(record["rounds"][last]))
-        parts.append(f"refined: {short(record['prompt'])}\n  was: {short(record['response'])}\n  now: {new}")
+        new = " | ".join(short(answer, 90) for answer in new_answers(record))
+        lines = [f"refined: {short(record['prompt'])}", f"  was: {short(record['response'])}", f"  new: {new}"]
+        parts.append("\n".join([*lines, f"  counts now: {counts_now(record)}"]))
     return "\n\n".join(parts)
 
 
@@ -93,6 +114,13 @@ def _distribution(report: Report) -> str:
 def _row(record: dict[str, Any]) -> str:
     kind = f" [{record['kind']}]" if "kind" in record else ""
     return f"{record['weight']:>9.3g}  {record['id']}{kind}: {short(record['prompt'])} → {short(record['response'])}"
+
+
+def columns(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Lines of equal columns."""
+    every = [header, *cells]
+    wide = [max(len(line[place]) for line in every) for place in range(len(header))]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, wide, strict=True)) for line in every)
 
 
 def short(string: str, characters: int = 70) -> str:
