@@ -203,7 +203,11 @@ class BilevelCLI(LightningCLI):
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         summary = next(c for c in callbacks if isinstance(c, Summary))
         if monitor := summary.monitor_losses:
-            lines.append(f"{'monitor/loss':<20} {monitor[0]:.4f} at its first check, {min(monitor):.4f} at its best")
+            best, error = min(zip(monitor, summary.monitor_errors, strict=True))
+            lines.append(
+                f"{'monitor/loss':<20} {monitor[0]:.4f} at its first check, {best:.4f} at its best (standard error"
+                f" {error:.4f}, over {len(self.datamodule.sets['monitor']):,} rows)"
+            )
         metrics = folder / "metrics.json"
         if metrics.is_file():
             for name, value in json.loads(metrics.read_text()).items():

@@ -42,7 +42,7 @@ ROOMS = {
     "parser": "__init__ errors",
     "cli": "callbacks data errors generation module objectives parser refinement resources solvers training weights",
     "commands": "cli data errors inspection policy resources scores",
-    "comparison": "callbacks cli commands data errors inspection losses policy resources scores types",
+    "comparison": "callbacks cli commands data errors inspection losses objectives policy resources scores types",
     "__main__": "cli commands comparison inspection version",
 }
 

@@ -508,7 +508,7 @@ def test_a_table_says_how_many_steps_where_they_differ():
 
     def text(steps):
         rows = [{"method": n, "seed": 0, "test_loss": 1.0, "seconds": 1.0, "steps": s} for n, s in steps.items()]
-        return markdown(rows, losses, "command")
+        return markdown(rows, losses, {}, "command")
 
     assert "200 policy steps a run" in text({"mixing": 200, "slow": 200})
     assert "| steps |" not in text({"mixing": 200, "slow": 200})

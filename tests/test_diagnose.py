@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,19 @@ def test_where_a_curve_rises():
 def test_advice_depends_on_what_disagrees(halves, seeds, words):
     risen = {"lowest": 20, "risen": 40, "last": 100}
     found = {"validation_rows": 100, "halves": halves, "seeds": seeds, "whole": 0.5}
-    text = "\n".join(advice({**found, "rise": {"whole": risen, "validation_only": None}}))
+    found |= {"rise": {"whole": risen, "validation_only": None}, "monitor": None}
+    text = "\n".join(advice(found))
     assert words in text
     assert "`upper_weight: 0`" in text
     assert "never looked at" in text
+
+
+@pytest.mark.parametrize(("error", "warns"), [(0.01, False), (0.1, True), (math.nan, True)])
+def test_a_monitor_part_that_judges_badly_is_told(error, warns):
+    found = {"validation_rows": 100, "halves": 0.8, "seeds": 0.9, "whole": 0.9, "rise": {}}
+    text = "\n".join(advice({**found, "monitor": {"rows": 20, "loss": 2.0, "error": error}}))
+    assert "over 20 rows" in text
+    assert ("choose badly" in text) == warns
 
 
 def test_the_command_fits_five_times_and_advises(flags, tmp_path, capsys):
@@ -55,6 +65,7 @@ def test_the_command_fits_five_times_and_advises(flags, tmp_path, capsys):
     assert found["validation_rows"] == 30
     assert -1 <= found["halves"] <= 1
     assert found["seeds"] != found["halves"]
+    assert found["monitor"]["error"] > 0
     halves = [(output / f"half_{name}_rows" / "validation.jsonl").read_text().splitlines() for name in "ab"]
     assert [len(half) for half in halves] == [15, 15]
     assert not set(halves[0]) & set(halves[1])

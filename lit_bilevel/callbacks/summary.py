@@ -34,16 +34,19 @@ class Summary(Callback):
         self.first: dict[str, float] = {}
         """Test metrics of the policy that the run began with."""
         self.monitor_losses: list[float] = []
+        self.monitor_errors: list[float] = []
+        """Standard errors of these losses."""
         self._place = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # or what an earlier one showed would be taken for this one's
-            self.first, self.monitor_losses = {}, []
+            self.first, self.monitor_losses, self.monitor_errors = {}, [], []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         loss = trainer.callback_metrics.get("monitor/loss")
         if loss is not None and not trainer.sanity_checking:
             self.monitor_losses.append(float(loss))
+            self.monitor_errors.append(float(trainer.callback_metrics["monitor/error"]))
 
     @rank_zero_only
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -69,10 +72,12 @@ class Summary(Callback):
                 logger.log_metrics(self.first, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self.first, "monitor_losses": self.monitor_losses}
+        names = ("first", "monitor_losses", "monitor_errors")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.first, self.monitor_losses = state_dict["first"], state_dict["monitor_losses"]
+        for name, value in state_dict.items():
+            setattr(self, name, value)
 
     @staticmethod
     @rank_zero_only

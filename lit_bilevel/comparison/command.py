@@ -138,7 +138,7 @@ def _fill(runner: Runner, options: argparse.Namespace, command: str) -> list[str
             say(f"    failed: {type(error).__name__}: {error}")
             continue
         if not known or not table:
-            table = markdown(results.rows, results.write_losses(), command)
+            table = markdown(results.rows, results.write_losses(), results.monitor_losses(), command)
             replace_text(results.folder / "results.md", table)
     if results.rows:
         say("\n" + table)

@@ -5,6 +5,7 @@
     seeds    rank correlation of the weights learned from the whole file with two seeds
     whole    2r / (1 + r) with r that of the halves: what two files of the whole size would agree (Spearman and Brown)
     rise     policy steps after which the monitor loss rises, in the run as configured and on validation rows alone
+    monitor  the lowest monitor loss of the run as configured, its standard error, and over how many rows
 
 Five fits with the configuration's own method; finished ones are kept. Left out: finding single bad validation rows.
 """
@@ -34,6 +35,8 @@ from lit_bilevel.resources import located
 
 GOOD, SOME = 0.6, 0.3
 """Rank correlations from which weights are called stable, and from which they say something."""
+SURE = 0.02
+"""Standard error of the monitor loss, as a share of it, above which it is called a bad judge."""
 RISE = 0.01
 """How much above its lowest value, as a share of it, a monitor loss counts as risen."""
 
@@ -110,7 +113,8 @@ class Diagnosis:
             "halves": halves,
             "seeds": agreement(*joined(weights["whole"], weights["other_seed"])),
             "whole": 2 * halves / (1 + halves) if halves > 0 else halves,
-            "rise": {name: rise(self._monitor(name)) for name in ("whole", "validation_only")},
+            "rise": {name: rise(self._curve(name, "monitor/loss")) for name in ("whole", "validation_only")},
+            "monitor": self._monitor(),
         }
 
     def _halves(self) -> tuple[Any, Any]:
@@ -145,8 +149,16 @@ class Diagnosis:
         table = pyarrow.parquet.read_table(self.output / name / "weights.parquet", columns=["id", "weight"])
         return dict(zip(table["id"].to_pylist(), table["weight"].to_pylist(), strict=True))
 
-    def _monitor(self, name: str) -> Curve:
-        return read_curves(self.output / name, ["monitor/loss"]).get("monitor/loss", [])
+    def _curve(self, name: str, tag: str) -> Curve:
+        return read_curves(self.output / name, [tag]).get(tag, [])
+
+    def _monitor(self) -> dict[str, float] | None:
+        losses = self._curve("whole", "monitor/loss")
+        if not losses:
+            return None
+        step, loss = min(losses, key=lambda point: point[1])
+        error = dict(self._curve("whole", "monitor/error"))[step]
+        return {"rows": len(self.sets["monitor"]), "loss": loss, "error": error}
 
 
 def joined(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -212,7 +224,18 @@ def advice(found: dict[str, Any]) -> list[str]:
             " direction longer (`direction_decay` nearer to 1), lower the learning rate of `weight_optimizer`, or use"
             " the mean of the weights of several seeds; then diagnose again."
         )
-    return [*lines, *(line for name, where in found["rise"].items() for line in _about_rise(name, where))]
+    lines += [line for name, where in found["rise"].items() for line in _about_rise(name, where)]
+    return lines if found["monitor"] is None else [*lines, _about_monitor(**found["monitor"])]
+
+
+def _about_monitor(rows: int, loss: float, error: float) -> str:
+    text = f"- The lowest monitor loss is {loss:.4f}, with a standard error of {error:.4f} over {rows:,} rows"
+    if not error < SURE * loss:
+        text += (
+            ": they choose badly between methods whose losses are close. Raise `data.monitor_fraction`, or add"
+            " validation rows"
+        )
+    return f"{text}. `lit-bilevel compare` says of each pair of methods whether these rows tell them apart."
 
 
 def _about_rise(name: str, where: dict[str, float] | None) -> list[str]:

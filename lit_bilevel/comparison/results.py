@@ -109,6 +109,20 @@ class Results:
         os.replace(partial, self.folder / "test_losses.parquet")
         return losses
 
+    def monitor_losses(self) -> Losses:
+        """[m] losses of the monitor rows at each run's best checkpoint, by method and seed.
+
+        A method that is the best of others has none of its own, and runs of earlier versions kept none.
+        """
+        import pyarrow.parquet
+
+        losses: Losses = {}
+        for row in self.rows:
+            path = self.run_folder(row["method"], row["seed"]) / "monitor_losses.parquet"
+            if "chosen" not in row and path.is_file():
+                losses.setdefault(row["method"], {})[row["seed"]] = pyarrow.parquet.read_table(path)["loss"].to_numpy()
+        return losses
+
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file beside its place and move it there."""

@@ -285,7 +285,12 @@ class Runner:
             row |= {key: value for key, value in metrics.items() if key.startswith("auroc/")}
         policy = cli.model.policy.to(cli.trainer.strategy.root_device)  # Lightning moved it away at the end
         with cli.trainer.precision_plugin.forward_context():
-            loss_n, tokens_n = row_losses(policy, cli.datamodule, "test")
-        table = {"id": cli.datamodule.sets["test"]["id"][:], "tokens": tokens_n, "loss": loss_n}
-        pyarrow.parquet.write_table(pyarrow.table(table), folder / "test_losses.parquet")
+            objective = cli.model.evaluation.upper
+            losses = {
+                "test": row_losses(policy, cli.datamodule, "test"),
+                "monitor": row_losses(policy, cli.datamodule, "monitor", objective),
+            }
+        for name, (loss_n, tokens_n) in losses.items():
+            table = {"id": cli.datamodule.sets[name]["id"][:], "tokens": tokens_n, "loss": loss_n}
+            pyarrow.parquet.write_table(pyarrow.table(table), folder / f"{name}_losses.parquet")
         return row | (answer(cli, folder) if self.answers else {})

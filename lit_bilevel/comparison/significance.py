@@ -1,6 +1,7 @@
 """How sure a mean or a difference is.
 
     interval       mean ± t_{0.975, n−1} · s / √n               over seeds (Student)
+    error          s / √n                                       of a mean over n rows
     permutation    p = (1 + #{|mean(±d)| ≥ |mean d|}) / (1 + R)   signs of the paired differences d_i at random
 
 The test says whether two trained policies (or means over seeds of them) differ on rows like these; it says nothing of
@@ -33,6 +34,11 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
         return mean, math.nan
     error = math.sqrt(sum((value - mean) ** 2 for value in values) / freedom / len(values))
     return mean, error * (STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.4 / freedom)
+
+
+def standard_error(value_n: np.ndarray) -> float:
+    """How far the mean of [n] values may be from that over all rows like them; NaN for fewer than two."""
+    return float(value_n.std(ddof=1) / math.sqrt(len(value_n))) if len(value_n) > 1 else math.nan
 
 
 def permutation_test(difference_n: np.ndarray, rounds: int = ROUNDS, seed: int = 0) -> float:

@@ -19,18 +19,20 @@ from typing import Any
 
 import numpy as np
 
+from lit_bilevel.comparison.choice import in_words
 from lit_bilevel.comparison.results import Losses, Result
 from lit_bilevel.comparison.significance import interval, permutation_test
 
 HIDDEN = ("method", "seed", "chosen", "steps", "seconds")
 
 
-def markdown(rows: Sequence[Result], losses: Losses, command: str) -> str:
+def markdown(rows: Sequence[Result], losses: Losses, monitor: Losses, command: str) -> str:
     """The table, best test loss first, and how it came about.
 
     Args:
         rows: all results.
         losses: of the test rows, by method and seed.
+        monitor: of the monitor rows, where they are known.
         command: what made it.
     """
     methods = by_method(rows)
@@ -51,10 +53,10 @@ def markdown(rows: Sequence[Result], losses: Losses, command: str) -> str:
     lines = ["| method | " + " | ".join(title for title, _ in shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for method in sorted(methods, key=lambda name: mean[name]):
         lines.append(f"| {method} | " + " | ".join(str(make(method)) for _, make in shown) + " |")
-    return "\n".join([*lines, "", *notes(rows, losses, command)]) + "\n"
+    return "\n".join([*lines, "", *notes(rows, losses, monitor, command)]) + "\n"
 
 
-def notes(rows: Sequence[Result], losses: Losses, command: str) -> list[str]:
+def notes(rows: Sequence[Result], losses: Losses, monitor: Losses, command: str) -> list[str]:
     """What the table has to say about itself."""
     import torch
 
@@ -71,7 +73,10 @@ def notes(rows: Sequence[Result], losses: Losses, command: str) -> list[str]:
         f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}.",
         f"`{command}`",
     ]
-    return [*([f"Chosen by monitor loss: {'; '.join(chosen)}."] if chosen else []), *lines]
+    by_choice = [f"Chosen by monitor loss: {'; '.join(chosen)}."] if chosen else []
+    # the oracle is no choice that a user has
+    text = in_words(monitor, [name for name in monitor if name != "oracle"])
+    return [*by_choice, *([text] if text else []), *lines]
 
 
 def averaged(methods: Sequence[str], losses: Losses) -> list[np.ndarray]:

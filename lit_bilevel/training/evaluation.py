@@ -1,8 +1,8 @@
 """Losses of the monitor and test sets: per row (each row counts the same) and per token.
 
-The monitor loss is that of the upper level's objective. The test loss is always that of the responses (of pairs, the
-chosen ones); where the test rows are pairs and either level learns from pairs, their objective and the share of pairs
-that are ranked right are reported too.
+The monitor loss is that of the upper level, with its standard error beside it, for the monitor part is small. The test
+loss is always that of the responses (of pairs, the chosen ones); where the test rows are pairs and either level learns
+from pairs, their objective and the share of pairs that are ranked right are reported too.
 
 Rows that only fill a shape on some process count nothing, so any number of processes gives the same figure.
 Left out: metrics that need generated answers; `predict` writes those.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 
 from lit_bilevel.losses import example_nll
 from lit_bilevel.objectives.base import Objective
@@ -37,6 +37,42 @@ class Mean(MeanMetric):
         return super()._apply(precise, exclude_state)
 
 
+class StandardError(Metric):
+    """How far a mean over rows may be from that over all rows like them: s / √n; NaN for fewer than two rows.
+
+    The sums are in float64, or losses that hardly differ would have no digits left.
+    """
+
+    full_state_update = False
+    total: Tensor
+    squares: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "squares", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, loss_B: Tensor, real_B: Tensor) -> None:
+        """Take in [B] losses and [B] 1 for rows, 0 for padding."""
+        loss_B, real_B = loss_B.double(), real_B.double()
+        self.total += (loss_B * real_B).sum()
+        self.squares += (loss_B.square() * real_B).sum()
+        self.count += real_B.sum()
+
+    def compute(self) -> Tensor:
+        """The error of the mean, in the unit of the losses."""
+        mean = self.total / self.count
+        variance = (self.squares / self.count - mean.square()).clamp_min(0)
+        return (variance / (self.count - 1)).sqrt()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        def precise(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor.new_empty(0)).device) if tensor.dtype == torch.float64 else fn(tensor)
+
+        return super()._apply(precise, exclude_state)
+
+
 class Evaluation(nn.Module):
     """Running means over an evaluation loop, by the name that they are logged under.
 
@@ -52,13 +88,16 @@ class Evaluation(nn.Module):
         # the mean over all rows or none: by default those without a finite loss would be left out
         self.monitor_loss, self.test_loss, self.test_loss_per_token = (Mean(math.nan) for _ in range(3))
         self.preference_loss, self.accuracy = Mean(math.nan), Mean(math.nan)
+        self.monitor_error = StandardError()
 
-    def forward(self, name: str, policy: Policy, batch: Batch) -> dict[str, Mean]:
+    def forward(self, name: str, policy: Policy, batch: Batch) -> dict[str, Metric]:
         """Take in a batch of the set `name`; returns what to log."""
         if name == "monitor":
             loss_B = policy.losses(self.upper, batch)
-            self.monitor_loss.update(loss_B, _real(batch, loss_B))
-            return {"monitor/loss": self.monitor_loss}
+            real_B = _real(batch, loss_B)
+            self.monitor_loss.update(loss_B, real_B)
+            self.monitor_error.update(loss_B, real_B)
+            return {"monitor/loss": self.monitor_loss, "monitor/error": self.monitor_error}
         ranked = self.preference if batch.sign_K is not None else None
         if ranked is not None:
             batch = policy.prepared(ranked, batch)
@@ -67,10 +106,10 @@ class Evaluation(nn.Module):
         real_B = _real(batch, loss_B)
         self.test_loss.update(loss_B, real_B)
         self.test_loss_per_token.update(loss_B, real_B * batch.length_B)
-        found = {"test/loss": self.test_loss, "test/loss_per_token": self.test_loss_per_token}
+        found: dict[str, Metric] = {"test/loss": self.test_loss, "test/loss_per_token": self.test_loss_per_token}
         return found if ranked is None else found | self._ranked(ranked, nll_K, batch, real_B)
 
-    def _ranked(self, objective: Objective, nll_K: Tensor, batch: Batch, real_B: Tensor) -> dict[str, Mean]:
+    def _ranked(self, objective: Objective, nll_K: Tensor, batch: Batch, real_B: Tensor) -> dict[str, Metric]:
         self.preference_loss.update(objective.losses(nll_K, batch), real_B)
         right_B = (objective.margins(nll_K, batch).sign() + 1) / 2  # a tie, as before any training, is half right
         self.accuracy.update(right_B, real_B)

@@ -19,6 +19,7 @@ from lit_bilevel.data.collate import collate
 from lit_bilevel.data.fingerprint import rows_digest
 from lit_bilevel.data.layout import layout_for
 from lit_bilevel.losses import example_nll
+from lit_bilevel.objectives.base import Objective
 from lit_bilevel.policy.load import LoraSettings, load_policy, load_tokenizer
 from lit_bilevel.policy.origin import tunes_adapter
 from lit_bilevel.policy.policy import Policy
@@ -124,8 +125,16 @@ class Evidence:
             yield example.row, torch.cat([part.flatten() for part in parts]).float()
 
 
-def row_losses(policy: Policy, data: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Loss of every row of a set in nats per token, and its number of response tokens; dropout off.
+def row_losses(
+    policy: Policy, data: Any, name: str, objective: Objective | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Loss of every row of a set, and its number of response tokens; dropout off.
+
+    Args:
+        policy: it scores.
+        data: a data module that was set up.
+        name: of the set.
+        objective: whose losses they are; by default nats per token of the response.
 
     Returns:
         [n] losses (float64) and [n] tokens, in the order of the set.
@@ -135,8 +144,8 @@ def row_losses(policy: Policy, data: Any, name: str) -> tuple[np.ndarray, np.nda
     with policy.evaluating():
         for window in data.evaluation_loader(name):
             batch: Batch = data.on_before_batch_transfer(window, 0).to(device)
-            loss_B = example_nll(policy(batch), batch).double().cpu().numpy()
+            loss_B = example_nll(policy(batch), batch) if objective is None else policy.losses(objective, batch)
             rows = batch.row_B.cpu().numpy()
-            loss_N[rows[rows >= 0]] = loss_B[rows >= 0]
+            loss_N[rows[rows >= 0]] = loss_B.double().cpu().numpy()[rows >= 0]
             tokens_N[rows[rows >= 0]] = batch.length_B.cpu().numpy()[rows >= 0]
     return loss_N, tokens_N
