@@ -7,6 +7,7 @@ import torch
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.refinement.alike import SameAnswer, SameNumber, SharedWords, agreement
+from lit_bilevel.refinement.choose import BelowTypical
 from lit_bilevel.refinement.consensus import Agreement, Product
 from lit_bilevel.refinement.response_weights import Aligned, Ratios, SelfNormalised, Token
 from lit_bilevel.refinement.trust import Agreed, Answered
@@ -145,3 +146,18 @@ def test_a_product_is_one_and_keeps_the_state_of_each():
     assert len(product.singles(ratios())) == product.counted == 6
     with pytest.raises(UserError, match="two or more"):
         Product([SelfNormalised()])
+
+
+@pytest.mark.parametrize("bad", [0.0, 0.05, 0.3, 0.6])
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+def test_as_many_rows_are_chosen_as_weigh_little(bad, scale):
+    """Weights of two kinds with noise; the public rule takes its share whatever the weights say."""
+    noise = torch.randn(4000, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weight = scale * (0.4 * noise).exp()
+    count = int(4000 * bad)
+    weight[:count] /= 12
+    chosen = BelowTypical(most=1.0).rows(weight, 0)
+    assert len(set(chosen.tolist()) & set(range(count))) >= 0.95 * count
+    assert len(chosen) <= count + 0.03 * 4000
+    assert len(BelowTypical(most=0.1).rows(weight, 0)) == min(len(chosen), 400)
+    assert len(BelowTypical().rows(torch.ones(50), 0)) == 0
