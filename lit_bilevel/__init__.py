@@ -29,7 +29,8 @@ _NAMES = {
     "lit_bilevel.generation.sampling": "Sampling",
     "lit_bilevel.generation.backends": "ContinuousBatching VLLM",
     "lit_bilevel.callbacks": "BelowThreshold BelowTypical BilevelCheckpoint Choose ClosingSweep Export Figures "
-    "LowestFraction ModelCard Predictions RandomFraction RandomState ScoredPrior SelfRefine Summary WarmStart WeightInspector",
+    "LowestFraction ModelCard Predictions RandomFraction RandomState ScoredPrior SelfRefine Summary "
+    "WarmStart WeightInspector",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 
