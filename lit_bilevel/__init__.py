@@ -25,8 +25,8 @@ _NAMES = {
     "lit_bilevel.refinement.consensus": "Agreement Product",
     "lit_bilevel.refinement.alike": "Alike SameAnswer SameNumber SharedWords",
     "lit_bilevel.refinement.trust": "Agreed Trust",
-    "lit_bilevel.generation.hf": "GenerationBackend HFGenerate",
-    "lit_bilevel.generation.sampling": "Sampling",
+    "lit_bilevel.generation.base": "GenerationBackend Sampling",
+    "lit_bilevel.generation.hf": "HFGenerate",
     "lit_bilevel.generation.backends": "ContinuousBatching VLLM",
     "lit_bilevel.callbacks": "BelowThreshold BelowTypical BilevelCheckpoint Choose ClosingSweep Export Figures "
     "LowestFraction ModelCard Predictions RandomFraction RandomState ScoredPrior SelfRefine Summary "

@@ -25,7 +25,8 @@ commands:
   lit-bilevel --version
 
 start here:
-  lit-bilevel fit --config configs/quickstart.yaml
+  lit-bilevel fit --config configs/curate.yaml --data.pool POOL --data.validation TRUSTED --model.policy.path MODEL
+  lit-bilevel fit --config configs/quickstart.yaml      without data of your own: the embedded toy data, in a minute
 """
 
 
@@ -47,7 +48,7 @@ def main(args: list[str] | None = None) -> int:
 
         return score(arguments)
     if arguments[0] == "inspect":
-        from lit_bilevel.inspection.terminal import main as inspect
+        from lit_bilevel.commands.inspect import main as inspect
 
         return inspect(arguments)
     if arguments[0] == "diagnose":

@@ -7,9 +7,9 @@ import json
 import pytest
 from conftest import write_jsonl
 
+from lit_bilevel.commands.inspect import main as inspect
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.rounds import judge_rounds
-from lit_bilevel.inspection.terminal import main as inspect
 from lit_bilevel.refinement.alike import SameAnswer
 
 

@@ -14,10 +14,9 @@ from typing import Any
 from lightning.pytorch import Trainer
 
 from lit_bilevel.callbacks.progress import GenerationBar
+from lit_bilevel.generation.base import GenerationBackend, Request, Sampling
 from lit_bilevel.generation.ending import end_tokens
-from lit_bilevel.generation.hf import GenerationBackend
 from lit_bilevel.generation.respond import gathered_responses, respond
-from lit_bilevel.generation.sampling import Request, Sampling
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.context import context_of, room
 from lit_bilevel.types import Response

@@ -2,7 +2,7 @@
 
     choose rows → sample G responses each with the current policy → score them once → store them       (every refresh)
 
-From then on these rows contribute their responses (METHOD section 3; arXiv 2511.21056). A row once chosen stays
+From then on these rows contribute their responses (lit_bilevel/README.md 6; arXiv 2511.21056). A row once chosen stays
 chosen, and every refresh regenerates all of them; its offline weight takes no step, its group weighs 1 anew. Responses
 that are empty or did not end by themselves are kept on file and out of training, and so are those that `trust` finds no
 better than the old answers (`on_doubt`); a row left with none keeps its offline pair. The first refresh comes after
@@ -24,16 +24,16 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.callbacks.answering import answer_anew
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.callbacks.judging import agreed, trusted
 from lit_bilevel.callbacks.progress import say
 from lit_bilevel.callbacks.round_report import Round
 from lit_bilevel.callbacks.round_weights import write_round_weights
+from lit_bilevel.callbacks.run import is_rehearsal, run_folder
 from lit_bilevel.data.responses import ResponseStore, rows_to_choose_from, rows_to_judge_by
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.generation.hf import GenerationBackend, HFGenerate
+from lit_bilevel.generation.base import GenerationBackend, Sampling
+from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.generation.respond import GenerationFailed
-from lit_bilevel.generation.sampling import Sampling
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.refinement.choose import Choose, LowestFraction
 from lit_bilevel.refinement.responses_file import ResponseFile, records
@@ -59,6 +59,9 @@ class SelfRefine(Callback):
         on_doubt: answers that are not trusted: `keep` the old ones, or `replace` them all the same, unjudged.
         on_failure: where generation fails, `keep` the responses there are and go on, or `stop` with a checkpoint.
     """
+
+    generates_responses = True
+    """Read by `training/callbacks.py`, which does not know this class."""
 
     def __init__(
         self,

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
-from lit_bilevel.callbacks.inspector import table_cell
 from lit_bilevel.callbacks.progress import say
+from lit_bilevel.callbacks.run import is_rehearsal, run_folder
 from lit_bilevel.data.responses import is_usable
-from lit_bilevel.inspection.folder import Inspection, tallied
+from lit_bilevel.inspection.folder import Inspection
+from lit_bilevel.inspection.text import table_cell, tallied
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.refinement.responses_file import text_of
 from lit_bilevel.refinement.trust import Verdict

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lit_bilevel.callbacks.export import run_folder
+from lit_bilevel.callbacks.run import run_folder
 from lit_bilevel.data.collate import collate
 from lit_bilevel.inspection.folder import Inspection
 from lit_bilevel.module import LitBilevel

@@ -26,9 +26,9 @@ from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, 
 from lit_bilevel.comparison.names import BASELINES, UNIFORM
 from lit_bilevel.comparison.output import quiet, say
 from lit_bilevel.comparison.recipe import callbacks_of, configured, other_flags
-from lit_bilevel.comparison.results import replace_text
 from lit_bilevel.comparison.rows import copy_records
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replace_text
 from lit_bilevel.inspection.curves import Curve, read_curves
 from lit_bilevel.inspection.statistics import correlation, ranks
 from lit_bilevel.resources import located
@@ -84,7 +84,7 @@ class Diagnosis:
         with quiet(output / "settings.txt"):
             cli = built(config, self.shared)
         if not cli.model.learns_weights:
-            raise UserError(f"the method of {config} learns no weights; diagnose one with `OneStep`, for example.")
+            raise UserError(f"the method of {config} learns no weights; diagnose one that does: `configs/curate.yaml`.")
         self.data: Any = cli.config.data
         self.phases, self.callbacks = configured(cli.config)
         self.sets = cli.datamodule.sets
@@ -203,7 +203,7 @@ def advice(found: dict[str, Any]) -> list[str]:
     if halves >= GOOD:
         lines.append(
             "- The validation set is large and clean enough: with the same order of the pool, either half of it gives"
-            " about the same weights."
+            " about the same weights. `configs/curate.yaml` trains a policy under such weights."
         )
     elif seeds < GOOD:
         lines.append("- What the validation set is worth cannot be told yet, because the run itself is noisy.")

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from lit_bilevel.inspection.curves import Curve, thinned
-from lit_bilevel.inspection.folder import arrow
 from lit_bilevel.inspection.refined import (
     ROUND_HEADER,
     ROW_HEADER,
@@ -24,6 +23,7 @@ from lit_bilevel.inspection.refined import (
     truth_lines,
 )
 from lit_bilevel.inspection.run import Report
+from lit_bilevel.inspection.text import arrow
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d")
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 250, 56, 36

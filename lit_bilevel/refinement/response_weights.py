@@ -2,11 +2,11 @@
 
     ℓ̃_i = (1/G′)·Σ_g Σ_t r_gt·NLL_gt / L̄        ρ_t = π_θ(y_t | …) / π_old(y_t | …)        both at temperature T
 
-r is always detached, and ρ comes from passes without dropout (arXiv 2511.21056; METHOD section 3). What a rule does to
-the policy in expectation: with ρ = Π ρ_t unclipped, T = 1 and L̄ constant, E_{y~π_old}[ρ·∇ℓ] ∝ −E_{π_θ}[∇ log π_θ] = 0,
-so own samples teach nothing on average; what moves the policy is what a rule adds to that: clipping, a temperature τ,
-alignment with the validation gradient, and for every rule the dropping of unfinished responses (towards short ones)
-and the learned weight of the group.
+r is always detached, and ρ comes from passes without dropout (arXiv 2511.21056; lit_bilevel/README.md 6.1). What a rule
+does to the policy in expectation (6.3): with ρ = Π ρ_t unclipped, T = 1 and L̄ constant,
+E_{y~π_old}[ρ·∇ℓ] ∝ −E_{π_θ}[∇ log π_θ] = 0, so own samples teach nothing on average; what moves the policy is what a
+rule adds to that: clipping, a temperature τ, alignment with the validation gradient, and for every rule the dropping of
+unfinished responses (towards short ones) and the learned weight of the group.
 
 Left out: advantages from a reward model; validation gradients play that part here.
 """
