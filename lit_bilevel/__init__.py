@@ -22,8 +22,8 @@ _NAMES = {
     "lit_bilevel.solvers": "BilevelSolver Implicit Mixing OneStep Penalty ValueFunction",
     "lit_bilevel.refinement.response_weights": "Aligned LengthNormalised ResponseWeights SelfNormalised Sequence Token "
     "Uniform",
-    "lit_bilevel.generation.hf": "GenerationBackend HFGenerate",
-    "lit_bilevel.generation.sampling": "Sampling",
+    "lit_bilevel.generation.base": "GenerationBackend Sampling",
+    "lit_bilevel.generation.hf": "HFGenerate",
     "lit_bilevel.generation.backends": "ContinuousBatching VLLM",
     "lit_bilevel.callbacks": "BelowThreshold BilevelCheckpoint Choose ClosingSweep Export Figures LowestFraction "
     "ModelCard Predictions RandomFraction RandomState ScoredPrior SelfRefine Summary WarmStart WeightInspector",

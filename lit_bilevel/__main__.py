@@ -48,7 +48,7 @@ def main(args: list[str] | None = None) -> int:
 
         return score(arguments)
     if arguments[0] == "inspect":
-        from lit_bilevel.inspection.terminal import main as inspect
+        from lit_bilevel.commands.inspect import main as inspect
 
         return inspect(arguments)
     if arguments[0] == "diagnose":

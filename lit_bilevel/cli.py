@@ -42,8 +42,8 @@ from lit_bilevel.callbacks import (
     Summary,
     WeightInspector,
 )
-from lit_bilevel.callbacks.export import is_rehearsal, run_checkpoint, run_folder
 from lit_bilevel.callbacks.progress import Bar, Lines
+from lit_bilevel.callbacks.run import is_rehearsal, run_checkpoint, run_folder
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel

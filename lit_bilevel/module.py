@@ -31,13 +31,13 @@ from lit_bilevel.objectives.base import Objective
 from lit_bilevel.objectives.sft import SFT
 from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
-from lit_bilevel.policy.logprobs import measures, weigh_responses
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.policy.randomness import part_random_states
 from lit_bilevel.policy.shard import shard
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import ResponseWeights, Uniform
+from lit_bilevel.refinement.weighing import measures, weigh_responses
 from lit_bilevel.solvers.base import BilevelSolver
 from lit_bilevel.training.begin import begin
 from lit_bilevel.training.checkpoint import restore_late, restore_own, save_own

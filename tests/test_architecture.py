@@ -19,6 +19,7 @@ PURE = (
 # Each room, or file at the root, and those it may import: only ones above it, so that there is no way round.
 ROOMS = {
     "errors": "",
+    "files": "",
     "types": "",
     "problem": "",
     "resources": "",
@@ -27,21 +28,21 @@ ROOMS = {
     "weights": "errors types",
     "solvers": "errors problem",
     "objectives": "errors losses types",
-    "data": "errors resources types version",
-    "refinement": "errors types weights",
-    "policy": "errors losses objectives problem refinement resources types",
-    "scores": "data errors policy types version",
+    "data": "errors files resources types version",
+    "policy": "errors losses objectives problem resources types",
+    "refinement": "errors policy problem types weights",
+    "scores": "data errors files policy types version",
     "generation": "data errors policy types",
-    "training": "data errors losses objectives policy problem refinement types weights",
+    "training": "data errors files losses objectives policy problem refinement types weights",
     "module": "errors generation objectives policy refinement solvers training types weights",
-    "inspection": "errors module policy scores training",
-    "callbacks": "data errors generation inspection module policy refinement resources scores training types version"
-    " weights",
+    "inspection": "errors files module policy scores training",
+    "callbacks": "data errors files generation inspection module policy refinement resources scores training types"
+    " version weights",
     "__init__": "version",
     "parser": "__init__ errors",
     "cli": "callbacks data errors generation module objectives parser refinement resources solvers training weights",
-    "commands": "cli data errors inspection policy resources scores",
-    "comparison": "callbacks cli commands data errors inspection losses objectives policy resources scores types",
+    "commands": "cli data errors files inspection policy resources scores",
+    "comparison": "callbacks cli commands data errors files inspection losses objectives policy resources scores types",
     "__main__": "cli commands comparison inspection version",
 }
 

@@ -13,8 +13,10 @@ import yaml
 from conftest import ROOT, TOY, read_jsonl, write_jsonl
 
 from lit_bilevel.cli import BilevelCLI, main
-from lit_bilevel.training import refusals as checks
+from lit_bilevel.training import strategies
+from lit_bilevel.training.callbacks import refiners
 from lit_bilevel.training.optimizers import made_optimizers
+from lit_bilevel.training.refusals import check_run
 
 COMPLETE = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 PARTIAL = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").glob("*/*.yaml"))
@@ -56,8 +58,8 @@ def test_complete_configurations_build(name, tmp_path):
     )
     model = cli.model
     model._trainer = cli.trainer
-    checks.check_run(model, "fit")
-    refined = [type(callback).__name__ for callback in checks.refiners(cli.trainer)]
+    check_run(model, "fit")
+    refined = [type(callback).__name__ for callback in refiners(cli.trainer)]
     parts = (model.solver, model.weights, model.upper_objective, *([model.refinement.rule] if refined else []))
     assert [type(part).__name__ for part in parts] + refined == METHODS[name].split()
     model.weights.build(torch.tensor([0, 1, 0, 1]))
@@ -92,11 +94,11 @@ def test_the_command_of_a_partial_configuration_is_not_refused(name, tmp_path):
     model = BilevelCLI(
         [f"--config={base}", f"--config={name}", *here, "--trainer.precision=32-true", place], run=False
     ).model
-    assert checks._of_kernels(model) == []
+    assert strategies.of_kernels(model) == []
     if "deepspeed" in name:
         stage = yaml.safe_load((ROOT / name).read_text())["trainer"]["strategy"]["init_args"]["stage"]
         model._trainer = SimpleNamespace(strategy=SimpleNamespace(zero_stage_3=stage == 3))
-        assert checks._of_deepspeed(model) == []
+        assert strategies._of_deepspeed(model) == []
 
 
 @pytest.mark.parametrize("name", COMPLETE)

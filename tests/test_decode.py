@@ -11,11 +11,12 @@ from transformers import BertConfig, BertLMHeadModel, PreTrainedConfig
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.generation import decode
+from lit_bilevel.generation.base import Request, Sampling
 from lit_bilevel.generation.decode import _alike_up_to, decoder_for
 from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.generation.padded import decode_padded
 from lit_bilevel.generation.respond import score
-from lit_bilevel.generation.sampling import LIMIT, Request, Sampling, uniforms
+from lit_bilevel.generation.sampling import LIMIT, uniforms
 from lit_bilevel.generation.unpadded import decode_singly, decode_unpadded
 from lit_bilevel.policy.causal import check_causal
 from lit_bilevel.policy.load import PolicySettings, load_policy

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.generation import respond as generation
-from lit_bilevel.generation.backends import VLLM, ContinuousBatching, ended
+from lit_bilevel.generation.backends import VLLM, ContinuousBatching
+from lit_bilevel.generation.base import Request, Sample, Sampling, batches_by_length, ended
 from lit_bilevel.generation.ending import end_tokens
 from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.generation.respond import score
-from lit_bilevel.generation.sampling import Request, Sample, Sampling, batches_by_length, draw
+from lit_bilevel.generation.sampling import draw
 from lit_bilevel.policy.policy import Policy
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

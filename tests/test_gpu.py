@@ -22,7 +22,8 @@ from test_refine import REFINE
 
 from lit_bilevel.cli import main
 from lit_bilevel.generation.backends import ContinuousBatching
-from lit_bilevel.generation.hf import HFGenerate, Sampling
+from lit_bilevel.generation.base import Sampling
+from lit_bilevel.generation.hf import HFGenerate
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore")]
 SOLVERS = {

@@ -24,15 +24,15 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lit_bilevel import BilevelDataModule, LitBilevel, OneStep, PolicySettings, SoftmaxWeights
 from lit_bilevel.callbacks import SelfRefine, WeightInspector
-from lit_bilevel.callbacks.figures import _trajectories
 from lit_bilevel.callbacks.progress import Bar, GenerationBar, Lines, Rate
 from lit_bilevel.cli import main
+from lit_bilevel.commands.inspect import main as inspect
 from lit_bilevel.inspection.curves import read_curves, thinned
+from lit_bilevel.inspection.figures import _trajectories
 from lit_bilevel.inspection.folder import Inspection
 from lit_bilevel.inspection.page import escaped
 from lit_bilevel.inspection.settings import run_settings
 from lit_bilevel.inspection.statistics import correlation, precision_recall, quantile, quantiles, ranks, source_mass
-from lit_bilevel.inspection.terminal import main as inspect
 from lit_bilevel.parser import nearest
 
 FIGURES = ("weights", "kinds", "trajectories", "losses", "refinement", "overview")

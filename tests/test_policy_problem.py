@@ -21,9 +21,9 @@ from lit_bilevel.policy import shard
 from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.load import checkpoint_activations
-from lit_bilevel.policy.logprobs import _derivatives
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
+from lit_bilevel.refinement.weighing import derivatives_along
 from lit_bilevel.types import Example
 
 ROWS, UPPER_WEIGHT = 8, 0.3
@@ -148,7 +148,7 @@ def test_alignments_of_responses_are_exact_in_double_precision():
     policy = tiny_policy(rounding=True)
     upper, lower = reference(policy, 2)[1].mean(0), reference(policy, 1)[1]
     problem = made(policy)
-    alignment_R = _derivatives(problem, problem.lower, problem.upper_gradient())
+    alignment_R = derivatives_along(problem, problem.lower, problem.upper_gradient())
     assert distance(alignment_R, lower @ upper) < 1e-5 * float((lower @ upper).abs().max())
 
 
@@ -332,12 +332,12 @@ def test_passes_over_other_rows_leave_the_masks_of_the_step_alone(size):
         problem = made(policy, size)
         problem.lower_losses()
         if other:
-            _derivatives(problem, batches(3, 2), direction_of(policy))
+            derivatives_along(problem, batches(3, 2), direction_of(policy))
         problem.complete()
         found.append(problem.lower_losses())
     assert distance(*found) < 1e-12
     problem = made(policy, size, 0.0)
-    _derivatives(problem, batches(3, 2), direction_of(policy))
+    derivatives_along(problem, batches(3, 2), direction_of(policy))
     before = torch.get_rng_state()
     problem.lower_losses()  # draws for itself, though other rows came first
     assert not torch.equal(torch.get_rng_state(), before)

@@ -22,7 +22,7 @@ from lit_bilevel.callbacks import BelowThreshold, LowestFraction, RandomFraction
 from lit_bilevel.cli import main
 from lit_bilevel.data.table import has_question
 from lit_bilevel.errors import UserError
-from lit_bilevel.generation.sampling import Sampling
+from lit_bilevel.generation.base import Sampling
 from lit_bilevel.policy.load import LoraSettings
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import Aligned, LengthNormalised, SelfNormalised, Sequence, Token, Uniform

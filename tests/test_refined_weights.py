@@ -27,7 +27,7 @@ from lit_bilevel import (
 )
 from lit_bilevel.callbacks import RandomFraction
 from lit_bilevel.errors import UserError
-from lit_bilevel.generation.sampling import Sampling
+from lit_bilevel.generation.base import Sampling
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import SelfNormalised, Token, Uniform
 from lit_bilevel.training.exchange import gathered_responses

@@ -12,9 +12,9 @@ from conftest import TOY, read_jsonl, write_jsonl
 from test_refine import refine_flags
 from test_resume import short
 
-from lit_bilevel.callbacks.inspector import table_cell
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
+from lit_bilevel.inspection.text import table_cell
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 
 HOSTILE = "<script>alert(1)</script> | ![x](http://h/x) `c` \x1b[31m"

@@ -7,7 +7,6 @@ what a card cannot know, such as intended use and licence.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_bilevel.callbacks.export import is_rehearsal, run_checkpoint, run_folder
+from lit_bilevel.callbacks.run import is_rehearsal, run_checkpoint, run_folder
 from lit_bilevel.callbacks.summary import Summary
+from lit_bilevel.files import replace_text
 from lit_bilevel.inspection.settings import Plain, run_settings
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of, base_of, origin, tunes_adapter
@@ -56,9 +56,7 @@ class ModelCard(Callback):
         folder = run_folder(trainer) / "policy"
         if is_rehearsal(trainer) or not folder.is_dir():
             return
-        partial = folder / "README.md.partial"
-        partial.write_text(card(trainer, pl_module, self._settings, metrics), encoding="utf-8")
-        os.replace(partial, folder / "README.md")
+        replace_text(folder / "README.md", card(trainer, pl_module, self._settings, metrics))
 
 
 def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metrics: dict[str, float]) -> str:

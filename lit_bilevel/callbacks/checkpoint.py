@@ -27,8 +27,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
 from lit_bilevel.callbacks.nodes import check_shared
+from lit_bilevel.callbacks.run import is_rehearsal, run_folder
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.training.checkpoint_io import install

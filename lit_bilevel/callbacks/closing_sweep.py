@@ -24,7 +24,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lit_bilevel.callbacks.export import evaluating
+from lit_bilevel.callbacks.passes import evaluating
 from lit_bilevel.callbacks.progress import say
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel

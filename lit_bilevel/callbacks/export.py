@@ -7,24 +7,24 @@ end of fit. Left out: merging adapters into the base model.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.tensor import DTensor
 
+from lit_bilevel.callbacks.passes import score_pool
+from lit_bilevel.callbacks.run import is_rehearsal, run_checkpoint, run_folder
 from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replace_text, replacing
 from lit_bilevel.generation.ending import exported_settings
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.module import LitBilevel
@@ -33,7 +33,6 @@ from lit_bilevel.policy.load import load_model
 from lit_bilevel.policy.origin import adapter_of
 from lit_bilevel.policy.shard import whole_state
 from lit_bilevel.resources import located
-from lit_bilevel.types import Batch, Features
 
 
 class Export(Callback):
@@ -115,11 +114,7 @@ class Export(Callback):
         assert isinstance(pl_module, LitBilevel)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         metrics |= self._scores(trainer)
-        path = run_folder(trainer) / "metrics.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(metrics, indent=2) + "\n")
-        os.replace(partial, path)
+        replace_text(run_folder(trainer) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
     def _scores(self, trainer: Trainer) -> dict[str, float]:
         """AUROC of the exported weights, where there is a truth file to score them."""
@@ -151,9 +146,8 @@ class Export(Callback):
                 "visits": pyarrow.array(weights.visits.cpu().numpy(), pyarrow.int32()),
             }
         )
-        partial = path.with_suffix(".partial")
-        pyarrow.parquet.write_table(table, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            pyarrow.parquet.write_table(table, partial)
 
     def _write_policy(self, pl_module: LitBilevel, path: Path, state: dict[str, Any] | None) -> None:
         partial = path.with_name("policy.partial")
@@ -183,36 +177,6 @@ def _add_base(module: LitBilevel, partial: Path, place: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
-@contextlib.contextmanager
-def evaluating(trainer: Trainer, module: LitBilevel) -> Iterator[Callable[[Any], Batch]]:
-    """A pass outside Lightning's loops: without gradients, with dropout off, and with the random state left as it was.
-
-    Yields what turns an item of an evaluation loader into a batch on the device.
-    """
-    assert module.policy is not None
-    data, training = trainer.datamodule, module.policy.training  # type: ignore[attr-defined]
-    module.policy.eval()
-    try:  # a loader draws a number even where it shuffles nothing
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), trainer.precision_plugin.forward_context():
-            yield lambda window: data.on_before_batch_transfer(window, 0).to(module.device)
-    finally:
-        module.policy.train(training)
-
-
-def score_pool(trainer: Trainer, module: LitBilevel) -> None:
-    """Show the weights every pool row's loss under the final policy, on all processes alike."""
-    assert module.policy is not None
-    loader = trainer.datamodule.evaluation_loader("pool")  # type: ignore[attr-defined]
-    with evaluating(trainer, module) as made:
-        for batch in map(made, loader):
-            loss_B = module.policy.losses(module.lower_objective, batch)
-            table = torch.stack([batch.row_B, batch.source_B, batch.length_B, loss_B], dim=1).double()
-            if trainer.world_size > 1:
-                table = module.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]
-            row, source, length, loss = table[table[:, 0] >= 0].unbind(1)
-            module.weights.score(Features(row.long(), source.long(), length.long(), loss))
-
-
 def saved_state(checkpoint: Path) -> dict[str, Any]:
     """The policy's entries in a checkpoint: a file, DeepSpeed's folder, or one with a part from every process."""
     whole = checkpoint / "checkpoint" / "mp_rank_00_model_states.pt"  # DeepSpeed's, up to stage 2
@@ -231,26 +195,6 @@ def with_untrained(model: Any, saved: dict[str, Any]) -> dict[str, Any]:
     # parameters that are spread over processes are trained, or belong to the base of an adapter, which is not written
     rest = {name: value for name, value in model.state_dict().items() if not isinstance(value, DTensor)}
     return rest | saved
-
-
-def is_rehearsal(trainer: Trainer) -> bool:
-    """Whether this is a `fast_dev_run`, which leaves no files."""
-    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-
-
-def run_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
-    """The callback that keeps the monitor-best state, wherever it stands among others; `None` where there is none.
-
-    Not `trainer.checkpoint_callback`, the first of any kind: it may save every few steps and call its last file best.
-    """
-    callbacks = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
-    own = [c for c in callbacks if getattr(c, "of_run", False)]
-    return next((c for c in (*own, *callbacks) if c.monitor == "monitor/loss"), None)
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """The folder of a run: `trainer.default_root_dir`."""
-    return Path(trainer.default_root_dir)
 
 
 def _remove(path: Path) -> None:

@@ -12,7 +12,6 @@ Work that grows with N is done once an epoch, never in a step. Left out: scalars
 from __future__ import annotations
 
 import functools
-import html
 import json
 from typing import Any
 
@@ -22,8 +21,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
-from lit_bilevel.inspection.folder import Inspection, arrow
+from lit_bilevel.callbacks.run import boards, is_rehearsal, run_folder
+from lit_bilevel.inspection.folder import Inspection
 from lit_bilevel.inspection.settings import Plain, run_settings
 from lit_bilevel.inspection.statistics import (
     correlation,
@@ -34,10 +33,10 @@ from lit_bilevel.inspection.statistics import (
     ranks,
     source_mass,
 )
+from lit_bilevel.inspection.text import arrow, table_cell
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.module import LitBilevel
 
-MARKUP = "\\`*_{}[]()+-!|~"
 BANDS = {"median, middle half of the rows": ("25", "75"), "median, middle 90 % of the rows": ("05", "95")}
 LAYOUT: dict[str, dict[str, list[Any]]] = {
     "losses": {"upper, lower and monitor loss": ["Multiline", ["upper/loss", "lower/loss", "monitor/loss"]]},
@@ -227,15 +226,3 @@ class WeightInspector(Callback):
         if refined:
             pool = self._data.sets["pool"].select_columns(["id", "row", "prompt", "response"])
             files.write("refined.jsonl", [pool[row] for row in refined])
-
-
-def boards(trainer: Trainer) -> list[TensorBoardLogger]:
-    """The loggers that show more than scalars."""
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def table_cell(text: str, characters: int = 300) -> str:
-    """Text that is safe in a Markdown table: nothing in it is markup."""
-    cut = text if len(text) <= characters else text[:characters] + " …"
-    escaped = "".join(f"&#{ord(c)};" if c in MARKUP else c for c in html.escape(cut))
-    return "<br>".join(escaped.splitlines())

@@ -6,15 +6,15 @@ Left out: sampling; one answer a prompt that is the same at every run.
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.run import is_rehearsal, run_folder
 from lit_bilevel.data.table import column
+from lit_bilevel.files import replace_text
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.context import context_of, room
 
@@ -59,9 +59,6 @@ class Predictions(Callback):
         if trainer.is_global_zero:
             answers = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
             path = run_folder(trainer) / "predictions.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
             lines = (json.dumps(answer, ensure_ascii=False) + "\n" for _, answer in answers)
-            partial.write_text("".join(lines), encoding="utf-8")
-            os.replace(partial, path)
+            replace_text(path, "".join(lines))
             rank_zero_info(f"{len(answers):,} answers: {path}")

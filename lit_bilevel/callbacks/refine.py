@@ -22,16 +22,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
-from lit_bilevel.callbacks.inspector import table_cell
 from lit_bilevel.callbacks.progress import GenerationBar, say
+from lit_bilevel.callbacks.run import is_rehearsal, run_folder
 from lit_bilevel.data.responses import ResponseStore, is_usable, rows_to_choose_from
 from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.generation.base import GenerationBackend, Request, Sampling
 from lit_bilevel.generation.ending import end_tokens
-from lit_bilevel.generation.hf import GenerationBackend, HFGenerate
+from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.generation.respond import GenerationFailed, gathered_responses, respond
-from lit_bilevel.generation.sampling import Request, Sampling
-from lit_bilevel.inspection.folder import tallied
+from lit_bilevel.inspection.text import table_cell, tallied
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.context import context_of, room
 from lit_bilevel.refinement.choose import Choose, LowestFraction
@@ -55,6 +54,9 @@ class SelfRefine(Callback):
         rows_shown: rows of the table in TensorBoard.
         on_failure: where generation fails, `keep` the responses there are and go on, or `stop` with a checkpoint.
     """
+
+    generates_responses = True
+    """Read by `training/callbacks.py`, which does not know this class."""
 
     def __init__(
         self,

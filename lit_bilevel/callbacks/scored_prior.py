@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
-from lit_bilevel.callbacks.export import is_rehearsal, run_folder
+from lit_bilevel.callbacks.run import is_rehearsal, run_folder
 from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.module import LitBilevel
@@ -48,6 +48,9 @@ class ScoredPrior(Callback):
             score weigh seven times as much as those one below.
         scores: a file that `lit-bilevel score` wrote, of the same rows, instead of a pass.
     """
+
+    scores_rows = True
+    """Read by `training/callbacks.py`, which does not know this class."""
 
     def __init__(
         self, columns: Sequence[str] = ("ifd", "density_ratio"), sharpness: float = 2.0, scores: str | None = None

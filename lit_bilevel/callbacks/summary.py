@@ -6,20 +6,18 @@ Left out: a table of layers; `trainer.enable_model_summary: true` gives Lightnin
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lit_bilevel.callbacks.export import evaluating, is_rehearsal
-from lit_bilevel.callbacks.inspector import boards
+from lit_bilevel.callbacks.passes import test_losses
 from lit_bilevel.callbacks.progress import say
+from lit_bilevel.callbacks.run import boards, is_rehearsal
 from lit_bilevel.data.table import column
 from lit_bilevel.inspection.settings import Plain, in_words, run_settings
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of, origin
-from lit_bilevel.training.evaluation import Evaluation
 
 
 class Summary(Callback):
@@ -92,20 +90,6 @@ class Summary(Callback):
             "look": _look(trainer),
         }
         rank_zero_info("\n".join(f"{name:<11} {text}" for name, text in lines.items()))
-
-
-def test_losses(trainer: Trainer, module: LitBilevel) -> dict[str, float]:
-    """What `test` would log for the policy as it is, on all processes alike."""
-    assert module.policy is not None
-    metrics: dict[str, Any] = {}
-    limit = trainer.limit_test_batches
-    loader = trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
-    count = min(limit, len(loader)) if isinstance(limit, int) else int(limit * len(loader))
-    evaluation = Evaluation(module.lower_objective, module.upper_objective).to(module.device)
-    with evaluating(trainer, module) as made:
-        for window in itertools.islice(loader, count):
-            metrics = evaluation("test", module.policy, made(window))
-    return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 def _pool(trainer: Trainer) -> str:

@@ -17,7 +17,6 @@ Left out: refined responses; they are in `responses.jsonl` and are no rows of th
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 from lit_bilevel.commands.originals import read_pool
 from lit_bilevel.commands.weighted import RATIOS, Joined, join, read_weights
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replacing
 from lit_bilevel.scores.columns import DIRECTION
 
 MODES = ("keep", "top_k", "threshold", "sample")
@@ -100,13 +100,8 @@ def _run(options: argparse.Namespace) -> None:
             raise UserError(f"the pool has a column {options.weight_column!r} already; set `--weight_column`.")
         added = (options.weight_column, joined.weight_n[chosen])
     path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with replacing(path) as partial:
         pool.write(partial, mask, added, path.suffix)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     sys.stdout.write(_report(joined, chosen, options.output, options.by))
 
 

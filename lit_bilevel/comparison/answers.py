@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from lit_bilevel.comparison.results import replace_text
 from lit_bilevel.data.files import members, records
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replace_text
 from lit_bilevel.inspection.folder import read_lines
 from lit_bilevel.resources import located
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from lit_bilevel.comparison import methods
 from lit_bilevel.comparison.answers import write_pairs
 from lit_bilevel.comparison.output import say
-from lit_bilevel.comparison.results import Results, replace_text
+from lit_bilevel.comparison.results import Results
 from lit_bilevel.comparison.run import Runner
 from lit_bilevel.comparison.table import draw, markdown
 from lit_bilevel.comparison.variants import read_variants
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replace_text
 from lit_bilevel.resources import located
 
 

@@ -26,9 +26,9 @@ from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, 
 from lit_bilevel.comparison.names import BASELINES, UNIFORM
 from lit_bilevel.comparison.output import quiet, say
 from lit_bilevel.comparison.recipe import callbacks_of, configured, other_flags
-from lit_bilevel.comparison.results import replace_text
 from lit_bilevel.comparison.rows import copy_records
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replace_text
 from lit_bilevel.inspection.curves import Curve, read_curves
 from lit_bilevel.inspection.statistics import correlation, ranks
 from lit_bilevel.resources import located

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_bilevel.cli import BilevelCLI
-from lit_bilevel.comparison.results import replace_text
 from lit_bilevel.data.fingerprint import rows_digest
+from lit_bilevel.files import replace_text
 from lit_bilevel.policy.origin import tokenizer_path
 from lit_bilevel.resources import located
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replace_text, replacing
 
 Result = dict[str, Any]
 Losses = dict[str, dict[int, np.ndarray]]
@@ -69,12 +69,13 @@ class Results:
         """Add a finished run."""
         self.rows.append(row)
         names = list(dict.fromkeys(name for known in self.rows for name in known))
-        partial = self.folder / "results.partial"
-        with partial.open("w", newline="", encoding="utf-8") as file:
+        with (
+            replacing(self.folder / "results.csv") as partial,
+            partial.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.rows)
-        os.replace(partial, self.folder / "results.csv")
 
     def run_folder(self, method: str, seed: int) -> Path:
         """Folder of a run."""
@@ -104,9 +105,8 @@ class Results:
             losses.setdefault(row["method"], {})[row["seed"]] = found["loss"].to_numpy()
         for method, parts in losses.items():
             table = table.append_column(method, pyarrow.array(np.mean(list(parts.values()), axis=0)))
-        partial = self.folder / "test_losses.partial"
-        pyarrow.parquet.write_table(table, partial)
-        os.replace(partial, self.folder / "test_losses.parquet")
+        with replacing(self.folder / "test_losses.parquet") as partial:
+            pyarrow.parquet.write_table(table, partial)
         return losses
 
     def monitor_losses(self) -> Losses:
@@ -122,13 +122,6 @@ class Results:
             if "chosen" not in row and path.is_file():
                 losses.setdefault(row["method"], {})[row["seed"]] = pyarrow.parquet.read_table(path)["loss"].to_numpy()
         return losses
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file beside its place and move it there."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _number(name: str, text: str) -> Any:

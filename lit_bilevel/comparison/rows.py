@@ -8,7 +8,6 @@ reads these files.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from lit_bilevel.commands.originals import plain
 from lit_bilevel.commands.select import apportioned
 from lit_bilevel.data.files import members, records
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replacing
 from lit_bilevel.resources import located
 
 
@@ -39,17 +39,14 @@ def copy_records(path: str | Sequence[str], columns: Mapping[str, str], chosen: 
     written, position = [], 0
     for number, original in enumerate(paths):
         place = folder / str(number) if len(paths) > 1 else folder
-        place.mkdir(parents=True, exist_ok=True)
         target = place / f"{Path(original).stem}.jsonl"
-        partial = target.with_suffix(".partial")
         lines = 0
-        with partial.open("w", encoding="utf-8") as file:
+        with replacing(target) as partial, partial.open("w", encoding="utf-8") as file:
             for _, record in records(original):
                 if position in chosen:
                     file.write(_line(record, columns, chosen[position]))
                     lines += 1
                 position += 1
-        os.replace(partial, target)
         if lines:
             written.append(str(target))
     return written[0] if isinstance(path, str) and len(paths) == 1 else written

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_bilevel.callbacks.export import run_checkpoint
+from lit_bilevel.callbacks.run import run_checkpoint
 from lit_bilevel.comparison.answers import answer
 from lit_bilevel.comparison.filters.base import CleanRows
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lit_bilevel.data.table import column, is_paired
+from lit_bilevel.files import replace_text
 
 MOST = 20
 """Files that are named one by one."""
@@ -41,10 +41,7 @@ def write_skipped(folder: Path, skipped: Mapping[str, Sequence[str]]) -> None:
     if not records:
         path.unlink(missing_ok=True)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    os.replace(partial, path)
+    replace_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def notices(table: Any) -> dict[str, tuple[int, str]]:

@@ -38,6 +38,7 @@ from lit_bilevel.data.files import stored
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.table import column, encode_rows, write_rows
 from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.files import sync
 from lit_bilevel.types import Row
 from lit_bilevel.version import __version__
 
@@ -51,6 +52,7 @@ class Prepared(NamedTuple):
     table: Dataset
     problems: list[str]
     formats: dict[str, str]
+    renamed: list[str]
 
 
 @dataclass
@@ -109,7 +111,7 @@ class Preparation:
             table = table.select(_places(column(table, "problem").is_null()))
         if not len(table):
             raise UserError(f"{source.name} has no usable row (the first: {about['lost'][0]}).")
-        return Prepared(table, about["problems"] + about["lost"], about["formats"])
+        return Prepared(table, about["problems"] + about["lost"], about["formats"], about["renamed"])
 
     @functools.cached_property
     def _example(self) -> str:
@@ -174,12 +176,13 @@ class Preparation:
                 "problems": problems,
                 "lost": wrong.drop_null().to_pylist(),
                 "unread": sorted(source.unread),
+                "renamed": sorted(source.renamed),
                 "notices": notices(table),
             }
             (partial / "rows.arrow").unlink()
             (partial / "about.json").write_text(json.dumps(about))
             for file in partial.iterdir():
-                _sync(file)
+                sync(file)
             shutil.rmtree(place, ignore_errors=True)
             os.replace(partial, place)
         finally:
@@ -233,12 +236,6 @@ def _add_file(digest: Any, path: Path) -> None:
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file is on disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _places(mask: Any) -> Any:

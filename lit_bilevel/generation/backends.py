@@ -18,9 +18,8 @@ from typing import Any
 import torch
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.generation.base import GenerationBackend, Request, Sample, Sampling, ended
 from lit_bilevel.generation.ending import without_settings
-from lit_bilevel.generation.hf import GenerationBackend
-from lit_bilevel.generation.sampling import Request, Sample, Sampling, ended
 from lit_bilevel.policy.policy import Policy
 
 VLLM_OLDEST, VLLM_NEWEST = (0, 10), (1, 0)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.generation.base import Request, Sample, Sampling, ended
 from lit_bilevel.generation.padded import decode_padded
-from lit_bilevel.generation.sampling import Request, Sample, Sampling, draw, ended, uniforms
+from lit_bilevel.generation.sampling import draw, uniforms
 from lit_bilevel.generation.unpadded import decode_singly, decode_unpadded
 from lit_bilevel.policy.policy import Policy
 

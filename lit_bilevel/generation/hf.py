@@ -1,60 +1,26 @@
-"""Generating responses: the socket for backends, and the default on plain transformers.
+"""Generating responses by plain transformers: the default backend.
 
-Requests are sorted by length and cut into batches under a token budget *before* they are dealt out to processes. How a
-batch is decoded is chosen by trying what the model can do (see `decode`); what is sampled is the policy's distribution
-in any case, as `sampling` says. Of the model's own generation settings only its end tokens hold (see `ending`).
+How a batch is decoded is chosen by trying what the model can do (see `decode`); what is sampled is the policy's
+distribution in any case, as `sampling` says. Of the model's own generation settings only its end tokens hold (see
+`ending`).
 
-Log-probabilities are not taken from here: cached ones differ from the trainer's (lit_bilevel/README.md 6.1);
-see `score`.
+Example: `HFGenerate(token_budget=8192)` decodes two prompts of 300 tokens and up to 3,700 new ones each together.
+
+Left out: engines with a cache of their own; see `backends`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lit_bilevel.generation.base import GenerationBackend, Request, Sample, Sampling, batches_by_length
 from lit_bilevel.generation.decode import decoded, decoder_for
 from lit_bilevel.generation.ending import end_tokens
-from lit_bilevel.generation.sampling import Request, Sample, Sampling, batches_by_length
 from lit_bilevel.policy.context import context_of, room
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.types import Question
-
-
-class GenerationBackend(ABC):
-    """Makes responses with the current policy; the socket for other engines."""
-
-    @abstractmethod
-    def generate(
-        self,
-        policy: Policy,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        end_ids: Sequence[int],
-        progress: Callable[[int], Any] | None = None,
-    ) -> list[Sample]:
-        """One sample per request, in the order of the requests.
-
-        Args:
-            policy: the unwrapped policy; its modes, and the random states of training, must be left as they were.
-            requests: what to generate.
-            sampling: how.
-            end_ids: tokens that end a response.
-            progress: told the number of new tokens now and then.
-        """
-
-    def check(self, policy: Policy) -> None:  # noqa: B027 - most backends refuse nothing
-        """Refuse, before a run starts, a policy that this backend cannot generate with.
-
-        Raises:
-            UserError: saying why.
-        """
-
-    def batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        """Indices of requests that are generated together; each batch is dealt to one process."""
-        return batches_by_length(requests, 1 << 14)
 
 
 @dataclass(frozen=True)

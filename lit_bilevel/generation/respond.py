@@ -16,8 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.data.collate import collate
 from lit_bilevel.errors import UserError
-from lit_bilevel.generation.hf import GenerationBackend
-from lit_bilevel.generation.sampling import Request, Sample, Sampling, batches_by_length
+from lit_bilevel.generation.base import GenerationBackend, Request, Sample, Sampling, batches_by_length
 from lit_bilevel.policy.logprobs import response_logprobs
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.types import Example, Group, Response

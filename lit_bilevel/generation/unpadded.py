@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lit_bilevel.generation.base import ended
 from lit_bilevel.generation.ending import without_settings
 from lit_bilevel.generation.padded import Choose
-from lit_bilevel.generation.sampling import ended
 
 
 def decode_unpadded(

@@ -14,11 +14,11 @@ Left out: all N weights of every epoch; `weights.parquet` has those of the end.
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from lit_bilevel.files import replace_text
 
 
 class Inspection:
@@ -46,20 +46,7 @@ class Inspection:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text file."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8", errors="replace")
-        os.replace(partial, self.folder / name)
-
-
-def tallied(texts: Iterable[str]) -> list[str]:
-    """Each different text once, with how often it came where that was more than once."""
-    return [text if count == 1 else f"{text}  (×{count})" for text, count in Counter(texts).items()]
-
-
-def arrow(places: int) -> str:
-    """How far a row moved among all rows, as text."""
-    return "0" if places == 0 else f"{'▲' if places > 0 else '▼'} {abs(places):,}"
+        replace_text(self.folder / name, text)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

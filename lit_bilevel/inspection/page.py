@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from lit_bilevel.inspection.curves import Curve, thinned
-from lit_bilevel.inspection.folder import arrow, tallied
 from lit_bilevel.inspection.run import Report
+from lit_bilevel.inspection.text import arrow, tallied
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d")
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 250, 56, 36

@@ -13,8 +13,8 @@ from lightning.pytorch import Trainer
 
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of
+from lit_bilevel.training.callbacks import refiners
 from lit_bilevel.training.phases import Phase
-from lit_bilevel.training.refusals import refiners
 
 Plain = str | int | float | bool
 

@@ -1,57 +1,18 @@
-"""`lit-bilevel inspect RUN`: what a run found, on the terminal and as one HTML file that needs no network.
+"""The report of a run as plain text, for a terminal.
 
-Read from the run folder alone: weights.parquet, inspection/, responses.jsonl, metrics.json, the event files. Whatever
-is missing is left out of the report, so an unfinished run can be looked at. Left out: comparing runs.
+Left out: curves and settings; the HTML page has them.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lit_bilevel.errors import UserError
-from lit_bilevel.inspection.folder import tallied
-from lit_bilevel.inspection.page import page
-from lit_bilevel.inspection.run import Report, read
+from lit_bilevel.inspection.run import Report
+from lit_bilevel.inspection.text import short, tallied
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
-
-
-def main(arguments: list[str]) -> int:
-    """Run the command; `arguments[0]` is its name. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="lit-bilevel inspect", description="Report what a run found.")
-    parser.add_argument("run", help="the run folder (`trainer.default_root_dir`)")
-    parser.add_argument("--output", help="the HTML file; by default inspect.html in the run folder")
-    parser.add_argument("--rows", type=int, default=5, help="rows of each table on the terminal")
-    options = parser.parse_args(arguments[1:])
-    try:
-        report = read(Path(options.run))
-        output = Path(options.output) if options.output else report.run / "inspect.html"
-        write_page(report, output)
-    except UserError as error:
-        sys.stderr.write(f"lit-bilevel inspect: {error}\n")
-        return 2
-    sys.stdout.write(f"{text(report, options.rows)}\n\nthe same with figures: {output}\n")
-    return 0
-
-
-def write_page(report: Report, output: Path) -> None:
-    """Write the HTML file."""
-    partial = output.with_name(output.name + ".partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page(report), encoding="utf-8", errors="replace")
-        os.replace(partial, output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written ({error}); choose another place with `--output`.") from error
-
-
-# ---- the terminal ----
 
 
 def text(report: Report, rows: int = 5) -> str:
@@ -93,9 +54,3 @@ def _distribution(report: Report) -> str:
 def _row(record: dict[str, Any]) -> str:
     kind = f" [{record['kind']}]" if "kind" in record else ""
     return f"{record['weight']:>9.3g}  {record['id']}{kind}: {short(record['prompt'])} → {short(record['response'])}"
-
-
-def short(string: str, characters: int = 70) -> str:
-    """One line without control characters, cut."""
-    line = "".join(c if c.isprintable() else " " for c in string)
-    return line if len(line) <= characters else line[: characters - 1] + "…"

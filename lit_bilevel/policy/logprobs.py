@@ -1,4 +1,4 @@
-"""Log-probabilities and weights of generated responses in a batch.
+"""Log-probabilities of generated responses in a batch.
 
     log π(y_t | …) = −NLL_t at temperature T        one teacher-forced pass over the sampled ids, dropout off
 
@@ -7,21 +7,16 @@ whatever `trainer.precision` is, so an unchanged policy has ratios of 1 to 1e-5.
 Tokens are drawn in the precision of training, so what is called the law that drew them is that law without rounding.
 Only the generated sequences of a batch go through the pass, padded also where the batch is packed.
 
-Left out: sharing that pass with the training pass where T = 1 and there is no dropout; solvers need the weights first.
+Left out: what is made of them; see `refinement/weighing.py`.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lit_bilevel.policy.arithmetic import in_float32
 from lit_bilevel.policy.policy import Policy
-from lit_bilevel.policy.problem import PolicyProblem
-from lit_bilevel.problem import Values, added, norm, scaled
-from lit_bilevel.refinement.response_weights import Ratios, ResponseWeights
 from lit_bilevel.types import Batch, Part
 
 
@@ -51,66 +46,3 @@ def generated_only(batch: Batch) -> Batch:
         parts=(Part(0, len(generated.sequence_R), width, len(generated.token_J)),),
         window_rows=batch.window_rows,
     )
-
-
-def weigh_responses(problem: PolicyProblem, rule: ResponseWeights) -> Tensor:
-    """Multiply the scale of generated tokens by their weights, before anything is computed on the lower batches.
-
-    Returns:
-        [10] the largest ratio and its row, then sums that `measures` and `ResponseWeights.follow` read, to be added
-        over processes.
-    """
-    found = torch.zeros(10, dtype=torch.float64, device=problem.parameters[0].device)
-    alignments = _alignments(problem) if rule.needs_alignment else [None] * len(problem.lower)
-    for index, (batch, alignment_R) in enumerate(zip(problem.lower, alignments, strict=True)):
-        generated = batch.generated
-        if generated is None:
-            continue
-        log_ratio_J = (response_logprobs(problem.policy, batch) - generated.logprob_J).double()
-        ratios = Ratios(log_ratio_J, generated.response_J, generated.example_R, batch.size, alignment_R)
-        weight_J, clipped_J = rule.weigh(ratios)
-        scale_J = batch.scale_K[generated.token_J] * weight_J.to(batch.scale_K.dtype)
-        problem.lower[index] = replace(batch, scale_K=batch.scale_K.index_copy(0, generated.token_J, scale_J))
-        ratio_J, weight_R = log_ratio_J.exp(), ratios.sums(weight_J.double()) / ratios.length_R
-        sums = [ratio_J.sum(), ratios.length_R.sum(), clipped_J.sum(), weight_R.sum(), (weight_R**2).sum()]
-        counts = torch.stack([*(value.double() for value in sums), torch.ones_like(weight_R).sum()])
-        found[2:] += torch.cat([counts, rule.singles(ratios).double()])
-        largest = ratio_J.argmax()
-        row = batch.row_B[generated.example_R[generated.response_J[largest]]]
-        found[:2] = torch.where(ratio_J[largest] > found[0], torch.stack([ratio_J[largest], row.double()]), found[:2])
-    return found
-
-
-def measures(found: Tensor | None) -> dict[str, Tensor]:
-    """What is logged of the generated responses of a policy step, from `weigh_responses` of all processes."""
-    if found is None:
-        return {}
-    largest, _, total, tokens, clipped, weight, squares, responses = found[:8]
-    return {
-        "refine/ratio_mean": total / tokens,
-        "refine/ratio_max": largest,
-        "refine/clipped": clipped / tokens,
-        "refine/effective_size": weight**2 / (squares * responses).clamp_min(torch.finfo(found.dtype).tiny),
-    }
-
-
-def _alignments(problem: PolicyProblem) -> list[Tensor | None]:
-    """⟨∇f, ∇ℓ⟩ of every response of every micro-batch."""
-    direction = problem.upper_gradient()
-    chosen = [generated_only(batch) for batch in problem.lower if batch.generated is not None]
-    if not chosen:
-        return [None] * len(problem.lower)
-    parts = iter(_derivatives(problem, chosen, direction).split([batch.size for batch in chosen]))
-    return [None if batch.generated is None else next(parts) for batch in problem.lower]
-
-
-def _derivatives(problem: PolicyProblem, batches: list[Batch], direction: Values) -> Tensor:
-    """⟨direction, ∇ℓ⟩ of every example of these batches."""
-    other = problem.at_rows(batches)
-    values = problem.values()
-    if not problem.differences or values[0].dtype == torch.float64:  # as `OneStep` does, and for its reasons
-        return other.lower_jvp(direction)
-    epsilon = 1e-2
-    length = norm(direction).clamp_min(torch.finfo(torch.float32).tiny)
-    ahead_R = other.lower_losses_at(added(values, scaled(direction, epsilon / length)))
-    return (ahead_R - other.lower_losses_at(values)) * (length / epsilon)

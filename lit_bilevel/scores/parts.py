@@ -9,7 +9,6 @@ dealt out in turn.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replacing
 
 LEAST, MOST, PARTS = 32, 4096, 256
 """Fewest and most rows of a part, and how many parts a pass has between these."""
@@ -95,12 +95,8 @@ class PartFiles:
 
     def write(self, part: Part, table_nF: np.ndarray) -> None:
         """Keep a finished part; the file is there whole or not at all."""
-        partial = self._path(part).with_suffix(".partial")
-        with partial.open("wb") as file:
+        with replacing(self._path(part)) as partial, partial.open("wb") as file:
             np.save(file, table_nF)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self._path(part))
 
     def read(self, parts: list[Part], rows: Mapping[str, int]) -> dict[str, np.ndarray]:
         """The whole tables [n, F] of all sets.

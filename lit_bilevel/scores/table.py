@@ -8,7 +8,6 @@ Left out: joining it to a pool; `select` and `compare` do that by id.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replacing
 from lit_bilevel.scores.columns import COLUMNS, DIRECTION, FEATURES
 from lit_bilevel.scores.density import LEAST_TRUSTED, density_features, density_ratio
 
@@ -113,10 +113,8 @@ def write_scores(path: Path, ids: Any, columns: Mapping[str, np.ndarray], made_o
 
     table = pyarrow.table({"id": ids} | {name: pyarrow.array(values) for name, values in columns.items()})
     table = table.replace_schema_metadata({"lit_bilevel": json.dumps(made_of)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    pyarrow.parquet.write_table(table, partial)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        pyarrow.parquet.write_table(table, partial)
 
 
 def read_scores(path: str | Path) -> Scores:

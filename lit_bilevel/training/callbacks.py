@@ -1,5 +1,6 @@
-"""Callbacks of Lightning that cannot work with two alternating optimizers, or beside a run's own files.
+"""What training asks of a Trainer's callbacks: which cannot work here, which generate responses, which score rows.
 
+Those that cannot work are of Lightning: made for one optimizer, or writing beside a run's own files.
 Example: `EMAWeightAveraging` averages all parameters of the module, of which the data weights are none to average; it
 would fail in the first step. All others of Lightning's callbacks work (`tests/test_callbacks.py` goes through them).
 Left out: callbacks of others, of which nothing is known.
@@ -46,3 +47,13 @@ def unfit_callbacks(trainer: Any) -> list[str]:
 def drop_savers(trainer: Any) -> None:
     """Take out callbacks that would answer a refusal by saving a model that is not there yet."""
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, callbacks.OnExceptionCheckpoint)]
+
+
+def refiners(trainer: Any) -> list[Any]:
+    """The callbacks that generate responses: `SelfRefine`, or made from it."""
+    return [callback for callback in trainer.callbacks if getattr(callback, "generates_responses", False)]
+
+
+def scorers(trainer: Any) -> list[Any]:
+    """The callbacks that score the rows before the first step: `ScoredPrior`, or made from it."""
+    return [callback for callback in trainer.callbacks if getattr(callback, "scores_rows", False)]

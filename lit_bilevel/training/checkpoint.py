@@ -17,10 +17,12 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from lit_bilevel.errors import misfit
+from lit_bilevel.errors import UserError, misfit
 from lit_bilevel.policy.shard import spread
 from lit_bilevel.problem import whole
-from lit_bilevel.training.schema import VERSION, check_checkpoint
+
+SCHEMA = 5
+"""Raised whenever an entry changes; a run is continued with the version it was started with."""
 
 
 def save_own(module: Any, checkpoint: dict[str, Any]) -> None:
@@ -28,7 +30,7 @@ def save_own(module: Any, checkpoint: dict[str, Any]) -> None:
     kept = _kept(module, checkpoint["state_dict"])
     checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in kept}
     checkpoint["lit_bilevel"] = {
-        "schema": VERSION,
+        "schema": SCHEMA,
         "solver": apply_to_collection(module.solver.state_dict(), Tensor, whole),
         "guard": module.guard.state_dict(),
         "refinement": module.refinement.checkpoint(),
@@ -43,7 +45,7 @@ def restore_own(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: if the checkpoint does not fit the module or its data.
     """
-    own = check_checkpoint(checkpoint, module._trainer)
+    own = _own_part(checkpoint, module._trainer)
     module.guard.load_state_dict(own["guard"])
     module.refinement.restore(own["refinement"], module.weights.pool_rows)
     if "state_dict" in checkpoint:  # a strategy that shards parameters has loaded it already
@@ -63,6 +65,32 @@ def restore_late(module: Any, own: dict[str, Any]) -> None:
         module.solver.load_state_dict(apply_to_collection(state, Tensor, spread, parameters=parameters))
     if "optimizer" in own and module.own_optimizer is not None:
         module.own_optimizer.load_state_dict(own["optimizer"])
+
+
+def _own_part(checkpoint: dict[str, Any], trainer: Any) -> dict[str, Any]:
+    """The project's part of a checkpoint, if it fits.
+
+    Args:
+        checkpoint: as Lightning loaded it.
+        trainer: Lightning's, or `None`; when it fits, its data must be that of the checkpoint.
+
+    Raises:
+        UserError: for a checkpoint of something else, of another schema, or of other data.
+    """
+    own = checkpoint.get("lit_bilevel")
+    if own is None:
+        raise UserError("lit_bilevel did not write this checkpoint; give one from a run's `checkpoints/` folder.")
+    found = own.get("schema", 1)
+    if found != SCHEMA:
+        raise UserError(
+            f"the checkpoint has schema {found} and this version of lit_bilevel reads schema {SCHEMA}; continue with"
+            f" the {'older' if found < SCHEMA else 'newer'} version that wrote it, or start a new run"
+            " (`WarmStart` takes over its weights)."
+        )
+    data = getattr(trainer, "datamodule", None)
+    if data is not None and trainer.state.fn == "fit" and type(data).__qualname__ in checkpoint:
+        data.refuse_changes(checkpoint[type(data).__qualname__])
+    return own
 
 
 def _kept(module: Any, names: Iterable[str]) -> list[str]:

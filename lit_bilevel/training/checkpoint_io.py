@@ -1,14 +1,13 @@
 """Checkpoint files that are either the old one or the new one, whenever the process is killed.
 
 Lightning writes to a temporary file too, but in the system's temporary folder, and then moves it: across file systems
-that is a copy, which a kill leaves half done. Here the new file is written in the same folder, waited for until it is
-on disk, and renamed. What is loaded may hold tensors, numbers and strings only: a checkpoint cannot run code.
+that is a copy, which a kill leaves half done. Here `replacing` writes beside the target. What is loaded may hold
+tensors, numbers and strings only: a checkpoint cannot run code.
 Left out: remote storage, which Lightning's own class handles.
 """
 
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.files import replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -28,14 +28,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(str(path).removeprefix("file://"))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{target.name}.partial")
-        with partial.open("wb") as file:
+        with replacing(target) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-        _sync_folder(target.parent)
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **settings: Any) -> dict[str, Any]:
         """Read a checkpoint, with `weights_only=True` whatever is asked for.
@@ -61,13 +55,3 @@ def install(strategy: Any) -> None:
     """Let a strategy write its checkpoints this way, unless it was given a way of its own."""
     if strategy._checkpoint_io is None or type(strategy._checkpoint_io) is TorchCheckpointIO:
         strategy._checkpoint_io = AtomicCheckpointIO()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Wait until a rename is on disk; where folders cannot be opened (Windows) the rename has to do."""
-    if os.name == "posix":
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lit_bilevel.training.callbacks import scorers
+
 FLAT = ("constant", "constant_with_warmup")
 TYPES = {"16-true": "float16", "bf16-true": "bfloat16", "64-true": "float64"}
 
@@ -55,12 +57,9 @@ def of_precision(module: Any) -> list[str]:
 
 
 def _without_scores(module: Any) -> list[str]:
-    """Weights that read scores of rows in a fit that scores none; the callback is told by name, as it imports this."""
-    scores = any(
-        kind.__name__ == "ScoredPrior" for callback in module.trainer.callbacks for kind in type(callback).__mro__
-    )
+    """Weights that read scores of rows in a fit that scores none."""
     names = module.weights.columns
-    if not names or scores:
+    if not names or scorers(module.trainer):
         return []
     return [
         f"`columns` of `model.weights` are {', '.join(names)}, and nothing scores rows without the callback"

@@ -10,8 +10,8 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.training.refusals import takes_one_optimizer
 from lit_bilevel.training.schedule import learning_rate_factor
+from lit_bilevel.training.strategies import takes_one_optimizer
 from lit_bilevel.weights.optimizer import check_optimizer
 
 

@@ -1,7 +1,10 @@
-"""What cannot work, refused by name before anything is loaded: settings without meaning, and settings that do not go
-together with the Trainer's strategy, precision or flags.
+"""Validates the settings of a module, and of the run it stands in, before anything is loaded.
 
-Left out: settings of the data, which the data module checks itself.
+    check_settings   values without meaning, such as λ = 1 with weights that learn
+    check_flags      flags of the Trainer that are arguments of the module here
+    check_run        what does not go together with strategy, precision and length; see also `strategies`
+
+All problems of one check are gathered into one error. Left out: settings of the data, which the data module validates.
 """
 
 from __future__ import annotations
@@ -9,22 +12,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-)
-
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.training.callbacks import drop_savers, unfit_callbacks
+from lit_bilevel.training.callbacks import drop_savers, refiners, unfit_callbacks
 from lit_bilevel.training.effects import of_precision, without_callbacks, without_effect
 from lit_bilevel.training.phases import problems_of
 from lit_bilevel.training.schedule import most_falls
 from lit_bilevel.training.sizes import oversized
-
-SHARDING = "configs/strategies/fsdp2.yaml"
+from lit_bilevel.training.strategies import of_kernels, of_strategy
 
 
 def check_settings(module: Any) -> None:
@@ -105,14 +99,6 @@ def _out_of_range(module: Any) -> list[str]:
     return problems
 
 
-def takes_one_optimizer(strategy: Any) -> bool:
-    """Whether the outer optimizer has to be stepped and checkpointed by the module itself.
-
-    DeepSpeed takes one optimizer. FSDP2 takes several, but Lightning cannot load one whose state is empty.
-    """
-    return isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy)
-
-
 def check_flags(trainer: Any) -> None:
     """Refuse flags of the Trainer that are arguments of the module here, and callbacks that cannot work with it.
 
@@ -137,34 +123,14 @@ def check_run(module: Any, stage: str) -> None:
     Raises:
         UserError: naming each of them.
     """
-    strategy = module.trainer.strategy
-    problems = _of_kernels(module) + oversized(module, stage) + of_precision(module)
+    problems = of_kernels(module) + of_strategy(module, stage) + oversized(module, stage) + of_precision(module)
     if stage == "fit":
         problems += _of_decay(module) + _of_length(module) + without_callbacks(module, bool(refiners(module.trainer)))
-    if isinstance(strategy, SingleDeviceStrategy) and strategy.root_device.type == "mps":
-        problems.append(
-            "`trainer.accelerator` is (or chose) MPS, which has no float64, and the weights are summed in it; use"
-            " `trainer.accelerator: cpu`"
-        )
     if module.trainer.precision == "16-true":
         problems.append(
             "`trainer.precision` is 16-true, in which small gradients become 0 and large ones overflow; use bf16-true,"
             " or 16-mixed, which scales the loss"
         )
-    if isinstance(strategy, FSDPStrategy):
-        problems.append(
-            "`trainer.strategy` is FSDP1 (`fsdp`), which does not allow a step with several backward passes; use FSDP2"
-            f" ({SHARDING}) or `ddp`"
-        )
-    if type(strategy) is DDPStrategy and strategy._ddp_kwargs.get("gradient_as_bucket_view"):
-        problems.append(
-            "`gradient_as_bucket_view` of `DDPStrategy` lets the second backward pass of a step write over the gradient"
-            " that the first one gave; leave it out"
-        )
-    if isinstance(strategy, ModelParallelStrategy):
-        problems += _of_sharding(module, stage)
-    if isinstance(strategy, DeepSpeedStrategy):
-        problems += _of_deepspeed(module)
     if problems:
         raise gathered("this combination cannot run", problems)
 
@@ -188,11 +154,6 @@ def _of_decay(module: Any) -> list[str]:
     ]
 
 
-def refiners(trainer: Any) -> list[Any]:
-    """The callbacks that are `SelfRefine` or made from it, told by name, since callbacks import the module."""
-    return [c for c in trainer.callbacks if any(kind.__name__ == "SelfRefine" for kind in type(c).__mro__)]
-
-
 def _of_length(module: Any) -> list[str]:
     if module.trainer.max_epochs != -1 or module.trainer.max_steps != -1:
         return []
@@ -201,35 +162,6 @@ def _of_length(module: Any) -> list[str]:
     return [
         "`model.phases` are shares of a run whose length is not known; set `trainer.max_steps` or `trainer.max_epochs`"
     ]
-
-
-def _of_kernels(module: Any) -> list[str]:
-    """Derivatives along a direction need forward mode below float32, and fused kernels do not have it."""
-    settings = module.policy_settings
-    problems: list[str] = []
-    directional = _aligned(module)
-    if module.solver.directional and module.learns_weights:
-        directional.insert(0, module.solver)
-    if not directional:
-        return problems
-    name = f"`{type(directional[0]).__name__}`"
-    if settings.quantization is not None:
-        problems.append(
-            f"{name} needs derivatives along a direction, and `model.policy.quantization` has kernels without forward"
-            " mode and too few digits for differences; use `ValueFunction`, or `BMOWeights` with `Mixing`, and other"
-            " `model.response_weights` than `Aligned`"
-        )
-    if "flash" in (settings.attn_implementation or ""):
-        problems.append(
-            f"{name} needs derivatives along a direction, and `model.policy.attn_implementation:"
-            f" {settings.attn_implementation}` has no forward mode; use `sdpa`"
-        )
-    return problems
-
-
-def _aligned(module: Any) -> list[Any]:
-    """The rule of the response weights where it asks for ∇f and derivatives along it."""
-    return [module.refinement.rule] if module.refinement.rule.needs_alignment else []
 
 
 def check_precision(asked: Any, trainer: Any) -> None:
@@ -242,52 +174,3 @@ def check_precision(asked: Any, trainer: Any) -> None:
         raise UserError(
             f"`trainer.precision` is {asked}, which CPUs do not have; use bf16-mixed, or `trainer.accelerator: gpu`."
         )
-
-
-def _of_sharding(module: Any, stage: str) -> list[str]:
-    problems = []
-    if stage == "predict":
-        problems.append(
-            "`predict` generates, which a sharded policy does not allow; run it on one process, with the run's"
-            " `policy/` as `model.policy.path`"
-        )
-    if module.solver.second_order and module.learns_weights:
-        problems.append(
-            f"`{type(module.solver).__name__}` needs Hessian-vector products, which FSDP2 does not give; use `OneStep`,"
-            " or `trainer.strategy: ddp`"
-        )
-    if module.policy_settings.compile:
-        problems.append(
-            "`model.policy.compile` and FSDP2's gathering of parameters do not go together here; leave one of them out"
-        )
-    if module.policy_settings.quantization is not None:
-        problems.append("a quantized policy cannot be sharded by FSDP2; use `trainer.strategy: ddp`")
-    return problems
-
-
-def _of_deepspeed(module: Any) -> list[str]:
-    problems = []
-    takes_apart = [module.solver] if module.solver.substitutes and module.learns_weights else []
-    for part in [*takes_apart, *_aligned(module)]:
-        problems.append(
-            f"`{type(part).__name__}` evaluates the policy at other parameter values or takes gradients apart, which"
-            f" DeepSpeed does not allow; use `Penalty`, or FSDP2 ({SHARDING})"
-        )
-    if module.trainer.strategy.zero_stage_3:
-        problems.append(
-            "DeepSpeed stage 3 would split the output layer, which the policy reads directly, and learnable weights;"
-            f" use stage 2, or FSDP2 ({SHARDING})"
-        )
-    if module.policy_settings.compile:
-        problems.append("`model.policy.compile` was never tried under DeepSpeed; leave it out")
-    if module.gradient_clip_val is not None:
-        problems.append(
-            "`model.gradient_clip_val` cannot reach gradients that DeepSpeed keeps; set it to null, and"
-            " `gradient_clipping` in the strategy's `config`"
-        )
-    if module.accumulate_grad_batches > 1:
-        problems.append(
-            "`model.accumulate_grad_batches` above 1 needs several backward passes in a step, which DeepSpeed takes for"
-            " several steps; raise `data.batch_size`"
-        )
-    return problems

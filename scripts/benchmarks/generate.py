@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.rows import Source
+from lit_bilevel.generation.base import Request, Sampling
 from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.generation.respond import score
-from lit_bilevel.generation.sampling import Request, Sampling
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.types import Example, Group, Row

@@ -1,0 +1,66 @@
+"""Passes over a set outside Lightning's loops: what callbacks measure with the policy as it is.
+
+    with evaluating(trainer, module) as made:
+        for batch in map(made, loader):
+            module.policy.losses(objective, batch)
+
+Left out: scores of rows before training; `scores/` has those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from lit_bilevel.module import LitBilevel
+from lit_bilevel.training.evaluation import Evaluation
+from lit_bilevel.types import Batch, Features
+
+
+@contextlib.contextmanager
+def evaluating(trainer: Trainer, module: LitBilevel) -> Iterator[Callable[[Any], Batch]]:
+    """A pass outside Lightning's loops: without gradients, with dropout off, and with the random state left as it was.
+
+    Yields what turns an item of an evaluation loader into a batch on the device.
+    """
+    assert module.policy is not None
+    data, training = trainer.datamodule, module.policy.training  # type: ignore[attr-defined]
+    module.policy.eval()
+    try:  # a loader draws a number even where it shuffles nothing
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), trainer.precision_plugin.forward_context():
+            yield lambda window: data.on_before_batch_transfer(window, 0).to(module.device)
+    finally:
+        module.policy.train(training)
+
+
+def score_pool(trainer: Trainer, module: LitBilevel) -> None:
+    """Show the weights every pool row's loss under the final policy, on all processes alike."""
+    assert module.policy is not None
+    loader = trainer.datamodule.evaluation_loader("pool")  # type: ignore[attr-defined]
+    with evaluating(trainer, module) as made:
+        for batch in map(made, loader):
+            loss_B = module.policy.losses(module.lower_objective, batch)
+            table = torch.stack([batch.row_B, batch.source_B, batch.length_B, loss_B], dim=1).double()
+            if trainer.world_size > 1:
+                table = module.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]
+            row, source, length, loss = table[table[:, 0] >= 0].unbind(1)
+            module.weights.score(Features(row.long(), source.long(), length.long(), loss))
+
+
+def test_losses(trainer: Trainer, module: LitBilevel) -> dict[str, float]:
+    """What `test` would log for the policy as it is, on all processes alike."""
+    assert module.policy is not None
+    metrics: dict[str, Any] = {}
+    limit = trainer.limit_test_batches
+    loader = trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
+    count = min(limit, len(loader)) if isinstance(limit, int) else int(limit * len(loader))
+    evaluation = Evaluation(module.lower_objective, module.upper_objective).to(module.device)
+    with evaluating(trainer, module) as made:
+        for window in itertools.islice(loader, count):
+            metrics = evaluation("test", module.policy, made(window))
+    return {name: float(metric.compute()) for name, metric in metrics.items()}

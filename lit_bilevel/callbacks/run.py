@@ -1,0 +1,37 @@
+"""What callbacks ask of a Trainer about its run: the folder, whether it leaves files, its checkpoint, its loggers.
+
+Left out: settings of the run; see `inspection/settings.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of a run: `trainer.default_root_dir`."""
+    return Path(trainer.default_root_dir)
+
+
+def is_rehearsal(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, which leaves no files."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def run_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
+    """The callback that keeps the monitor-best state, wherever it stands among others; `None` where there is none.
+
+    Not `trainer.checkpoint_callback`, the first of any kind: it may save every few steps and call its last file best.
+    """
+    callbacks = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
+    own = [c for c in callbacks if getattr(c, "of_run", False)]
+    return next((c for c in (*own, *callbacks) if c.monitor == "monitor/loss"), None)
+
+
+def boards(trainer: Trainer) -> list[TensorBoardLogger]:
+    """The loggers that show more than scalars."""
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
