@@ -102,7 +102,7 @@ class Round:
                 logger.experiment.add_text("refine/responses", self.markdown(trainer, module, rows_shown), step)
         if not is_rehearsal(trainer):
             verdict = None if self.verdict is None else asdict(self.verdict)
-            record = {"round": self.number, "step": step, "seconds": self.seconds, "tokens": self.tokens}
+            record: dict[str, Any] = {"round": self.number, "step": step, "seconds": self.seconds, "tokens": self.tokens}
             record |= {"verdict": verdict, **{name.removeprefix("refine/"): value for name, value in shares.items()}}
             files = Inspection(run_folder(trainer) / "inspection")
             weights, pool = module.weights.table().cpu(), trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
