@@ -38,6 +38,7 @@ from lit_bilevel.module import LitBilevel
 from lit_bilevel.refinement.choose import Choose, LowestFraction
 from lit_bilevel.refinement.responses_file import ResponseFile, records
 from lit_bilevel.refinement.trust import Agreed, Trust
+from lit_bilevel.types import Response
 
 
 class SelfRefine(Callback):
