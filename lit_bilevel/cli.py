@@ -30,9 +30,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 import lit_bilevel.generation.backends
 import lit_bilevel.objectives
-import lit_bilevel.refinement.alike
 import lit_bilevel.refinement.consensus
-import lit_bilevel.refinement.response_weights
 import lit_bilevel.refinement.trust
 import lit_bilevel.solvers
 import lit_bilevel.weights
