@@ -103,7 +103,7 @@ def suggestion(message: str, names: Iterable[str]) -> str:
     if not found:
         return ""
     choices = re.findall(r"[\w-]+", found[2])
-    return nearest(found[1], [*choices, "score", "select", "inspect", "diagnose"] if "fit" in choices else choices)
+    return nearest(found[1], choices)
 
 
 def nearest(name: str, names: Iterable[str], all_of_them: bool = False) -> str:

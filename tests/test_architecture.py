@@ -42,8 +42,9 @@ ROOMS = {
     "parser": "__init__ errors",
     "cli": "callbacks data errors generation module objectives parser refinement resources solvers training weights",
     "commands": "cli data errors files inspection policy resources scores",
-    "comparison": "callbacks cli commands data errors files inspection losses objectives policy resources scores types",
-    "__main__": "cli commands comparison inspection version",
+    "comparison": "callbacks cli commands data errors files inspection losses objectives policy refinement resources"
+    " scores solvers types weights",
+    "__main__": "version",
 }
 
 

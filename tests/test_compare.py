@@ -15,13 +15,13 @@ import torch
 from conftest import TOY, read_jsonl, write_jsonl
 
 from lit_bilevel.cli import BilevelCLI
-from lit_bilevel.comparison import answers
+from lit_bilevel.comparison import answers, filters
 from lit_bilevel.comparison.command import main
-from lit_bilevel.comparison.filters import base as filters
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
 from lit_bilevel.comparison.filters.gradients import GradientSimilarity
 from lit_bilevel.comparison.filters.ngrams import NgramImportance, log_importance
-from lit_bilevel.comparison.methods import FILTERS, SHARES, Method
+from lit_bilevel.comparison.methods import Method
+from lit_bilevel.comparison.names import FILTERS, SHARES
 from lit_bilevel.comparison.results import Results
 from lit_bilevel.comparison.rows import copy_records, stratified
 from lit_bilevel.comparison.run import Runner
@@ -33,8 +33,30 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.load import LoraSettings, PolicySettings
+from lit_bilevel.solvers import Implicit
 
 # ---- names ----
+
+
+class Newton(Implicit):
+    """A solver of a user's own."""
+
+
+class Longest(filters.Filter):
+    """A filter of a user's own."""
+
+    def scores(self, evidence):
+        return np.array([len(text) for text in evidence.texts("pool")], dtype=float)
+
+
+def test_classes_by_their_paths_are_methods():
+    method = Method.parse(f"{__name__}.Newton@softmax+refine:lit_bilevel.Aligned")
+    assert method.flags[0] == f"--model.solver={__name__}.Newton"
+    assert method.flags[1:] == ("--model.weights=SoftmaxWeights", "--model.response_weights=Aligned")
+    assert isinstance(Method.parse(f"{__name__}.Longest").filter, Longest)
+    for name, told in (("nowhere.Newton", "cannot be imported"), ("lit_bilevel.SoftmaxWeights", "no class made from")):
+        with pytest.raises(UserError, match=told):
+            Method.parse(name)
 
 
 def test_names_of_methods():
@@ -334,7 +356,7 @@ def compare(small, output, *more):
         "--model.max_new_tokens=2",
         "--max_steps=2",
     ]
-    return main(["--config=configs/quickstart.yaml", "--output", str(output), *paths, *settings, *more])
+    return main(["compare", "--config=configs/quickstart.yaml", "--output", str(output), *paths, *settings, *more])
 
 
 class Killed(BaseException):

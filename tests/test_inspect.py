@@ -478,16 +478,3 @@ def test_configs_compose_and_later_ones_win(tmp_path, capsys):
     assert "batch_size: 7" in shown
     assert "lit_bilevel.Penalty" in shown
     assert "lr: 0.7" in shown  # of the first file
-
-
-@pytest.mark.skipif(importlib.util.find_spec("shtab") is None, reason="shtab (the extra `completion`) is not installed")
-def test_bash_completes_commands_and_options(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["--print_completion=shtab-bash"])
-    script = tmp_path / "completion.bash"
-    script.write_text(capsys.readouterr().out)
-    ask = 'COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); _shtab_lit_bilevel; echo "${COMPREPLY[@]}"'
-    for words, answer in (("lit-bilevel va", "validate"), ("lit-bilevel fit --data.batch", "--data.batch_size")):
-        command = f"source {script}; COMP_WORDS=({words}); {ask}"
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-        assert answer in done.stdout.split(), done.stderr

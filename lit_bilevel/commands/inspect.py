@@ -19,11 +19,7 @@ from lit_bilevel.inspection.terminal import text
 
 def main(arguments: list[str]) -> int:
     """Run the command; `arguments[0]` is its name. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="lit-bilevel inspect", description="Report what a run found.")
-    parser.add_argument("run", help="the run folder (`trainer.default_root_dir`)")
-    parser.add_argument("--output", help="the HTML file; by default inspect.html in the run folder")
-    parser.add_argument("--rows", type=int, default=5, help="rows of each table on the terminal")
-    options = parser.parse_args(arguments[1:])
+    options = parser().parse_args(arguments[1:])
     try:
         report = read(Path(options.run))
         output = Path(options.output) if options.output else report.run / "inspect.html"
@@ -33,6 +29,15 @@ def main(arguments: list[str]) -> int:
         return 2
     sys.stdout.write(f"{text(report, options.rows)}\n\nthe same with figures: {output}\n")
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command's own options."""
+    own = argparse.ArgumentParser(prog="lit-bilevel inspect", description="Report what a run found.")
+    own.add_argument("run", help="the run folder (`trainer.default_root_dir`)")
+    own.add_argument("--output", help="the HTML file; by default inspect.html in the run folder")
+    own.add_argument("--rows", type=int, default=5, help="rows of each table on the terminal")
+    return own
 
 
 def write_page(report: Report, output: Path) -> None:

@@ -42,18 +42,23 @@ AGAIN = "Call the same command again: finished parts are kept."
 
 def main(arguments: list[str]) -> int:
     """Run the command; `arguments[0]` is its name. Returns the exit status."""
-    parser = argparse.ArgumentParser(
+    options, shared = parser().parse_known_args(arguments[1:])
+    return told(lambda: _score(options, shared), "lit-bilevel score", AGAIN)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command's own options."""
+    own = argparse.ArgumentParser(
         prog="lit-bilevel score",
         description="Score every pool row by one pass of a policy: losses with and without the prompt, their difference"
         " and ratio, entropy, length, and how much the row is like the validation rows. Flags that are not listed are"
         " those of `lit-bilevel fit` (`--data.pool P`, `--model.policy.path M`, …).",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", action="append", required=True, help="configuration of the data and the policy")
-    parser.add_argument("--output", required=True, help="the new file, .parquet")
-    parser.add_argument("--features", action="store_true", help="also write what else was measured of every row")
-    options, shared = parser.parse_known_args(arguments[1:])
-    return told(lambda: _score(options, shared), "lit-bilevel score", AGAIN)
+    own.add_argument("--config", action="append", required=True, help="configuration of the data and the policy")
+    own.add_argument("--output", required=True, help="the new file, .parquet")
+    own.add_argument("--features", action="store_true", help="also write what else was measured of every row")
+    return own
 
 
 class Settings(BilevelCLI):

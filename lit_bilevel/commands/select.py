@@ -35,7 +35,7 @@ MODES = ("keep", "top_k", "threshold", "sample")
 def main(arguments: list[str]) -> int:
     """Run the command; `arguments[0]` is its name. Returns the exit status."""
     try:
-        _run(_parser().parse_args(arguments[1:]))
+        _run(parser().parse_args(arguments[1:]))
     except UserError as error:
         sys.stderr.write(f"lit-bilevel select: {error}\n")
         return 2
@@ -47,26 +47,27 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (`lit-bilevel select --help` lists the options)")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="lit-bilevel select", description="Keep the best-weighted rows of a pool, as a new file.")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Of the command's options."""
+    own = _Parser(prog="lit-bilevel select", description="Keep the best-weighted rows of a pool, as a new file.")
+    own.add_argument(
         *("--weights",),
         required=True,
         metavar="RUN/weights.parquet",
         help="weights of a finished run, or a file of scores",
     )
-    parser.add_argument("--by", default="weight", metavar="COLUMN", help="column of that file (weight), such as ifd")
-    parser.add_argument(
+    own.add_argument("--by", default="weight", metavar="COLUMN", help="column of that file (weight), such as ifd")
+    own.add_argument(
         "--pool", required=True, nargs="+", help="the pool they were learned on: one or several files, folders, hub ids"
     )
-    parser.add_argument("--output", required=True, help="the new file, .jsonl, .csv or .parquet")
-    mode = parser.add_mutually_exclusive_group(required=True)
+    own.add_argument("--output", required=True, help="the new file, .jsonl, .csv or .parquet")
+    mode = own.add_mutually_exclusive_group(required=True)
     mode.add_argument("--keep", type=float, metavar="SHARE", help="the top share of the rows, such as 0.8")
     mode.add_argument("--top_k", type=int, metavar="K", help="the K rows that weigh most")
     mode.add_argument("--threshold", type=float, metavar="T", help="rows that weigh at least T; the mean weight is 1")
     mode.add_argument("--sample", type=int, metavar="K", help="K rows drawn by weight, without replacement")
-    parser.add_argument("--seed", type=int, default=0, help="of --sample, and of the draw among equal weights")
-    parser.add_argument(
+    own.add_argument("--seed", type=int, default=0, help="of --sample, and of the draw among equal weights")
+    own.add_argument(
         "--balance",
         nargs="?",
         const="share",
@@ -74,10 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         help="rank rows inside their source: each keeps the same share (default), or as many rows as the others"
         " (`equal`); with --threshold, T is relative to the mean weight of the source",
     )
-    parser.add_argument("--with_weights", action="store_true", help="add the weight to every row")
-    parser.add_argument("--weight_column", default="weight", help="name of the added column")
-    parser.add_argument("--id_column", default="id", help="the pool's column that holds the ids")
-    return parser
+    own.add_argument("--with_weights", action="store_true", help="add the weight to every row")
+    own.add_argument("--weight_column", default="weight", help="name of the added column")
+    own.add_argument("--id_column", default="id", help="the pool's column that holds the ids")
+    return own
 
 
 def _run(options: argparse.Namespace) -> None:

@@ -1,1 +1,1 @@
-"""Methods × seeds on the same data, model and policy steps: `scripts/compare.py`, and what it is made of."""
+"""Methods × seeds on the same data, model and policy steps: `lit-bilevel compare`, and what it is made of."""

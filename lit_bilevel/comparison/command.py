@@ -1,4 +1,8 @@
-"""The command: run what is missing, then write the tables.
+"""`lit-bilevel compare`: methods × seeds on the same data, model and policy steps, each at its monitor-best checkpoint.
+
+    lit-bilevel compare --config configs/quickstart.yaml --methods mixing one_step --seeds 0 1 2 --output DIR
+
+Runs what is missing, then writes the tables: a second call goes on where the first one stopped.
 
 A run that fails stops no others. Left out: running methods side by side; give each call a part of the seeds and an
 `--output` of its own.
@@ -25,46 +29,47 @@ from lit_bilevel.files import replace_text
 from lit_bilevel.resources import located
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
-    given = sys.argv[1:] if arguments is None else arguments
-    options, shared = _parser().parse_known_args(given)
+def main(arguments: list[str]) -> int:
+    """Run the command; `arguments[0]` is its name. Returns the exit status."""
+    given = arguments[1:]
+    options, shared = parser().parse_known_args(given)
     try:
         _compare(options, shared, given)
     except UserError as error:
-        sys.stderr.write(f"compare: {error}\n")
+        sys.stderr.write(f"lit-bilevel compare: {error}\n")
         return 2
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="compare",
+def parser() -> argparse.ArgumentParser:
+    """Of the command's own options."""
+    own = argparse.ArgumentParser(
+        prog="lit-bilevel compare",
         description="Compare methods on the same data, model and policy steps. Flags that are not listed"
         " (`--data.pool P`, `--model.policy.path M`, …) go to every run.",
         epilog=f"methods:\n{(methods.__doc__ or '').partition(chr(10))[2].partition('Left out')[0]}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="configuration that all methods share")
-    parser.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="listed below")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--output", required=True, help="folder of the results and of the runs")
-    parser.add_argument("--fresh", action="store_true", help="forget earlier results in the folder")
-    parser.add_argument("--subset", type=int, metavar="N", help="use N rows of the pool, stratified by source and kind")
-    parser.add_argument("--max_steps", type=int, metavar="M", help="policy steps of every run")
-    parser.add_argument("--keep", type=float, default=0.6, help="share of the pool that filters keep (0.6)")
-    parser.add_argument(
+    own.add_argument("--config", required=True, help="configuration that all methods share")
+    own.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="listed below")
+    own.add_argument("--seeds", nargs="+", type=int, default=[0])
+    own.add_argument("--output", required=True, help="folder of the results and of the runs")
+    own.add_argument("--fresh", action="store_true", help="forget earlier results in the folder")
+    own.add_argument("--subset", type=int, metavar="N", help="use N rows of the pool, stratified by source and kind")
+    own.add_argument("--max_steps", type=int, metavar="M", help="policy steps of every run")
+    own.add_argument("--keep", type=float, default=0.6, help="share of the pool that filters keep (0.6)")
+    own.add_argument(
         *("--answers", "--exact_match"),
         action="store_true",
         help="also answer the test prompts: exact match, BLEU, ROUGE, and refusals where the test file says `expected`",
     )
-    parser.add_argument(
+    own.add_argument(
         *("--pairs",), nargs=2, metavar="METHOD", help="write the answers of two methods as pairs, for an outside judge"
     )
-    parser.add_argument("--variants", metavar="FILE", help="YAML of methods with settings and data of their own")
-    parser.add_argument("--keep_checkpoints", action="store_true", help="keep the checkpoints of finished runs")
-    return parser
+    own.add_argument("--variants", metavar="FILE", help="YAML of methods with settings and data of their own")
+    own.add_argument("--keep_checkpoints", action="store_true", help="keep the checkpoints of finished runs")
+    return own
 
 
 def _compare(options: argparse.Namespace, shared: list[str], given: list[str]) -> None:
@@ -94,7 +99,7 @@ def _compare(options: argparse.Namespace, shared: list[str], given: list[str]) -
         variants,
         say,
     )
-    failed = _fill(runner, options, shlex.join(["python", "scripts/compare.py", *given]))
+    failed = _fill(runner, options, shlex.join(["lit-bilevel", "compare", *given]))
     if options.pairs and not failed:
         seed, (first, second) = options.seeds[0], options.pairs
         folders = [results.run_folder(runner.row(name, seed).get("chosen", name), seed) for name in options.pairs]

@@ -43,16 +43,7 @@ RISE = 0.01
 
 def main(arguments: list[str]) -> int:
     """Run the command; `arguments[0]` is its name. Returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="lit-bilevel diagnose",
-        description="Tell whether the validation set is large and clean enough: five fits, then advice. Flags that are"
-        " not listed (`--data.pool P`, `--model.policy.path M`, …) go to every fit.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, help="configuration of the method that will be used")
-    parser.add_argument("--output", required=True, help="folder of the fits and of diagnosis.md")
-    parser.add_argument("--seeds", nargs=2, type=int, default=[0, 1], metavar="SEED")
-    options, shared = parser.parse_known_args(arguments[1:])
+    options, shared = parser().parse_known_args(arguments[1:])
     try:
         found = Diagnosis(options.config, shared, Path(options.output), options.seeds).run()
     except UserError as error:
@@ -63,6 +54,20 @@ def main(arguments: list[str]) -> int:
     replace_text(Path(options.output) / "diagnosis.json", json.dumps(found, indent=2) + "\n")
     say(f"\n{text}\nwritten to {options.output}: diagnosis.md, diagnosis.json")
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command's own options."""
+    own = argparse.ArgumentParser(
+        prog="lit-bilevel diagnose",
+        description="Tell whether the validation set is large and clean enough: five fits, then advice. Flags that are"
+        " not listed (`--data.pool P`, `--model.policy.path M`, …) go to every fit.",
+        allow_abbrev=False,
+    )
+    own.add_argument("--config", required=True, help="configuration of the method that will be used")
+    own.add_argument("--output", required=True, help="folder of the fits and of diagnosis.md")
+    own.add_argument("--seeds", nargs=2, type=int, default=[0, 1], metavar="SEED")
+    return own
 
 
 class Diagnosis:

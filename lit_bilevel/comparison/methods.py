@@ -14,6 +14,7 @@
                                             training: ifd, pmi, loss, density_ratio, … (`lit-bilevel score`)
     …+refine[:RULE]                         with `SelfRefine`: one_step@sigmoid+refine:token
 
+A solver, weights, a filter and a RULE may also be a class of one's own, by its path: my_package.Newton@softmax.
 A file of `--variants` gives further names to methods with settings of their own; a method that is built on a variant
 sees the variant's rows, and has none of its settings. Left out: tuning.
 """
@@ -27,25 +28,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lit_bilevel.comparison.filters.base import (
-    CleanRows,
-    Filter,
-    HighestLoss,
-    LearnedWeights,
-    LowestLoss,
-    PerplexityDifference,
-    RandomRows,
-)
-from lit_bilevel.comparison.filters.gradients import GradientSimilarity
-from lit_bilevel.comparison.filters.ngrams import NgramImportance
-from lit_bilevel.comparison.filters.scores import PassScore
+from lit_bilevel.comparison.filters import Filter, LearnedWeights, PassScore
 from lit_bilevel.comparison.names import (
     BASELINES,
     CONSTANT,
     CONSTANT_SHARE,
     EARLY_STOPPING,
+    FILTERS,
     FIXED,
-    NEEDS_VALIDATION,
     REFINE,
     RULES,
     SEAL,
@@ -54,23 +44,18 @@ from lit_bilevel.comparison.names import (
     STOPWATCH,
     UNIFORM,
     WEIGHTS,
+    class_named,
+    flag_of,
     known,
     share,
 )
 from lit_bilevel.comparison.recipe import Settings, callbacks_of, named, other_flags, recipe_flags
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
+from lit_bilevel.refinement.response_weights import ResponseWeights
 from lit_bilevel.scores.columns import COLUMNS
-
-FILTERS: dict[str, type[Filter]] = {
-    "oracle": CleanRows,
-    "random": RandomRows,
-    "lowest_loss": LowestLoss,
-    "highest_loss": HighestLoss,
-    "perplexity_difference": PerplexityDifference,
-    "ngram_importance": NgramImportance,
-    "gradient_similarity": GradientSimilarity,
-}
+from lit_bilevel.solvers import BilevelSolver
+from lit_bilevel.weights import ExampleWeights
 
 
 @dataclass(frozen=True)
@@ -177,21 +162,25 @@ class Method:
         elif base.startswith("mixing@"):
             flags += [f"--model.upper_weight={share(base)}", *CONSTANT]
             stopped_early = True
-        elif base in FILTERS:
-            filter = FILTERS[base]()
         elif base == "bmo":
             flags = ["--model.weights=BMOWeights", *UNIFORM[1:], *CONSTANT]
         else:
-            solver, _, weights = base.partition("@")
-            if solver not in SOLVERS:
+            first, _, weights = base.partition("@")
+            if not ("." in first or first in SOLVERS or (first in FILTERS and not weights)):
                 raise unknown(name)
-            constant = solver in NEEDS_VALIDATION
-            flags = [f"--model.solver={SOLVERS[solver]}", *(CONSTANT if constant else ())]
-            flags += [f"--model.weights={WEIGHTS[known(weights, WEIGHTS, 'weights')]}"] if weights else []
+            kind = class_named(first, SOLVERS | FILTERS, (BilevelSolver, Filter), "method")
+            if issubclass(kind, Filter):
+                filter = kind()
+            else:
+                constant = kind.needs_upper_weight  # its scores have no meaning where λ is 0
+                flags = [f"--model.solver={flag_of(kind)}", *(CONSTANT if constant else ())]
+            if weights:
+                flags.append(f"--model.weights={flag_of(class_named(weights, WEIGHTS, (ExampleWeights,), 'weights'))}")
         if rule is not None:
             if not refine:
                 raise UserError(f"{name!r}: `:{rule}` names the weights of generated responses, which need `+refine`.")
-            flags.append(f"--model.response_weights={RULES[known(rule, RULES, 'response weights')]}")
+            kind = class_named(rule, RULES, (ResponseWeights,), "response weights")
+            flags.append(f"--model.response_weights={flag_of(kind)}")
         needs = filter.needs if filter is not None else ""
         return cls(tuple(flags), filter, needs, refine=bool(refine), stopped_early=stopped_early, constant=constant)
 

@@ -1,14 +1,28 @@
 """What the parts of a method's name stand for: flags of `lit-bilevel fit`, classes, callbacks.
 
-Left out: how the parts are put together, which `methods` does, and filters, which are objects.
+A class is named in short, as the comparison's own names are made from those of the classes, or by its path:
+
+    one_step → OneStep      softmax → SoftmaxWeights      my_package.solvers.Newton → that class
+
+Left out: how the parts are put together, which `methods` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import lit_bilevel.refinement.response_weights
+import lit_bilevel.solvers
+import lit_bilevel.weights
+from lit_bilevel.comparison.filters import CleanRows, Filter, LearnedWeights, PassScore, RandomRows
 from lit_bilevel.errors import UserError
+from lit_bilevel.refinement.response_weights import ResponseWeights
+from lit_bilevel.solvers import BilevelSolver
+from lit_bilevel.weights import ExampleWeights
 
 CONSTANT = ("--model.upper_weight_decay=0",)  # and the phases' λ, see `Method.constant`
 UNIFORM = ("--model.weights=UniformWeights", "--model.solver=Mixing")
@@ -23,27 +37,6 @@ BASELINES = {
 }
 SHARES = ("mixing", "mixing@0.1", "mixing@0.25", "mixing@0.5")
 SEAL = "penalty@softmax"
-SOLVERS = {
-    "one_step": "OneStep",
-    "penalty": "Penalty",
-    "value_function": "ValueFunction",
-    "implicit": "Implicit",
-}
-NEEDS_VALIDATION = ("penalty", "value_function")  # their scores have no meaning where λ is 0
-WEIGHTS = {
-    "softmax": "SoftmaxWeights",
-    "sigmoid": "SigmoidWeights",
-    "source": "SourceWeights",
-    "network": "NetworkWeights",
-}
-RULES = {
-    "uniform": "Uniform",
-    "token": "Token",
-    "sequence": "Sequence",
-    "length_normalised": "LengthNormalised",
-    "self_normalised": "SelfNormalised",
-    "aligned": "Aligned",
-}
 REFINE: dict[str, Any] = {
     "class_path": "SelfRefine",
     "init_args": {
@@ -57,6 +50,62 @@ EARLY_STOPPING: dict[str, Any] = {
     "init_args": {"monitor": "monitor/loss", "patience": 15},
 }
 STOPWATCH: dict[str, Any] = {"class_path": "lit_bilevel.comparison.stopwatch.Stopwatch"}
+
+
+def short_names(room: Any, kind: type, suffix: str = "") -> dict[str, type[Any]]:
+    """The concrete classes of one kind in a room, by short names such as `one_step` and `softmax`.
+
+    Args:
+        room: a module.
+        kind: their base class.
+        suffix: what all of their names end in.
+    """
+    classes = [value for name, value in vars(room).items() if inspect.isclass(value) and not name.startswith("_")]
+    chosen = [value for value in classes if issubclass(value, kind) and not inspect.isabstract(value)]
+    return {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", c.__name__.removesuffix(suffix)).lower(): c for c in chosen}
+
+
+SOLVERS = {name: c for name, c in short_names(lit_bilevel.solvers, BilevelSolver).items() if c.learns}
+WEIGHTS = {name: c for name, c in short_names(lit_bilevel.weights, ExampleWeights, "Weights").items() if c.learnable}
+RULES = short_names(lit_bilevel.refinement.response_weights, ResponseWeights)
+FILTERS: dict[str, type[Any]] = {"oracle": CleanRows, "random": RandomRows}
+"""Filters that need nothing said: those of whole runs and of scores have names with a colon."""
+FILTERS |= {
+    name: c
+    for name, c in short_names(lit_bilevel.comparison.filters, Filter).items()
+    if c not in (CleanRows, RandomRows, LearnedWeights, PassScore)
+}
+
+
+def class_named(name: str, names: Mapping[str, type[Any]], kinds: tuple[type, ...], what: str) -> type[Any]:
+    """The class of a short name, or at a path.
+
+    Args:
+        name: `one_step`, or `my_package.solvers.Newton`.
+        names: short names.
+        kinds: base classes, of which one at a path must have one.
+        what: what it is, for errors.
+
+    Raises:
+        UserError: where there is none.
+    """
+    if "." not in name:
+        return names[known(name, names, what)]
+    home, _, own = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(home), own)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"the {what} {name!r} cannot be imported ({error}); check its path.") from error
+    if not (inspect.isclass(found) and issubclass(found, kinds)):
+        wanted = " or ".join(f"`{kind.__name__}`" for kind in kinds)
+        raise UserError(f"{name!r} is no class made from {wanted}; name one that is.")
+    return found
+
+
+def flag_of(kind: type) -> str:
+    """How a flag names a class: by its name where that is known without a path."""
+    own = kind.__module__.startswith("lit_bilevel.")
+    return kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def share(name: str) -> float:
@@ -75,7 +124,7 @@ def share(name: str) -> float:
     return value
 
 
-def known(name: str, names: Sequence[str] | Mapping[str, str], what: str) -> str:
+def known(name: str, names: Iterable[str], what: str) -> str:
     """The name itself.
 
     Raises:

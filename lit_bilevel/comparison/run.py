@@ -20,7 +20,7 @@ import numpy as np
 
 from lit_bilevel.callbacks.run import run_checkpoint
 from lit_bilevel.comparison.answers import answer
-from lit_bilevel.comparison.filters.base import CleanRows
+from lit_bilevel.comparison.filters import CleanRows
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
 from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
 from lit_bilevel.comparison.methods import Method
