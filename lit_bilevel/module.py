@@ -33,13 +33,12 @@ from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.load import PolicySettings, load_policy, load_tokenizer
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
-from lit_bilevel.policy.randomness import part_random_states
 from lit_bilevel.policy.shard import shard
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import ResponseWeights, Uniform
 from lit_bilevel.refinement.weighing import measures, weigh_responses
 from lit_bilevel.solvers.base import BilevelSolver
-from lit_bilevel.training.begin import begin
+from lit_bilevel.training.begin import begin, begin_fit
 from lit_bilevel.training.checkpoint import restore_late, restore_own, save_own
 from lit_bilevel.training.evaluation import Evaluation
 from lit_bilevel.training.exchange import gathered_responses, gathered_scores, lightning_engine
@@ -126,6 +125,7 @@ class LitBilevel(LightningModule):
         self.upper_objective, self.lower_objective = upper_objective or SFT(), lower_objective or SFT()
         self.evaluation = Evaluation(self.lower_objective, self.upper_objective)
         self.own_optimizer: Optimizer | None = None  # the outer one, where the strategy takes one only
+        self.uncast: list[tuple[Tensor, Tensor]] = []  # the weights' parameters as they were before DeepSpeed took them
         self.pool_digest: str | None = None  # of the pool that the weights are for
         self._own_state: dict[str, Any] = {}
         check_settings(self)
@@ -243,7 +243,7 @@ class LitBilevel(LightningModule):
         self.log_dict({k: v for k, v in shown.items() if k not in bar})
 
     def on_fit_start(self) -> None:
-        part_random_states(self.global_rank)  # after the policy is made; a resumed run takes its own up later
+        begin_fit(self)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.guard.stop_if_asked()

@@ -433,3 +433,18 @@ def test_a_step_that_deepspeed_skipped_by_itself_is_none():
     assert (len(taken), len(rates), guard.skipped) == (5, 1, 4)
     with pytest.raises(UserError, match="2 policy steps in a row had a gradient that is not finite"):
         guard.stop_if_asked()
+
+
+class Casts(Callback):
+    """Casts every parameter once the strategy has set the module up, as DeepSpeed does below float32."""
+
+    def on_fit_start(self, trainer, pl_module):
+        pl_module.uncast = [(parameter, parameter.detach().clone()) for parameter in pl_module.weights.parameters()]
+        for parameter in pl_module.weights.parameters():
+            parameter.data = parameter.data.bfloat16()
+
+
+def test_weights_that_were_cast_are_put_back(small, tmp_path):
+    whole, cast = (run(small, tmp_path, callback, steps=2, solver=Penalty()) for callback in (Callback(), Casts()))
+    assert torch.equal(whole.weights.table(), cast.weights.table())
+    assert whole.weights.table().std() > 0

@@ -15,6 +15,7 @@ import torch
 
 from lit_bilevel.data.fingerprint import rows_digest
 from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.policy.randomness import part_random_states
 
 
 def begin(module: Any, stage: str) -> None:
@@ -44,6 +45,15 @@ def begin(module: Any, stage: str) -> None:
     if weights.pool_rows == 0 or module.pool_digest not in (None, digest):  # the latter never trained
         weights.build(data.pool_sources, torch.float64 if module.trainer.precision == "64-true" else torch.float32)
     module.pool_digest = digest
+
+
+def begin_fit(module: Any) -> None:
+    """What waits until the strategy has set the module up, and comes before a checkpoint is read."""
+    part_random_states(module.global_rank)  # after the policy is made; a resumed run takes its own up later
+    # under a precision below float32 DeepSpeed casts every parameter, and in bfloat16 small steps of weights are lost
+    for parameter, value in module.uncast:
+        parameter.data = value.to(parameter.device)
+    module.uncast = []
 
 
 def _refuse_used(module: Any, digest: str, rows: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_bilevel.errors import UserError
@@ -41,6 +42,8 @@ def _made(module: Any) -> Any:
         module.refinement.check()
     factor = learning_rate_factor(module, module.trainer.estimated_stepping_batches)
     scheduler = LambdaLR(inner, factor)
+    if isinstance(module.trainer.strategy, DeepSpeedStrategy):
+        module.uncast = [(parameter, parameter.detach().clone()) for parameter in parameters]
     if takes_one_optimizer(module.trainer.strategy):
         module.own_optimizer = optimizers.pop() if parameters else None
     return optimizers, [{"scheduler": scheduler, "interval": "step"}]
