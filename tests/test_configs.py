@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TOY, read_jsonl, write_jsonl
+from support.files import ROOT, TOY, read_jsonl, write_jsonl
 
 from lit_bilevel.cli import BilevelCLI, main
 from lit_bilevel.training import strategies

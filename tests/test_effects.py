@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TOY
+from support.files import TOY
 
 from lit_bilevel import (
     BelowThreshold,

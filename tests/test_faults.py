@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TOY, read_jsonl
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from test_refine import refine_all, refine_flags, run
-from test_resume import fit, short
+from support.files import TOY, read_jsonl
+from support.refining import refine_all, refine_flags, run
+from support.resuming import fit, short
 
 from lit_bilevel import SFT, Mixing, OneStep, Penalty, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
 from lit_bilevel.cli import main

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TOY, read_jsonl, write_jsonl
+from support.files import ROOT, TOY, read_jsonl, write_jsonl
 
 README = (ROOT / "README.md").read_text()
 PARTS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", README, flags=re.S | re.M))

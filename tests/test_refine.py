@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, TOY, read_jsonl, write_jsonl
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback
+from support.files import ROOT, TOY, read_jsonl, write_jsonl
+from support.refining import Logged, features, refine_all, refine_flags, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_bilevel import BilevelDataModule, LitBilevel, Mixing, OneStep, PolicySettings, SelfRefine, SoftmaxWeights
+from lit_bilevel import BilevelDataModule, Mixing, SelfRefine, SoftmaxWeights
 from lit_bilevel.callbacks import BelowThreshold, LowestFraction, RandomFraction
 from lit_bilevel.cli import main
 from lit_bilevel.data.table import has_question
@@ -26,45 +27,7 @@ from lit_bilevel.generation.base import Sampling
 from lit_bilevel.policy.load import LoraSettings
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import Aligned, LengthNormalised, SelfNormalised, Sequence, Token, Uniform
-from lit_bilevel.types import Features
 from lit_bilevel.weights import UniformWeights
-
-NEVER = 10**6
-
-
-def adam(lr: float):
-    return lambda parameters: torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-
-
-def run(
-    small, folder, refine, lr=1e-3, watch=(), steps=8, size=8, trainer_settings=None, policy=None, **settings
-) -> LitBilevel:
-    """A short run on 90 rows; returns the module, whose trainer knows the rest."""
-    seed_everything(0)
-    data = BilevelDataModule(small["pool"], small["validation"], small["test"], batch_size=size, max_length=48)
-    settings = {"solver": OneStep(), "weights": SoftmaxWeights(), "optimizer": adam(lr), **settings}
-    model = LitBilevel(PolicySettings(str(TOY / "model"), **(policy or {})), **settings)
-    trainer = Trainer(
-        max_steps=steps,
-        default_root_dir=folder,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        log_every_n_steps=1,
-        callbacks=[refine, *watch],
-        **(trainer_settings or {}),
-    )
-    trainer.fit(model, data)
-    return model
-
-
-def refine_all(every=NEVER, start=2, **settings) -> SelfRefine:
-    """Every row is refined after two steps."""
-    settings = {"choose": LowestFraction(1.0), "responses": 2, "sampling": Sampling(8), **settings}
-    return SelfRefine(every_n_steps=every, start=start, **settings)
 
 
 class SpyUniform(Uniform):
@@ -76,16 +39,6 @@ class SpyUniform(Uniform):
     def weigh(self, ratios):
         self.seen.append(ratios.log_ratio_J)
         return super().weigh(ratios)
-
-
-class Logged(Callback):
-    """Remembers what is logged in every step."""
-
-    def __init__(self):
-        self.steps = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.steps.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
 # ---- ratios ----
@@ -250,11 +203,6 @@ def built(rows: list[int], share: float) -> tuple[SoftmaxWeights, Refinement]:
     return offline, refinement
 
 
-def features(*rows: int) -> Features:
-    row = torch.tensor(rows)
-    return Features(row, torch.zeros_like(row), torch.ones_like(row))
-
-
 def test_a_refined_row_counts_once():
     """κ·w for the offline pair and (1−κ)·w̃ for the group; padding and rows alone as ever."""
     offline, refinement = built([1, 4], 0.25)
@@ -376,19 +324,6 @@ def test_sharded_policies_are_refused():
 
 
 # ---- the run folder, resuming, processes ----
-
-REFINE = (
-    "--config=configs/refine.yaml",
-    "--trainer.callbacks.every_n_steps=null",  # by epochs instead
-    "--trainer.callbacks.start=1",
-    "--trainer.callbacks.responses=2",
-    "--trainer.callbacks.sampling.max_new_tokens=8",
-)
-
-
-def refine_flags(flags: list[str], folder, *more: str) -> list[str]:
-    flags = [flag for flag in flags if "configs/" not in flag]
-    return [*REFINE, *flags, f"--trainer.default_root_dir={folder}", *more]
 
 
 def test_a_run_writes_its_responses_weights_and_text(flags, tmp_path):

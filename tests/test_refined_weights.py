@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TOY
 from lightning.pytorch import Callback
-from test_refine import Logged, features, refine_all, run
+from support.files import ROOT, TOY
+from support.refining import Logged, features, refine_all, run
 
 from lit_bilevel import (
     BMOWeights,
@@ -50,7 +50,7 @@ def test_logged_ratios_follow_from_the_saved_policy_and_the_file(small, tmp_path
     logged, saved = Logged(), SavedBeforeTheLastStep(tmp_path / "saved")
     refine = refine_all(sampling=Sampling(8, 0.8))
     run(small, tmp_path, refine, watch=[logged, saved], size=90, steps=6, lr=3e-3, response_weights=Token())
-    script = [sys.executable, str(ROOT / "tests" / "recompute_ratios.py")]
+    script = [sys.executable, str(ROOT / "tests" / "support" / "recompute_ratios.py")]
     files = [str(tmp_path / "saved"), str(tmp_path / "responses.jsonl"), small["pool"]]
     result = subprocess.run(script + files, capture_output=True, text=True, check=True, cwd=tmp_path)
     ratios = json.loads(result.stdout)
