@@ -65,7 +65,7 @@ def test_names_of_methods():
     assert Method.parse("penalty").constant  # λ must be above 0 in every step
     refined = Method.parse("one_step+refine:token")
     assert refined.refine
-    assert "--model.response_weights=Token" in refined.flags
+    assert "--model.response_weights=TokenRatio" in refined.flags
     assert Method.parse("two_stage:bmo").needs == "bmo"
     assert Method.parse("seal").needs == "penalty@softmax"
     assert Method.parse("best_mixing").best_of == SHARES

@@ -28,7 +28,7 @@ METHODS = {
     "dpo_upper.yaml": "OneStep SoftmaxWeights DPO",
     "paper.yaml": "OneStep SoftmaxWeights SFT",
     "paper_llama3.yaml": "OneStep SoftmaxWeights SFT",
-    "paper_online.yaml": "OneStep SoftmaxWeights SFT Token SelfRefine",
+    "paper_online.yaml": "OneStep SoftmaxWeights SFT TokenRatio SelfRefine",
     "proxy_to_large.yaml": "OneStep SigmoidWeights SFT",
     "quality.yaml": "OneStep SigmoidWeights SFT",
     "quickstart.yaml": "OneStep SoftmaxWeights SFT",

@@ -23,7 +23,7 @@ from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.losses import example_nll
 from lit_bilevel.policy.load import load_policy
 from lit_bilevel.refinement.choose import LowestFraction
-from lit_bilevel.refinement.response_weights import SelfNormalised, Token
+from lit_bilevel.refinement.response_weights import SelfNormalised, TokenRatio
 from lit_bilevel.training.guard import Guard, GuardSettings
 from lit_bilevel.weights import BMOWeights, NetworkWeights
 
@@ -225,7 +225,7 @@ class Forget(Callback):
 
 @pytest.mark.parametrize("on_limit", ["warn", "stop"])
 def test_exploding_ratios_are_named_once_a_round(small, tmp_path, on_limit):
-    forget, settings = Forget(), {"guard": GuardSettings(on_limit=on_limit), "response_weights": Token()}
+    forget, settings = Forget(), {"guard": GuardSettings(on_limit=on_limit), "response_weights": TokenRatio()}
     match = r"policy step \d+: importance ratios explode: a token of row '(.+)' \(a generated response\) is \d\.\d+e\+2"
     if on_limit == "stop":
         with pytest.raises(UserError, match=match) as stopped:

@@ -26,11 +26,18 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.generation.base import Sampling
 from lit_bilevel.policy.load import LoraSettings
 from lit_bilevel.refinement.groups import Refinement
-from lit_bilevel.refinement.response_weights import Aligned, LengthNormalised, SelfNormalised, Sequence, Token, Uniform
+from lit_bilevel.refinement.response_weights import (
+    Aligned,
+    LengthNormalised,
+    SelfNormalised,
+    SequenceRatio,
+    TokenRatio,
+    UniformRatio,
+)
 from lit_bilevel.weights import UniformWeights
 
 
-class SpyUniform(Uniform):
+class SpyUniform(UniformRatio):
     """Remembers all ratios."""
 
     def __init__(self):
@@ -111,7 +118,9 @@ class Recompute(Callback):
 
 def test_logged_ratios_are_those_of_the_file(small, tmp_path):
     logged, recompute = Logged(), Recompute(tmp_path)
-    run(small, tmp_path, refine_all(sampling=Sampling(8, 0.8)), watch=[logged, recompute], response_weights=Token())
+    run(
+        small, tmp_path, refine_all(sampling=Sampling(8, 0.8)), watch=[logged, recompute], response_weights=TokenRatio()
+    )
     assert not recompute.expected[1]
     for found, step in zip(recompute.expected[2:], logged.steps[2:], strict=True):
         assert step["refine/ratio_mean"] == pytest.approx(sum(found) / len(found), rel=1e-5)
@@ -122,7 +131,7 @@ def test_logged_ratios_are_those_of_the_file(small, tmp_path):
 
 @pytest.mark.parametrize(
     "rule",
-    [Uniform(), Token(), Sequence(), LengthNormalised(), SelfNormalised(0.5), Aligned()],
+    [UniformRatio(), TokenRatio(), SequenceRatio(), LengthNormalised(), SelfNormalised(0.5), Aligned()],
     ids=lambda rule: type(rule).__name__,
 )
 @pytest.mark.parametrize("responses", [1, 3])
@@ -197,7 +206,7 @@ def test_a_refresh_keeps_rows_adds_rows_and_starts_groups_at_one(small, tmp_path
 
 def built(rows: list[int], share: float) -> tuple[SoftmaxWeights, Refinement]:
     offline = SoftmaxWeights()
-    refinement = Refinement(offline, Uniform(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    refinement = Refinement(offline, UniformRatio(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     offline.build(torch.zeros(6, dtype=torch.int64))
     refinement.refresh(torch.tensor(rows, dtype=torch.int64), offline, torch.zeros(6, dtype=torch.int64), share)
     return offline, refinement

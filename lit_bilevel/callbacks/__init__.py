@@ -12,12 +12,11 @@ from lit_bilevel.callbacks.refine import SelfRefine
 from lit_bilevel.callbacks.scored_prior import ScoredPrior
 from lit_bilevel.callbacks.summary import Summary
 from lit_bilevel.callbacks.warm_start import WarmStart
-from lit_bilevel.refinement.choose import BelowThreshold, Choose, LowestFraction, RandomFraction
+from lit_bilevel.refinement.choose import BelowThreshold, LowestFraction, RandomFraction, RowChooser
 
 __all__ = [
     "BelowThreshold",
     "BilevelCheckpoint",
-    "Choose",
     "ClosingSweep",
     "Export",
     "Figures",
@@ -26,6 +25,7 @@ __all__ = [
     "Predictions",
     "RandomFraction",
     "RandomState",
+    "RowChooser",
     "ScoredPrior",
     "SelfRefine",
     "Summary",

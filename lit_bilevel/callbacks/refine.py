@@ -33,7 +33,7 @@ from lit_bilevel.generation.respond import GenerationFailed, gathered_responses,
 from lit_bilevel.inspection.text import table_cell, tallied
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.context import context_of, room
-from lit_bilevel.refinement.choose import Choose, LowestFraction
+from lit_bilevel.refinement.choose import LowestFraction, RowChooser
 from lit_bilevel.refinement.responses_file import ResponseFile, records, text_of
 from lit_bilevel.types import Response
 
@@ -60,7 +60,7 @@ class SelfRefine(Callback):
 
     def __init__(
         self,
-        choose: Choose | None = None,
+        choose: RowChooser | None = None,
         responses: int = 1,
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,
