@@ -51,7 +51,8 @@ commands:
   lit-bilevel --version
 
 start here:
-  lit-bilevel fit --config configs/quickstart.yaml
+  lit-bilevel fit --config configs/curate.yaml --data.pool POOL --data.validation TRUSTED --model.policy.path MODEL
+  lit-bilevel fit --config configs/quickstart.yaml      without data of your own: the embedded toy data, in a minute
 """
 
 

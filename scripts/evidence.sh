@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tables of the README's results on real text. Stopped and called again, it goes on where it was.
+# The tables on real text in .assets/results. Stopped and called again, it goes on where it was.
 #
 #   scripts/evidence.sh DATA MODEL OUT [quality|arith|others|safety|full ...]
 #

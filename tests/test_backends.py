@@ -26,6 +26,7 @@ from lit_bilevel.cli import main
 from lit_bilevel.policy.load import load_policy
 
 pytestmark = [pytest.mark.backends, pytest.mark.filterwarnings("ignore")]  # what libraries say of each other
+HOUR = 3600.0
 LORA = "{r: 4, alpha: 8, target_modules: [q_proj, v_proj]}"
 
 
@@ -76,9 +77,9 @@ def zero(tmp_path_factory) -> tuple[dict, dict]:
     plain = [{**common, **settings, "name": name, "strategy": "auto"} for name, settings in ZERO.items()]
     sharded = [{**case, "strategy": s, "name": f"{case['name']} {s}"} for case in plain for s in ("zero1", "zero2")]
     sharded.append({**plain[0], "strategy": "zero2", "name": "bf16", "precision": "bf16-mixed"})
-    two = ranks.runs(sharded, folder / "two", 2)
-    one = ranks.runs([case for case in sharded if case["name"] == "penalty zero2"], folder / "one", 1)
-    return ranks.runs(plain, folder / "plain", 1), two | {"penalty zero2 alone": one["penalty zero2"]}
+    two = ranks.runs(sharded, folder / "two", 2, HOUR)
+    one = ranks.runs([case for case in sharded if case["name"] == "penalty zero2"], folder / "one", 1, HOUR)
+    return ranks.runs(plain, folder / "plain", 1, HOUR), two | {"penalty zero2 alone": one["penalty zero2"]}
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2"])

@@ -384,6 +384,16 @@ def test_a_table_survives_a_kill_and_is_not_run_twice(small, tmp_path, monkeypat
     assert "other settings (subset)" in capsys.readouterr().err
 
 
+def test_a_recipe_runs_beside_other_methods_under_a_configuration_without_its_phases(small, tmp_path):
+    assert compare(small, tmp_path, "--methods", "curate", "mixing") == 0
+    table = table_of(tmp_path)
+    assert float(table["curate"]["steps"]) > float(table["mixing"]["steps"]) == 2  # before the last phase
+    assert 0 <= float(table["curate"]["auroc/all"]) <= 1
+    assert "auroc/all" not in {k for k, v in table["mixing"].items() if v}
+    text = (tmp_path / "results.md").read_text()
+    assert "The monitor part (" in text or "cannot tell" in text
+
+
 def test_a_run_that_fails_stops_no_others(small, tmp_path, capsys):
     variants = tmp_path / "variants.yaml"
     wrong = "{method: one_step, flags: {model.upper_weight: 2}}"

@@ -147,6 +147,18 @@ def test_a_prompt_that_fills_the_context_is_refused(tmp_path):
         data.setup()
 
 
+def test_a_rename_of_a_field_that_no_file_has_is_refused(small, tmp_path):
+    pool = [{**record, "question": record["prompt"]} for record in read_jsonl(Path(small["pool"]))]
+    for record in pool:
+        del record["prompt"]
+    files = {**small, "pool": write_jsonl(tmp_path / "pool.jsonl", pool)}
+    columns = {"question": "prompt"}  # the validation file has `prompt` itself
+    for _ in range(2):  # the second time the sets are read from the cache
+        module(files, columns=columns).setup()
+        with pytest.raises(UserError, match=r"`data.columns` renames 'quesion', and no record of any file"):
+            module(files, columns=columns | {"quesion": "system"}).setup()
+
+
 # ---- splits and overlap ----
 
 

@@ -139,6 +139,17 @@ def test_steps_and_checkpoints_count_policy_steps_under_accumulation(folder, tmp
     assert {parameter.dtype for parameter in module.policy.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_layers_on_two_processes_equal_plain_ones_on_one(folder, compiler):
+    names = ("one_step", "penalty")
+    compiled = {"policy": {"compile": True}, "compiler": compiler}
+    one = ranks.runs([case(name, "auto", folder, steps=6) for name in names], folder / "plain", 1)
+    two = ranks.runs([case(name, "ddp", folder, steps=6, **compiled) for name in names], folder / compiler, 2)
+    for name in names:
+        same((one, two), name, "ddp", 1e-9)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_processes_draw_masks_of_their_own(double, strategy):
     """They are seeded alike; the first one draws what a single process draws."""

@@ -339,7 +339,7 @@ def test_a_run_writes_its_responses_weights_and_text(flags, tmp_path):
     folder = tmp_path / "run"
     assert main(["fit", *refine_flags(flags, folder, "--trainer.max_epochs=2")]) == 0
     records = read_jsonl(folder / "responses.jsonl")
-    fields = "id row round sample response token_ids token_logprobs logprob temperature finished"
+    fields = "id row round sample response token_ids token_logprobs logprob temperature finished agreement used"
     assert set(records[0]) == set(fields.split())
     assert records[0]["logprob"] == pytest.approx(sum(records[0]["token_logprobs"]))
     table = pyarrow.parquet.read_table(folder / "weights.parquet").to_pylist()
@@ -354,7 +354,7 @@ def test_a_run_writes_its_responses_weights_and_text(flags, tmp_path):
     names = ("finished", "usable", "length", "rows", "ratio_mean", "ratio_max", "clipped", "effective_size")
     assert {f"refine/{name}" for name in names} <= set(events.Tags()["scalars"])
     text = events.Tensors("refine/responses/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert text.startswith("| id | question | offline answer | its weight | new answers |")
+    assert text.startswith("| id | question | offline answer | its weight | new answers (agreement) | counts now |")
 
 
 def test_a_resumed_run_repeats_the_responses_and_the_bits(flags, tmp_path):

@@ -89,6 +89,7 @@ REFUSED = {
         lambda: module(deepspeed(2), solver=Penalty(), accumulate_grad_batches=2),
         r"raise `data.batch_size`",
     ),
+    "no zero": (lambda: module(deepspeed(0), solver=Penalty()), r"DeepSpeed without ZeRO .*; use stage 1 or 2"),
     "compiled under zero": (lambda: module(deepspeed(2), solver=Penalty(), compile=True), r"`model.policy.compile`"),
     "one step on four bits": (
         lambda: module(ONE, lora=LORA, quantization="4bit"),
@@ -209,6 +210,11 @@ def test_loss_scaling_on_a_cpu(flags, capsys):
     assert "`trainer.precision` is 16-mixed, which CPUs do not have; use bf16-mixed" in capsys.readouterr().err
     check_precision("16-mixed", SimpleNamespace(precision="16-mixed"))
     check_precision("bf16-mixed", SimpleNamespace(precision="bf16-mixed"))
+
+
+def test_an_unknown_quantization_is_refused():
+    with pytest.raises(UserError, match=r"`model.policy.quantization` is '2bit'; it must be 4bit, 8bit, or null"):
+        load_policy(PolicySettings(PATH, lora=LORA, quantization="2bit"), torch.float32)
 
 
 def test_a_quantized_base_needs_an_adapter_and_its_library(monkeypatch):

@@ -1,4 +1,4 @@
-"""Every solver against a known answer (METHOD section 2)."""
+"""Every solver against a known answer (lit_bilevel/README.md 2.2)."""
 
 from __future__ import annotations
 

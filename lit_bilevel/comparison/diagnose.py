@@ -89,7 +89,7 @@ class Diagnosis:
         with quiet(output / "settings.txt"):
             cli = built(config, self.shared)
         if not cli.model.learns_weights:
-            raise UserError(f"the method of {config} learns no weights; diagnose one with `OneStep`, for example.")
+            raise UserError(f"the method of {config} learns no weights; diagnose one that does: `configs/curate.yaml`.")
         self.data: Any = cli.config.data
         self.phases, self.callbacks = configured(cli.config)
         self.sets = cli.datamodule.sets
@@ -208,7 +208,7 @@ def advice(found: dict[str, Any]) -> list[str]:
     if halves >= GOOD:
         lines.append(
             "- The validation set is large and clean enough: with the same order of the pool, either half of it gives"
-            " about the same weights."
+            " about the same weights. `configs/curate.yaml` trains a policy under such weights."
         )
     elif seeds < GOOD:
         lines.append("- What the validation set is worth cannot be told yet, because the run itself is noisy.")

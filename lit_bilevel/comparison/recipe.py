@@ -57,7 +57,9 @@ def recipe_flags(path: str, configured: Settings | None, steps: int) -> list[str
     if not is_recipe(configured):
         model = recipe_of(path)["model"]
         configured = model["phases"]
-        flags += [f"--model.{name}={json.dumps(model[name])}" for name in ("phases", "weights", "solver")]
+        settings = {name: model[name] for name in ("phases", "weights", "solver")}
+        # a name of a class stands as it is: quotes around it would belong to it
+        flags += [f"--model.{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in settings.items()]
     assert configured is not None
     whole = math.ceil(steps / configured[-1]["share"] - 1e-6)
     return [*flags, f"--trainer.max_steps={whole}", "--trainer.max_epochs=-1"]

@@ -52,6 +52,7 @@ class Prepared(NamedTuple):
     table: Dataset
     problems: list[str]
     formats: dict[str, str]
+    renamed: list[str]
 
 
 @dataclass
@@ -110,7 +111,7 @@ class Preparation:
             table = table.select(_places(column(table, "problem").is_null()))
         if not len(table):
             raise UserError(f"{source.name} has no usable row (the first: {about['lost'][0]}).")
-        return Prepared(table, about["problems"] + about["lost"], about["formats"])
+        return Prepared(table, about["problems"] + about["lost"], about["formats"], about["renamed"])
 
     @functools.cached_property
     def _example(self) -> str:
@@ -175,6 +176,7 @@ class Preparation:
                 "problems": problems,
                 "lost": wrong.drop_null().to_pylist(),
                 "unread": sorted(source.unread),
+                "renamed": sorted(source.renamed),
                 "notices": notices(table),
             }
             (partial / "rows.arrow").unlink()

@@ -54,6 +54,8 @@ class Source:
     """The format of each file that was read."""
     unread: set[str] = field(default_factory=set, init=False)
     """Names of fields that were read over: metadata, or so it is taken."""
+    renamed: set[str] = field(default_factory=set, init=False)
+    """Those of the names in `columns` that some record has."""
 
     @functools.cached_property
     def paths(self) -> list[str]:
@@ -97,6 +99,7 @@ class Source:
             if isinstance(record, Exception):
                 yield place, record
                 continue
+            self.renamed |= self.columns.keys() & record.keys()
             renamed = {self.columns.get(name, name): value for name, value in record.items()}
             if len(renamed) < len(record):
                 raise UserError(f"{place}: `data.columns` gives two columns the same name; rename only one of them.")
@@ -120,7 +123,7 @@ class Source:
             place, renamed = strangers[0]
             raise UserError(
                 f"{place}: the columns {_names(renamed)} fit no known format ({wanted}); rename them with"
-                " `data.columns`."
+                " `data.columns`, theirs to ours: `--data.columns '{question: prompt, answer: response}'`, for example."
             )
 
     def _forced(self) -> Format | None:

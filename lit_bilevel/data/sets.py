@@ -13,6 +13,7 @@ from datasets import Dataset
 from lit_bilevel.data.prepare import Preparation
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.split import apart
+from lit_bilevel.errors import UserError
 
 
 class Sets(NamedTuple):
@@ -45,11 +46,18 @@ def read_sets(
     tables: dict[str, Dataset] = {}
     skipped: dict[str, list[str]] = {}
     formats: dict[str, str] = {}
+    renamed: set[str] = set()
     for name, path in files.items():
         if path is not None:
             source = Source(path, **settings, pairs=_pairs_in(name, pair_levels))
-            tables[name], skipped[name], found = preparation(name, source)
+            tables[name], skipped[name], found, known = preparation(name, source)
             formats |= found
+            renamed |= {*known}
+    if unknown := sorted(set(settings["columns"]) - renamed):  # one file has a field that another need not have
+        raise UserError(
+            f"`data.columns` renames {', '.join(map(repr, unknown))}, and no record of any file has such a field; mend"
+            " the name, or leave it out."
+        )
     tables, left_out = apart(tables, preparation.on_bad_row, monitor_fraction)
     for name, messages in left_out.items():
         skipped[name] += messages

@@ -149,6 +149,8 @@ def keep_backward(model: Any) -> None:
 
 
 def _quantization(settings: PolicySettings) -> Any:
+    if settings.quantization not in ("4bit", "8bit"):
+        raise UserError(f"`model.policy.quantization` is {settings.quantization!r}; it must be 4bit, 8bit, or null.")
     if not tunes_adapter(settings):
         raise UserError(
             f"`model.policy.quantization` is {settings.quantization} and there is no adapter, but quantized parameters"

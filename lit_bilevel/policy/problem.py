@@ -1,6 +1,6 @@
 """The two levels of one policy step on a real policy: each quantity a solver asks for, computed once.
 
-    gradient left on the parameters:  λ·∇f + (1−λ)·∇ mean_i w_i·ℓ_i          (METHOD section 5)
+    gradient left on the parameters:  λ·∇f + (1−λ)·∇ mean_i w_i·ℓ_i          (lit_bilevel/README.md 7)
 
 The lower pass that a solver sees is the policy's own training pass, so `Penalty` costs nothing extra. Where ∇f is
 asked for by itself, the upper level gets its own backward pass first; otherwise its gradient is left to accumulate.

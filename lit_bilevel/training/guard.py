@@ -101,11 +101,12 @@ class Guard:
         if found is not None:
             self._look_at_ratios(module, ratio, row)
         if not math.isfinite(length):
-            self._skip(module, features, scaler)
+            self._skip(module, features, _lowered(scaler))
             return False
         optimizer.step()
-        if _skipped_by_strategy(module.trainer.strategy):
-            self.skipped += 1
+        engine = _deepspeed_engine(module)
+        if engine is not None and not engine.was_step_applied():  # it looks at gradients by itself
+            self._skip(module, features, getattr(engine.optimizer, "loss_scale", 1) > 1)
             return False
         module.lr_schedulers().step()
         self._look_at_weights(module, rows)
@@ -133,13 +134,11 @@ class Guard:
 
     # ---- the rules ----
 
-    def _skip(self, module: Any, features: Features, scaler: Any) -> None:
+    def _skip(self, module: Any, features: Features, of_scale: bool) -> None:
+        """Count a step that was not taken; an overflow of the loss scale, not of the numbers, is no fault."""
         self.skipped += 1
         module.log("skipped_steps", float(self.skipped))
-        if scaler is not None and scaler.get_scale() > 1:
-            # an overflow of the scale, not of the numbers: it is lowered, and no fault is counted
-            lower = scaler.get_scale() * scaler.get_backoff_factor()
-            scaler.load_state_dict({**scaler.state_dict(), "scale": lower, "_growth_tracker": 0})
+        if of_scale:
             return
         self.in_a_row += 1
         where = _step(module)
@@ -191,7 +190,7 @@ class Guard:
 
 def _clipped(module: Any, scaler: Any) -> Tensor:
     """Norm of the policy's gradient, before it is clipped."""
-    if isinstance(module.trainer.strategy, DeepSpeedStrategy):
+    if _deepspeed_engine(module) is not None:
         # it keeps the gradients to itself, clips them and skips steps that overflowed
         return torch.zeros((), device=module.device)
     scale = 1.0 if scaler is None else scaler.get_scale()  # Lightning unscales in the step, and may do so once only
@@ -202,10 +201,19 @@ def _clipped(module: Any, scaler: Any) -> Tensor:
     return norm / scale
 
 
-def _skipped_by_strategy(strategy: Any) -> bool:
-    """Whether DeepSpeed, which looks at gradients by itself, skipped the step because they overflowed its scale."""
-    engine: Any = strategy.model if isinstance(strategy, DeepSpeedStrategy) else None
-    return engine is not None and not engine.was_step_applied()
+def _lowered(scaler: Any) -> bool:
+    """Lower the loss scale after an overflow; whether it was above 1, so that the overflow was its own."""
+    if scaler is None or scaler.get_scale() <= 1:
+        return False
+    lower = scaler.get_scale() * scaler.get_backoff_factor()
+    scaler.load_state_dict({**scaler.state_dict(), "scale": lower, "_growth_tracker": 0})
+    return True
+
+
+def _deepspeed_engine(module: Any) -> Any:
+    """DeepSpeed's engine, where that is the strategy."""
+    strategy = module.trainer.strategy
+    return strategy.model if isinstance(strategy, DeepSpeedStrategy) else None
 
 
 def _step(module: Any) -> str:

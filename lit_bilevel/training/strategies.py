@@ -118,6 +118,11 @@ def _of_deepspeed(module: Any) -> list[str]:
             "DeepSpeed stage 3 would split the output layer, which the policy reads directly, and learnable weights;"
             f" use stage 2, or FSDP2 ({SHARDING})"
         )
+    if not (module.trainer.strategy.config.get("zero_optimization") or {}).get("stage"):
+        problems.append(
+            "DeepSpeed without ZeRO does not look at its gradients in float32, so one that is not finite would be"
+            " stepped on, and it shares nothing out; use stage 1 or 2, or `trainer.strategy: ddp`"
+        )
     if module.policy_settings.compile:
         problems.append("`model.policy.compile` was never tried under DeepSpeed; leave it out")
     if module.gradient_clip_val is not None:

@@ -2,8 +2,8 @@
 `sigmoid`. p is the prior, at which the weights begin, for all logits are 0 at the start; below, u stands for p·u.
 
 The gradient is sparse, the idiom of `nn.Embedding(sparse=True)`: rows outside the batch are left alone, which keeps the
-learned order from following the order of visits (METHOD section 2). Σu, Σu² and Σu·log u are kept in float64 and
-updated from the visited rows, so a step costs the same at any N, and the mean is 1 after every step.
+learned order from following the order of visits (lit_bilevel/README.md 2.4). Σu, Σu² and Σu·log u are kept in float64
+and updated from the visited rows, so a step costs the same at any N, and the mean is 1 after every step.
 
 Limits, all of which keep the mean at 1:
 

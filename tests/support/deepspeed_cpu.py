@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
@@ -10,7 +11,10 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 
 class DeepSpeedOnCPU(DeepSpeedStrategy):
-    """What is lifted is the check of the accelerator and of device numbers, which a CPU has none of."""
+    """What is lifted is the check of the accelerator and of device numbers, which a CPU has none of.
+
+    All goes over gloo: DeepSpeed's own operations in shared memory would have to be compiled first, for minutes.
+    """
 
     def __init__(self, **settings: Any):
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -24,5 +28,7 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
         return torch.device("cpu", 0)
 
     def setup_distributed(self) -> None:
+        backend: Any = importlib.import_module("deepspeed.comm.torch")  # as an attribute, `torch` is torch itself
+        backend.build_shm_op = lambda: None
         self.set_world_ranks()
         self._init_deepspeed_distributed()

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,8 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     from lit_bilevel import losses
     from lit_bilevel.weights.optimizer import ExponentiatedGradient
 
+    if "compiler" in case:
+        torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend=case["compiler"])
     seed_everything(0, verbose=False)
     losses.CHUNK_ELEMENTS = case.get("chunk", 1 << 25)
     world_size, sharded = int(os.environ.get("WORLD_SIZE", 1)), case["strategy"] == "fsdp2"

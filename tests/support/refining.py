@@ -46,6 +46,7 @@ def run(
 def refine_all(every=NEVER, start=2, **settings) -> SelfRefine:
     """Every row is refined after two steps."""
     settings = {"choose": LowestFraction(1.0), "responses": 2, "sampling": Sampling(8), **settings}
+    settings = {"on_doubt": "replace", **settings}  # the toy policy knows too little to be trusted
     return SelfRefine(every_n_steps=every, start=start, **settings)
 
 
@@ -69,6 +70,7 @@ REFINE = (
     "--trainer.callbacks.every_n_steps=null",  # by epochs instead
     "--trainer.callbacks.start=1",
     "--trainer.callbacks.responses=2",
+    "--trainer.callbacks.on_doubt=replace",  # this policy knows too little to be trusted
     "--trainer.callbacks.sampling.max_new_tokens=8",
 )
 
