@@ -71,7 +71,7 @@ def main(args: list[str] | None = None) -> int:
     if first.partition("=")[0] == COMPLETION:
         own = {name: command.module for name, command in COMMANDS.items() if command.module != LIGHTNING}
         parsers = {name: importlib.import_module(module).parser() for name, module in own.items()}
-        return importlib.import_module(LIGHTNING).main(arguments, parsers)
+        return importlib.import_module("lit_bilevel.commands.completion").main(arguments, parsers)
     close = difflib.get_close_matches(first, COMMANDS, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"there are: {', '.join(COMMANDS)}."
     sys.stderr.write(f"lit-bilevel: the first argument {first!r} is no command; {hint}\n")

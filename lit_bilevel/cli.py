@@ -8,19 +8,15 @@ does is what its YAML composes.
 
 from __future__ import annotations
 
-import argparse
-import functools
-import importlib.util
 import json
 import logging
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -236,41 +232,10 @@ def _told(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(UNTOLD)
 
 
-class Completing(BilevelCLI):
-    """Knows the options of the other commands too, to print a script that completes them.
-
-    Args:
-        args: arguments that ask for the script.
-        others: parsers of those commands, by their names.
-    """
-
-    def __init__(self, args: list[str], others: Mapping[str, argparse.ArgumentParser]):
-        self._others = others
-        super().__init__(args)
-
-    def _add_subcommands(self, parser: LightningArgumentParser, **settings: Any) -> None:
-        super()._add_subcommands(parser, **settings)
-        commands: Any = parser._subcommands_action
-        for name, own in self._others.items():
-            mirror = jsonargparse.ArgumentParser(prog=own.prog, description=own.description)
-            for action in own._actions:
-                if not isinstance(action, argparse._HelpAction):
-                    mirror._add_action(action)
-            commands.add_subcommand(name, mirror, help=own.description)
-
-
-def main(args: list[str] | None = None, others: Mapping[str, argparse.ArgumentParser] | None = None) -> int:
-    """Run one command; returns the exit status.
-
-    Args:
-        args: its name and options; by default those of the process.
-        others: parsers of the commands that are not Lightning's, where a script for completion is asked for.
-    """
-    if importlib.util.find_spec("shtab") is not None:
-        jsonargparse.set_parsing_settings(add_print_completion_argument=True)
+def main(args: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
     given = with_own_configs(sys.argv[1:] if args is None else args)
-    cli = functools.partial(Completing, given, others) if others else functools.partial(BilevelCLI, given)
-    return told(cli, "lit-bilevel", "Continue with `--ckpt_path last`.")
+    return told(lambda: BilevelCLI(given), "lit-bilevel", "Continue with `--ckpt_path last`.")
 
 
 def told(run: Callable[[], object], program: str, again: str) -> int:

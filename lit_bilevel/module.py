@@ -35,7 +35,7 @@ from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.policy.shard import shard
 from lit_bilevel.refinement.groups import Refinement
-from lit_bilevel.refinement.response_weights import ResponseWeights, Uniform
+from lit_bilevel.refinement.response_weights import ResponseWeights, UniformRatio
 from lit_bilevel.refinement.weighing import measures, weigh_responses
 from lit_bilevel.solvers.base import BilevelSolver
 from lit_bilevel.training.begin import begin, begin_fit
@@ -110,7 +110,7 @@ class LitBilevel(LightningModule):
         self.policy: Policy | None = None
         self.weights = weights
         self.of_responses = {"response_weights": response_weights, "refined_weights": refined_weights}
-        self.refinement = Refinement(refined_weights or weights, response_weights or Uniform(), weight_optimizer)
+        self.refinement = Refinement(refined_weights or weights, response_weights or UniformRatio(), weight_optimizer)
         self.solver = solver
         self.max_new_tokens = max_new_tokens
         self.make_optimizer, self.make_weight_optimizer = optimizer, weight_optimizer

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-TOY = ROOT / "lit_bilevel" / "toy"
-SHARED = ROOT.parent / "shared"
+from support.files import ROOT, TOY, read_jsonl, write_jsonl
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -31,15 +26,6 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _in_repository(monkeypatch, request):
     monkeypatch.chdir(ROOT)
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_jsonl(path: Path, records: list[dict]) -> str:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return str(path)
 
 
 @pytest.fixture(scope="session")

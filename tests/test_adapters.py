@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from support.files import TOY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_bilevel import LitBilevel, LoraSettings, OneStep, PolicySettings, SoftmaxWeights

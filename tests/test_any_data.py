@@ -10,11 +10,11 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sources import Source
-from templates import SAME, learned, reference, tokenizer_with
+from support.files import write_jsonl
+from support.sources import Source
+from support.templates import SAME, learned, reference, tokenizer_with
 
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.table import encode_rows, write_rows

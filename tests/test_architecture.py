@@ -159,6 +159,15 @@ def test_every_module_imports(name):
     importlib.import_module(".".join(["lit_bilevel", *(part for part in parts if part != "__init__")]))
 
 
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.rglob("*.py")), ids=lambda path: path.name)
+def test_no_test_file_imports_another(path):
+    """What several of them need stands in `tests/support`."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    modules += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert not [module for module in modules if module.startswith(("test_", "conftest"))]
+
+
 def test_public_names_exist():
     package = importlib.import_module("lit_bilevel")
     for name in package.__all__:

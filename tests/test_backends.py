@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-import ranks
 import torch
-from conftest import TOY, read_jsonl, write_jsonl
-from mortal import Moment, Run, same
 from safetensors.torch import load_file
-from test_refine import REFINE
+from support import ranks
+from support.files import TOY, read_jsonl, write_jsonl
+from support.mortal import Moment, Run, same
+from support.refining import REFINE
 from transformers import AutoModelForCausalLM
 
 from lit_bilevel import LoraSettings, PolicySettings
@@ -104,7 +104,11 @@ def test_deepspeed_leaves_the_weights_in_float32(zero):
 def test_deepspeed_resumes_and_exports(flags, tmp_path, adapter):
     pytest.importorskip("deepspeed")
     flags = [*flags, "--model.solver=Penalty", "--model.gradient_clip_val=null", "--data.batch_size=4"]
-    flags += ["--trainer.strategy=deepspeed_cpu.DeepSpeedOnCPU", "--trainer.strategy.stage=2", "--trainer.devices=2"]
+    flags += [
+        "--trainer.strategy=support.deepspeed_cpu.DeepSpeedOnCPU",
+        "--trainer.strategy.stage=2",
+        "--trainer.devices=2",
+    ]
     flags += ["--trainer.strategy.exclude_frozen_parameters=true", "--figures.enabled=false"]
     flags += [f"--model.policy.lora={LORA}"] if adapter else []
     whole = finished(flags, tmp_path / "whole", 2)

@@ -10,8 +10,8 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import TOY, read_jsonl, write_jsonl
-from sources import Source
+from support.files import TOY, read_jsonl, write_jsonl
+from support.sources import Source
 from transformers import AutoTokenizer
 
 from lit_bilevel.cli import main

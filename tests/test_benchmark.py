@@ -6,7 +6,7 @@ import sys
 from argparse import Namespace
 
 import pytest
-from conftest import ROOT
+from support.files import ROOT
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(ROOT / "scripts"))

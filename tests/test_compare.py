@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 from pathlib import Path
@@ -12,11 +11,11 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TOY, read_jsonl, write_jsonl
+from support.comparing import compare, table_of
+from support.files import TOY, read_jsonl, write_jsonl
 
 from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.comparison import answers, filters
-from lit_bilevel.comparison.command import main
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
 from lit_bilevel.comparison.filters.gradients import GradientSimilarity
 from lit_bilevel.comparison.filters.ngrams import NgramImportance, log_importance
@@ -66,7 +65,7 @@ def test_names_of_methods():
     assert Method.parse("penalty").constant  # λ must be above 0 in every step
     refined = Method.parse("one_step+refine:token")
     assert refined.refine
-    assert "--model.response_weights=Token" in refined.flags
+    assert "--model.response_weights=TokenRatio" in refined.flags
     assert Method.parse("two_stage:bmo").needs == "bmo"
     assert Method.parse("seal").needs == "penalty@softmax"
     assert Method.parse("best_mixing").best_of == SHARES
@@ -347,25 +346,8 @@ def test_pairs_show_both_answers_in_either_order(tmp_path):
 # ---- whole tables ----
 
 
-def compare(small, output, *more):
-    paths = [f"--data.{name}={path}" for name, path in small.items()]
-    settings = [
-        "--data.batch_size=8",
-        "--trainer.log_every_n_steps=1",
-        "--figures.enabled=false",
-        "--model.max_new_tokens=2",
-        "--max_steps=2",
-    ]
-    return main(["compare", "--config=configs/quickstart.yaml", "--output", str(output), *paths, *settings, *more])
-
-
 class Killed(BaseException):
     """Stands for whatever ends a process."""
-
-
-def table_of(output):
-    with (output / "results.csv").open() as file:
-        return {row["method"]: row for row in csv.DictReader(file)}
 
 
 def test_a_table_survives_a_kill_and_is_not_run_twice(small, tmp_path, monkeypatch, capsys):

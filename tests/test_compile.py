@@ -6,8 +6,8 @@ from functools import partialmethod
 
 import pytest
 import torch
-from conftest import TOY
 from safetensors.torch import load_file
+from support.files import TOY
 
 from lit_bilevel.cli import BilevelCLI
 

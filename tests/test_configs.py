@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TOY, read_jsonl, write_jsonl
+from support.files import ROOT, TOY, read_jsonl, write_jsonl
 
 from lit_bilevel.cli import BilevelCLI, main
 from lit_bilevel.training import strategies
@@ -28,7 +28,7 @@ METHODS = {
     "dpo_upper.yaml": "OneStep SoftmaxWeights DPO",
     "paper.yaml": "OneStep SoftmaxWeights SFT",
     "paper_llama3.yaml": "OneStep SoftmaxWeights SFT",
-    "paper_online.yaml": "OneStep SoftmaxWeights SFT Token SelfRefine",
+    "paper_online.yaml": "OneStep SoftmaxWeights SFT TokenRatio SelfRefine",
     "proxy_to_large.yaml": "OneStep SigmoidWeights SFT",
     "quality.yaml": "OneStep SigmoidWeights SFT",
     "quickstart.yaml": "OneStep SoftmaxWeights SFT",

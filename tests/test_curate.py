@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TOY, read_jsonl, write_jsonl
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from mortal import Moment, Run, same
-from problems import normal, ridge_problem
-from test_policy_problem import ROWS, UPPER_WEIGHT, batches, direction_of, made, reference, tiny_policy
-from test_refine import run
+from support.files import TOY, read_jsonl, write_jsonl
+from support.mortal import Moment, Run, same
+from support.policies import ROWS, UPPER_WEIGHT, batches, direction_of, made, reference, tiny_policy
+from support.problems import normal, ridge_problem
+from support.refining import run
 
 from lit_bilevel import (
     BilevelDataModule,

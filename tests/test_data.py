@@ -11,10 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import SHARED, TOY, read_jsonl, write_jsonl
 from datasets import Dataset
 from lightning.pytorch import Trainer
-from sources import Source
+from support.files import SHARED, TOY, read_jsonl, write_jsonl
+from support.sources import Source
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, tiny
+from support.architectures import ARCHITECTURES, tiny
 from transformers import BertConfig, BertLMHeadModel, PreTrainedConfig
 
 from lit_bilevel.errors import UserError

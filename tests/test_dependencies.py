@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-from conftest import ROOT
+from support.files import ROOT
 
 tomllib = pytest.importorskip("tomllib", reason="Python before 3.11 has no reader of pyproject.toml")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import read_jsonl
 from lightning.pytorch import Callback
-from test_refine import refine_all, run
+from support.files import read_jsonl
+from support.refining import refine_all, run
 
 from lit_bilevel.callbacks import BelowThreshold
 from lit_bilevel.errors import UserError

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TOY
+from support.files import TOY
 
 from lit_bilevel import (
     BelowThreshold,
@@ -21,7 +21,7 @@ from lit_bilevel import (
     Sampling,
     SelfRefine,
     SoftmaxWeights,
-    Token,
+    TokenRatio,
     UniformWeights,
 )
 from lit_bilevel.errors import UserError
@@ -72,8 +72,8 @@ REFUSED = {
         "`prepare_solver` of the phase 'a'",
     ),
     "a rule of no responses": (
-        lambda: check_run(fit(response_weights=Token()), "fit"),
-        "`model.response_weights` is `Token`, but nothing is generated without the callback `SelfRefine`",
+        lambda: check_run(fit(response_weights=TokenRatio()), "fit"),
+        "`model.response_weights` is `TokenRatio`, but nothing is generated without the callback `SelfRefine`",
     ),
     "weights of no groups": (
         lambda: check_run(fit(refined_weights=BMOWeights()), "fit"),
@@ -108,8 +108,8 @@ def test_settings_without_effect_are_refused(name):
 
 
 def test_settings_of_responses_are_taken_where_there_are_some():
-    check_run(fit([SelfRefine()], response_weights=Token(), refined_weights=BMOWeights()), "fit")
-    check_run(fit(response_weights=Token()), "test")  # by the configuration of a run that had some
+    check_run(fit([SelfRefine()], response_weights=TokenRatio(), refined_weights=BMOWeights()), "fit")
+    check_run(fit(response_weights=TokenRatio()), "test")  # by the configuration of a run that had some
     check_run(fit(precision="bf16-true", dtype="bfloat16"), "fit")
 
 

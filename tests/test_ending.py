@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import saved
-from conftest import TOY, read_jsonl, write_jsonl
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.architectures import saved
+from support.files import TOY, read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lit_bilevel.__main__ import main

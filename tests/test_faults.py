@@ -11,12 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TOY, read_jsonl
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy
-from test_refine import refine_all, refine_flags, run
-from test_resume import fit, short
+from support.files import TOY, read_jsonl
+from support.refining import refine_all, refine_flags, run
+from support.resuming import fit, short
 
 from lit_bilevel import SFT, Mixing, OneStep, Penalty, PolicySettings, SelfRefine, SoftmaxWeights, ValueFunction
 from lit_bilevel.cli import main
@@ -26,7 +26,7 @@ from lit_bilevel.losses import example_nll
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.load import load_policy
 from lit_bilevel.refinement.choose import LowestFraction
-from lit_bilevel.refinement.response_weights import SelfNormalised, Token
+from lit_bilevel.refinement.response_weights import SelfNormalised, TokenRatio
 from lit_bilevel.training.guard import Guard, GuardSettings
 from lit_bilevel.types import Features
 from lit_bilevel.weights import BMOWeights, NetworkWeights
@@ -229,7 +229,7 @@ class Forget(Callback):
 
 @pytest.mark.parametrize("on_limit", ["warn", "stop"])
 def test_exploding_ratios_are_named_once_a_round(small, tmp_path, on_limit):
-    forget, settings = Forget(), {"guard": GuardSettings(on_limit=on_limit), "response_weights": Token()}
+    forget, settings = Forget(), {"guard": GuardSettings(on_limit=on_limit), "response_weights": TokenRatio()}
     match = r"policy step \d+: importance ratios explode: a token of row '(.+)' \(a generated response\) is \d\.\d+e\+2"
     if on_limit == "stop":
         with pytest.raises(UserError, match=match) as stopped:

@@ -5,9 +5,22 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import SHARED, write_jsonl
-from sources import Source
-from templates import BLOCKS, CUT, DATED, DEAF, FORGETS, PLAIN, RICH, SAME, STRICT, STRINGS, learned, tokenizer_with
+from support.files import SHARED, write_jsonl
+from support.sources import Source
+from support.templates import (
+    BLOCKS,
+    CUT,
+    DATED,
+    DEAF,
+    FORGETS,
+    PLAIN,
+    RICH,
+    SAME,
+    STRICT,
+    STRINGS,
+    learned,
+    tokenizer_with,
+)
 
 from lit_bilevel.data.encode import Encoded, Encoder
 from lit_bilevel.data.module import BilevelDataModule

@@ -13,11 +13,11 @@ import pyarrow.parquet
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TOY, read_jsonl, write_jsonl
 from lightning.pytorch import Callback, Trainer, seed_everything
 from safetensors.torch import load_file
+from support.files import ROOT, TOY, read_jsonl, write_jsonl
+from support.refining import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_refine import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lit_bilevel.module

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
-from conftest import SHARED, write_jsonl
-from sources import Source
-from templates import DATED, PLAIN, tokenizer_with
+from support.files import SHARED, write_jsonl
+from support.sources import Source
+from support.templates import DATED, PLAIN, tokenizer_with
 
 from lit_bilevel.commands.originals import read_pool
 from lit_bilevel.comparison.rows import copy_records

@@ -8,42 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, Qwen3Config
+from support.generating import CONFIGS, ENDS, ask, make
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.generation import respond as generation
 from lit_bilevel.generation.backends import VLLM, ContinuousBatching
-from lit_bilevel.generation.base import Request, Sample, Sampling, batches_by_length, ended
+from lit_bilevel.generation.base import Sample, Sampling, batches_by_length, ended
 from lit_bilevel.generation.ending import end_tokens
 from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.generation.respond import score
 from lit_bilevel.generation.sampling import draw
 from lit_bilevel.policy.policy import Policy
-
-SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-CONFIGS = {
-    "llama": lambda: LlamaConfig(**SIZES, num_key_value_heads=2, max_position_embeddings=128),
-    "neox": lambda: GPTNeoXConfig(**SIZES, max_position_embeddings=128, hidden_dropout=0.2, attention_dropout=0.1),
-    "qwen": lambda: Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=8, max_position_embeddings=128),
-}
-ENDS = [7, 8, 9]
-
-
-def make(name: str) -> Policy:
-    """A random policy in training mode with sharp next-token distributions."""
-    torch.manual_seed(3)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
-    return Policy(model).train()
-
-
-def ask(lengths=(3, 17, 5, 9, 9, 2, 30, 11), new=12, round=0) -> list[Request]:
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(10, 60, (length,), generator=generator).tolist() for length in lengths]
-    return [Request(prompt, (0, round, row, 0), new) for row, prompt in enumerate(prompts)]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
-import ranks
 import torch
-from conftest import TOY, read_jsonl
 from safetensors.torch import load_file
-from test_generate import ENDS, ask, make
-from test_refine import REFINE
+from support import ranks
+from support.files import TOY, read_jsonl
+from support.generating import ENDS, ask, make
+from support.refining import REFINE
 
 from lit_bilevel.cli import main
 from lit_bilevel.generation.backends import ContinuousBatching

@@ -14,17 +14,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, read_jsonl
 from datasets import Dataset
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from support.files import ROOT, read_jsonl
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from lit_bilevel import BilevelDataModule, LitBilevel, OneStep, PolicySettings, SoftmaxWeights
 from lit_bilevel.callbacks import SelfRefine, WeightInspector
-from lit_bilevel.callbacks.progress import Bar, GenerationBar, Lines, Rate
 from lit_bilevel.cli import main
 from lit_bilevel.commands.inspect import main as inspect
 from lit_bilevel.inspection.curves import read_curves, thinned
@@ -33,7 +31,6 @@ from lit_bilevel.inspection.folder import Inspection
 from lit_bilevel.inspection.page import escaped
 from lit_bilevel.inspection.settings import run_settings
 from lit_bilevel.inspection.statistics import correlation, precision_recall, quantile, quantiles, ranks, source_mass
-from lit_bilevel.parser import nearest
 
 FIGURES = ("weights", "kinds", "trajectories", "losses", "refinement", "overview")
 QUANTILES = [f"weights_quantile/{q}" for q in ("05", "25", "50", "75", "95")]
@@ -377,106 +374,3 @@ def test_an_epoch_of_a_hundred_thousand_rows_is_summed_up_in_a_second(tmp_path):
     seconds = time.process_time() - started
     assert abs(read_jsonl(tmp_path / "inspection" / "epochs.jsonl")[0]["auroc/all"] - 0.5) < 0.02
     assert seconds < 3  # 0.20 s were measured on one core; the rest is slack for a busy machine
-
-
-@pytest.mark.parametrize(
-    ("flags", "hint"),
-    [
-        (["--data.batchsize=3"], "did you mean `data.batch_size`?"),
-        (["--model.solver.init_args.epsilo=3"], "did you mean `epsilon`?"),
-        (["--model.solver=OneStop"], "did you mean `OneStep`?"),
-        (["--batch_size=3"], "did you mean `data.batch_size`?"),
-    ],
-)
-def test_a_mistyped_name_is_answered_with_the_nearest(flags, hint, capsys):
-    assert main(["fit", "--config=configs/quickstart.yaml", *flags]) == 2
-    message = capsys.readouterr().err
-    assert hint in message
-    assert message.count("\n") == 1
-
-
-def test_the_environment_sets_options(monkeypatch, capsys):
-    monkeypatch.setenv("LIT_BILEVEL_FIT__DATA__EVAL_BATCH_SIZE", "9")
-    with pytest.raises(SystemExit):
-        main(["fit", "--config=configs/quickstart.yaml", "--print_config"])
-    assert "eval_batch_size: 9" in capsys.readouterr().out
-
-
-def test_nearest():
-    assert nearest("fitt", ["fit", "test"]) == "; did you mean `fit`?"
-    assert nearest("xyz", ["fit", "test"]) == ""
-    assert nearest("xyz", ["fit", "test"], all_of_them=True) == "; the known names are: fit, test"
-
-
-def progress_of(bar: object, **more) -> SimpleNamespace:
-    """What a bar asks of a trainer: half of ten steps done."""
-    metrics = {"upper/loss": 0.5, "lower/loss": 1.25, "monitor/loss": 0.75, "weights/effective_size": 30.0}
-    trainer = {"progress_bar_callback": bar, "progress_bar_metrics": metrics, "is_global_zero": True, "world_size": 1}
-    trainer |= {"estimated_stepping_batches": 10, "global_step": 5, "training": True, "current_epoch": 1}
-    return SimpleNamespace(**trainer | more)
-
-
-def test_the_bar_and_the_lines_say_what_counts(caplog):
-    model = LitBilevel(PolicySettings("lit_bilevel/toy/model"), SoftmaxWeights(), OneStep())
-    model.weights.build(torch.zeros(60, dtype=torch.int64))
-    batch = {"lower": [SimpleNamespace(computed_tokens=400)]}
-    for bar in (Bar(), Lines()):
-        bar._rate = Rate()
-        bar._rate.started -= 20
-        bar._rate.add(batch)
-        bar._rate.steps = 5
-        trainer = progress_of(bar)
-        if isinstance(bar, Bar):
-            shown = bar.get_metrics(trainer, model)
-            assert list(shown) == ["left", "upper", "lower", "effective", "monitor", "tokens/s"]
-            assert shown == {"left": "0:00:20", "upper": "0.500", "lower": "1.250", "monitor": "0.750"} | {
-                "effective": "50%",
-                "tokens/s": "20",
-            }
-        else:
-            with caplog.at_level("INFO"):
-                bar._say(trainer, model)
-            assert "epoch 2  step 5/10  upper 0.500  lower 1.250  effective 50%  monitor 0.750" in caplog.text
-            assert "left 0:00:20" in caplog.text
-
-
-def test_generation_has_a_bar_of_its_own_where_the_fit_has_one(capsys):
-    for bar, shown in ((Bar(), True), (Lines(), False), (None, False)):
-        with GenerationBar(progress_of(bar), 8) as generation:
-            generation.tokens(1500)
-            time.sleep(0.15)  # it is drawn ten times a second at most
-            generation.responses(8)
-        printed = capsys.readouterr().out
-        assert ("generate |" in printed and "8/8 responses" in printed and "tokens=1.5k" in printed) is shown
-
-
-def test_generation_has_a_bar_in_richs_display():
-    progress = pytest.importorskip("rich.progress")
-    rich = RichProgressBar()
-    rich.progress = progress.Progress()
-    with GenerationBar(progress_of(rich), 8) as generation:
-        generation.tokens(1500)
-        generation.responses(3)
-        (task,) = rich.progress.tasks
-        assert (task.completed, task.total, task.visible) == (3, 8, True)
-    assert not task.visible
-
-
-def test_the_help_of_a_command_begins_with_its_own_settings(capsys):
-    with pytest.raises(SystemExit):
-        main(["fit", "--help"])
-    shown = capsys.readouterr().out
-    assert shown.startswith("usage: lit-bilevel fit --config FILE [options]\n\nLearn data weights")
-    assert shown.index("--model.solver SOLVER") < shown.index("--data.pool POOL") < shown.index("--trainer.max_epochs")
-    assert "ENV:" not in shown
-    assert "LIT_BILEVEL_FIT__DATA__BATCH_SIZE" in shown
-
-
-def test_configs_compose_and_later_ones_win(tmp_path, capsys):
-    (tmp_path / "mine.yaml").write_text("data:\n  batch_size: 7\nmodel:\n  solver: Penalty\n")
-    with pytest.raises(SystemExit):
-        main(["fit", "--config=configs/quickstart.yaml", f"--config={tmp_path / 'mine.yaml'}", "--print_config"])
-    shown = capsys.readouterr().out
-    assert "batch_size: 7" in shown
-    assert "lit_bilevel.Penalty" in shown
-    assert "lr: 0.7" in shown  # of the first file

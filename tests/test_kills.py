@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from mortal import Moment, Run, same
-from test_refine import REFINE
+from support.files import ROOT
+from support.killing import run_flags
+from support.mortal import Moment, Run, same
 
 EPOCHS = ("--trainer.max_epochs=3",)
 TWO = ("--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=4")
@@ -37,20 +37,6 @@ def whole(small, tmp_path_factory):
         return done[more]
 
     return find
-
-
-def run_flags(small: dict[str, str], folder: Path, more: tuple[str, ...]) -> list[str]:
-    """Flags of a run with refinement: epochs of 12 steps, validation after every fourth, a checkpoint at every step."""
-    return [
-        *REFINE,
-        *(f"--data.{name}={path}" for name, path in small.items()),
-        "--data.batch_size=8",
-        "--trainer.val_check_interval=4",
-        "--trainer.enable_progress_bar=false",
-        "--checkpoint.every_n_steps=1",
-        f"--trainer.default_root_dir={folder}",
-        *more,
-    ]
 
 
 def chain(small, whole, folder: Path, more: tuple[str, ...], moments: list[Moment], processes: int = 1) -> str:

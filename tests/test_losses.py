@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import normal
+from support.problems import normal
 from torch.autograd import forward_ad
 from transformers import AutoConfig, AutoModelForCausalLM
 

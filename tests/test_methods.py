@@ -9,7 +9,7 @@ import sys
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT
+from support.files import ROOT
 
 from lit_bilevel.cli import main
 from lit_bilevel.inspection.curves import read_curves

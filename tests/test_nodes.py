@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT
-from mortal import Run, same
-from test_kills import run_flags
+from support.files import ROOT
+from support.killing import run_flags
+from support.mortal import Run, same
 
 from lit_bilevel.callbacks.nodes import check_shared
 from lit_bilevel.errors import UserError

@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 import torch.nn.functional as F
-from conftest import TOY, read_jsonl, write_jsonl
 from lightning.pytorch import Trainer
-from mortal import same
-from problems import normal
-from sources import Source
-from test_resume import Signal, fit
+from support import ranks
+from support.files import TOY, read_jsonl, write_jsonl
+from support.mortal import same
+from support.problems import normal
+from support.resuming import Signal, fit
+from support.sources import Source
 from transformers import AutoTokenizer
 
 from lit_bilevel import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import WEIGHT_OPTIMIZERS, WEIGHTINGS, normal
+from support.problems import WEIGHT_OPTIMIZERS, WEIGHTINGS, normal
 
 from lit_bilevel import ExponentiatedGradient
 from lit_bilevel.errors import UserError

@@ -7,15 +7,14 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import ranks
-import test_policy_problem
 import torch
 import transformers
-from conftest import TOY
 from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from packaging.version import Version
-from test_policy_problem import EVERY_SOLVER, ROWS, distance, flat, made, tiny_policy
-from test_refine import refine_all
+from support import policies, ranks
+from support.files import TOY
+from support.policies import EVERY_SOLVER, ROWS, UPPER_WEIGHT, distance, flat, made, replays_dropout, tiny_policy
+from support.refining import refine_all
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -125,7 +124,7 @@ def test_every_token_has_one_place(width):
 def test_solvers_give_the_same_scores_and_gradients(monkeypatch, solver, size):
     found = []
     for width in (None, 0.0):
-        monkeypatch.setattr(test_policy_problem, "collate", partial(collate, pack_width=width))
+        monkeypatch.setattr(policies, "collate", partial(collate, pack_width=width))
         policy = tiny_policy()
         problem = made(policy, size)
         score_B = EVERY_SOLVER[solver]()(problem)
@@ -137,8 +136,8 @@ def test_solvers_give_the_same_scores_and_gradients(monkeypatch, solver, size):
 
 
 def test_dropout_is_replayed(monkeypatch):
-    monkeypatch.setattr(test_policy_problem, "collate", partial(collate, pack_width=0.0))
-    test_policy_problem.test_dropout_is_replayed(3, test_policy_problem.UPPER_WEIGHT)
+    monkeypatch.setattr(policies, "collate", partial(collate, pack_width=0.0))
+    replays_dropout(3, UPPER_WEIGHT)
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TOY
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from support.files import ROOT, TOY
+from support.refining import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_refine import run
 from transformers import get_scheduler
 
 from lit_bilevel import BMOWeights, LitBilevel, Mixing, OneStep, Penalty, Phase, PolicySettings, SigmoidWeights

@@ -12,8 +12,8 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TOY, read_jsonl, write_jsonl
 from jsonargparse import ArgumentParser
+from support.files import ROOT, TOY, read_jsonl, write_jsonl
 from transformers import AutoTokenizer
 
 from lit_bilevel.data import prepare

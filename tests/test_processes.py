@@ -14,11 +14,11 @@ from typing import Any
 
 import pyarrow.parquet
 import pytest
-import ranks
 import torch
 import yaml
-from conftest import TOY, read_jsonl, write_jsonl
 from safetensors.torch import load_file
+from support import ranks
+from support.files import TOY, read_jsonl, write_jsonl
 
 from lit_bilevel.inspection.curves import read_curves
 

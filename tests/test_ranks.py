@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
-from conftest import TOY, read_jsonl, write_jsonl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from support import ranks
+from support.files import TOY, read_jsonl, write_jsonl
 
 METHODS = {
     "penalty": {"solver": "Penalty"},

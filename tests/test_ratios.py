@@ -13,12 +13,12 @@ from lit_bilevel.refinement.response_weights import (
     LengthNormalised,
     Ratios,
     SelfNormalised,
-    Sequence,
-    Token,
-    Uniform,
+    SequenceRatio,
+    TokenRatio,
+    UniformRatio,
 )
 
-RULES = [Uniform(), Token(), Sequence(), LengthNormalised(), SelfNormalised(0.5), Aligned()]
+RULES = [UniformRatio(), TokenRatio(), SequenceRatio(), LengthNormalised(), SelfNormalised(0.5), Aligned()]
 
 
 def example(log_ratio=None, alignment=None) -> Ratios:
@@ -44,8 +44,8 @@ def test_each_rule_is_its_formula():
     parts = rho.split([2, 1, 3, 2, 1])
     product = torch.stack([part.prod() for part in parts])
     lengths = torch.tensor([2, 1, 3, 2, 1])
-    torch.testing.assert_close(Token(100).weigh(ratios)[0], rho)
-    torch.testing.assert_close(Sequence(100).weigh(ratios)[0], product[ratios.response_J])
+    torch.testing.assert_close(TokenRatio(100).weigh(ratios)[0], rho)
+    torch.testing.assert_close(SequenceRatio(100).weigh(ratios)[0], product[ratios.response_J])
     torch.testing.assert_close(LengthNormalised(100).weigh(ratios)[0], (product ** (1 / lengths))[ratios.response_J])
     power = product**2
     expected = torch.cat([2 * power[:2] / power[:2].sum(), 2 * power[2:4] / power[2:4].sum(), torch.ones(1)])
@@ -54,7 +54,9 @@ def test_each_rule_is_its_formula():
     torch.testing.assert_close(Aligned().weigh(ratios)[0], expected[ratios.response_J])
 
 
-@pytest.mark.parametrize("rule", [Token(2.0), Sequence(2.0), LengthNormalised(2.0)], ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize(
+    "rule", [TokenRatio(2.0), SequenceRatio(2.0), LengthNormalised(2.0)], ids=lambda r: type(r).__name__
+)
 def test_clipping_bounds_and_counts(rule):
     ratios = example(torch.tensor([5.0, 5.0, 0.1, -5.0, -5.0, -5.0, 0.0, 0.0, 0.0]).double())
     weight_J, clipped_J = rule.weigh(ratios)
@@ -118,7 +120,7 @@ def test_the_running_mean_of_lone_scores_does_not_remember_the_first():
 
 
 def test_unclipped_sequence_ratios_teach_nothing_in_expectation():
-    """E_{π_old}[ρ ∇ log π_θ] = 0, for the sum loss; `Uniform` pulls towards π_old; one token is a whole response."""
+    """E_{π_old}[ρ ∇ log π_θ] = 0, for the sum loss; `UniformRatio` pulls to π_old; one token is a whole response."""
     torch.manual_seed(1)
     old, logits = torch.randn(6).double(), torch.randn(6).double().requires_grad_()
     behaviour = old.softmax(0)
@@ -130,10 +132,10 @@ def test_unclipped_sequence_ratios_teach_nothing_in_expectation():
         weight = rule.weigh(ratios)[0]
         return torch.autograd.grad((behaviour * weight * logprob).sum(), logits, retain_graph=True)[0]
 
-    assert expected(Sequence(1e6)).abs().max() < 1e-12
-    assert expected(Token(1e6)).abs().max() < 1e-12
-    torch.testing.assert_close(expected(Uniform()), behaviour - logits.detach().softmax(0))
-    assert expected(Sequence(1.2)).abs().max() > 1e-3
+    assert expected(SequenceRatio(1e6)).abs().max() < 1e-12
+    assert expected(TokenRatio(1e6)).abs().max() < 1e-12
+    torch.testing.assert_close(expected(UniformRatio()), behaviour - logits.detach().softmax(0))
+    assert expected(SequenceRatio(1.2)).abs().max() > 1e-3
 
 
 def test_steps_without_alignment_do_not_blow_up_the_next_lone_response():
@@ -161,7 +163,7 @@ def test_an_overflow_does_not_spoil_the_running_mean():
         assert rule.mean == expected
 
 
-@pytest.mark.parametrize("make", [lambda: Aligned(1.0), lambda: Token(1.0), lambda: SelfNormalised(0.0)])
+@pytest.mark.parametrize("make", [lambda: Aligned(1.0), lambda: TokenRatio(1.0), lambda: SelfNormalised(0.0)])
 def test_wrong_settings_are_refused(make):
     with pytest.raises(UserError, match="it must be above"):
         make()

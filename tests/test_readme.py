@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TOY, read_jsonl, write_jsonl
+from support.files import ROOT, TOY, read_jsonl, write_jsonl
 
 FOLDERS = ("lit_bilevel", "configs", "scripts", "tests", ".assets/results")
 README = (ROOT / "README.md").read_text()

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TOY
 from lightning.pytorch import Callback
-from test_refine import Logged, features, refine_all, run
+from support.files import ROOT, TOY
+from support.refining import Logged, features, refine_all, run
 
 from lit_bilevel import (
     BMOWeights,
@@ -29,7 +29,7 @@ from lit_bilevel.callbacks import RandomFraction
 from lit_bilevel.errors import UserError
 from lit_bilevel.generation.base import Sampling
 from lit_bilevel.refinement.groups import Refinement
-from lit_bilevel.refinement.response_weights import SelfNormalised, Token, Uniform
+from lit_bilevel.refinement.response_weights import SelfNormalised, TokenRatio, UniformRatio
 from lit_bilevel.training.exchange import gathered_responses
 
 
@@ -49,8 +49,8 @@ def test_logged_ratios_follow_from_the_saved_policy_and_the_file(small, tmp_path
     """Every row is refined and in every batch, so the last step's ratios are those of the whole file."""
     logged, saved = Logged(), SavedBeforeTheLastStep(tmp_path / "saved")
     refine = refine_all(sampling=Sampling(8, 0.8))
-    run(small, tmp_path, refine, watch=[logged, saved], size=90, steps=6, lr=3e-3, response_weights=Token())
-    script = [sys.executable, str(ROOT / "tests" / "recompute_ratios.py")]
+    run(small, tmp_path, refine, watch=[logged, saved], size=90, steps=6, lr=3e-3, response_weights=TokenRatio())
+    script = [sys.executable, str(ROOT / "tests" / "support" / "recompute_ratios.py")]
     files = [str(tmp_path / "saved"), str(tmp_path / "responses.jsonl"), small["pool"]]
     result = subprocess.run(script + files, capture_output=True, text=True, check=True, cwd=tmp_path)
     ratios = json.loads(result.stdout)
@@ -63,7 +63,7 @@ def test_logged_ratios_follow_from_the_saved_policy_and_the_file(small, tmp_path
 def test_groups_in_closed_form():
     """e^(−ℓ/τ) over its running mean, next to learned offline weights; the first window weighs 1."""
     offline = SoftmaxWeights()
-    refinement = Refinement(BMOWeights(0.5), Uniform(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    refinement = Refinement(BMOWeights(0.5), UniformRatio(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     offline.build(torch.zeros(6, dtype=torch.int64), torch.float64)
     refinement.refresh(torch.tensor([1, 4]), offline, torch.zeros(6, dtype=torch.int64), 0.0)
     seen = replace(features(0, 6, 2, 7), loss_B=torch.tensor([9.0, 0.5, 9.0, 1.0], dtype=torch.float64))
@@ -83,7 +83,7 @@ def test_groups_in_closed_form():
 def test_a_lone_row_or_group_takes_no_step():
     """It would be compared with itself."""
     offline = SoftmaxWeights()
-    refinement = Refinement(offline, Uniform(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    refinement = Refinement(offline, UniformRatio(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     offline.build(torch.zeros(6, dtype=torch.int64))
     refinement.refresh(torch.tensor([1, 4]), offline, torch.zeros(6, dtype=torch.int64), 0.5)
     steps = []
@@ -153,7 +153,7 @@ def test_closed_form_groups_in_a_run(small, tmp_path):
 @pytest.mark.parametrize("weights", [SourceWeights, NetworkWeights])
 def test_groups_need_not_have_every_source_of_the_pool(weights):
     offline, source_N = weights(), torch.tensor([0, 1, 0, 1])
-    refinement = Refinement(weights(), Uniform(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    refinement = Refinement(weights(), UniformRatio(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     offline.build(source_N, torch.float64)
     refinement.refresh(torch.tensor([0, 2]), offline, source_N, 0.0)  # source 0 alone
     seen = replace(features(1, 4), source_B=torch.tensor([1, 0]), loss_B=torch.ones(2, dtype=torch.float64))

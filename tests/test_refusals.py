@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TOY
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -16,6 +15,7 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
 )
+from support.files import TOY
 
 from lit_bilevel import (
     BMOWeights,

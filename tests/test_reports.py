@@ -6,9 +6,9 @@ import json
 
 import datasets
 import pytest
-from conftest import write_jsonl
-from sources import Source
-from templates import PLAIN, SAME, learned, reference, tokenizer_with
+from support.files import write_jsonl
+from support.sources import Source
+from support.templates import PLAIN, SAME, learned, reference, tokenizer_with
 
 from lit_bilevel.cli import main
 from lit_bilevel.data.encode import Encoder

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TOY, read_jsonl, write_jsonl
 from lightning.pytorch import Trainer
+from support.files import TOY, read_jsonl, write_jsonl
 
 from lit_bilevel import (
     BilevelCheckpoint,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from conftest import write_jsonl
+from support.files import write_jsonl
 
 from lit_bilevel.commands.inspect import main as inspect
 from lit_bilevel.errors import UserError
@@ -34,7 +34,7 @@ def run(tmp_path):
     (folder / "inspection").mkdir(parents=True)
     write_jsonl(folder / "responses.jsonl", answers)
     weighed = [
-        {"round": 1, "row": 0, "used": n, "weights": {"Token": w, "group": 1.5}} for n, w in ((0, 1.2), (1, 0.8))
+        {"round": 1, "row": 0, "used": n, "weights": {"TokenRatio": w, "group": 1.5}} for n, w in ((0, 1.2), (1, 0.8))
     ]
     write_jsonl(folder / "inspection" / "response_weights.jsonl", weighed)
     verdict = {"least": 1.0, "reason": "so", "new_right": 0.9, "old_right": 0.4}

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import read_jsonl, write_jsonl
-from sources import Source
-from test_formats import RECORDS, write
-from test_select import write_weights
+from support.files import read_jsonl, write_jsonl
+from support.formats import RECORDS, write
+from support.sources import Source
+from support.weight_files import write_weights
 
 from lit_bilevel.commands.select import main
 from lit_bilevel.errors import UserError

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-import ranks
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TOY, read_jsonl, write_jsonl
+from support import ranks
+from support.files import ROOT, TOY, read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_bilevel.__main__ import main

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY, read_jsonl, write_jsonl
-from test_refine import refine_flags
-from test_resume import short
+from support.files import TOY, read_jsonl, write_jsonl
+from support.refining import refine_flags
+from support.resuming import short
 
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError

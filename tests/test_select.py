@@ -11,19 +11,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, read_jsonl, write_jsonl
 from datasets import Dataset, load_dataset
+from support.files import ROOT, read_jsonl, write_jsonl
+from support.weight_files import write_weights
 
 from lit_bilevel.commands.select import apportioned, main
 
 ROWS = 100_000
 SOURCES = ["books", "chat", "web"]
-
-
-def write_weights(path: Path, ids: list[str], weights: np.ndarray, sources: list[str]) -> str:
-    columns = {"id": ids, "row": np.arange(len(ids)), "source": sources, "weight": weights}
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

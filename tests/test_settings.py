@@ -7,7 +7,7 @@ import io
 import warnings
 
 import pytest
-from conftest import TOY, read_jsonl, write_jsonl
+from support.files import TOY, read_jsonl, write_jsonl
 
 from lit_bilevel.cli import BilevelCLI, main
 

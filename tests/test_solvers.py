@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from problems import (
+from support.problems import (
     SOLVERS,
     hypergradient,
     interpolating_problem,

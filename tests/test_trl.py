@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import TOY, read_jsonl, write_jsonl
 from datasets import load_dataset
+from support.files import TOY, read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from lit_bilevel.__main__ import main

@@ -9,7 +9,7 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.refinement.alike import SameAnswer, SameNumber, SharedWords, agreement
 from lit_bilevel.refinement.choose import BelowTypical
 from lit_bilevel.refinement.consensus import Agreement, Product
-from lit_bilevel.refinement.response_weights import Aligned, Ratios, SelfNormalised, Token
+from lit_bilevel.refinement.response_weights import Aligned, Ratios, SelfNormalised, TokenRatio
 from lit_bilevel.refinement.trust import Agreed, Answered
 
 
@@ -131,7 +131,7 @@ def test_responses_count_by_their_agreement():
 
 
 def test_a_product_is_one_and_keeps_the_state_of_each():
-    rules = [Agreement(), Token(1.5), Aligned()]
+    rules = [Agreement(), TokenRatio(1.5), Aligned()]
     product = Product(rules)
     expected = torch.stack([rule.weigh(ratios())[0] for rule in rules]).prod(0)
     torch.testing.assert_close(product.weigh(ratios())[0], expected)
@@ -140,7 +140,7 @@ def test_a_product_is_one_and_keeps_the_state_of_each():
     assert product.needs_agreement
     product.follow(torch.tensor([0.0, 0.0, 0.0, 0.0, 6.0, 2.0]))
     assert rules[2].mean == 3
-    copy = Product([Agreement(), Token(1.5), Aligned()])
+    copy = Product([Agreement(), TokenRatio(1.5), Aligned()])
     copy.load_state_dict(product.state_dict())
     assert copy.rules[2].mean == 3
     assert len(product.singles(ratios())) == product.counted == 6

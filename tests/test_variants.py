@@ -9,8 +9,8 @@ from collections import Counter
 
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, TOY, read_jsonl
-from test_compare import compare, table_of
+from support.comparing import compare, table_of
+from support.files import ROOT, TOY, read_jsonl
 
 from lit_bilevel.comparison.methods import Method
 from lit_bilevel.comparison.variants import Variant, read_variants

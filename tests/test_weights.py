@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from problems import WEIGHT_OPTIMIZERS, WEIGHTINGS, normal
+from support.problems import WEIGHT_OPTIMIZERS, WEIGHTINGS, normal
 from torchmetrics.functional.classification import binary_auroc
 
 from lit_bilevel import BMOWeights, ExampleWeights, ExponentiatedGradient, NetworkWeights, SoftmaxWeights

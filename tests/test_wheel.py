@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read_jsonl
+from support.files import ROOT, read_jsonl
 
 from lit_bilevel.resources import located, with_own_configs
 from lit_bilevel.version import __version__

@@ -12,13 +12,12 @@ from lit_bilevel.callbacks.refine import SelfRefine
 from lit_bilevel.callbacks.scored_prior import ScoredPrior
 from lit_bilevel.callbacks.summary import Summary
 from lit_bilevel.callbacks.warm_start import WarmStart
-from lit_bilevel.refinement.choose import BelowThreshold, BelowTypical, Choose, LowestFraction, RandomFraction
+from lit_bilevel.refinement.choose import BelowThreshold, BelowTypical, LowestFraction, RandomFraction, RowChooser
 
 __all__ = [
     "BelowThreshold",
     "BelowTypical",
     "BilevelCheckpoint",
-    "Choose",
     "ClosingSweep",
     "Export",
     "Figures",
@@ -27,6 +26,7 @@ __all__ = [
     "Predictions",
     "RandomFraction",
     "RandomState",
+    "RowChooser",
     "ScoredPrior",
     "SelfRefine",
     "Summary",

@@ -35,7 +35,7 @@ from lit_bilevel.generation.base import GenerationBackend, Sampling
 from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.generation.respond import GenerationFailed
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.refinement.choose import Choose, LowestFraction
+from lit_bilevel.refinement.choose import LowestFraction, RowChooser
 from lit_bilevel.refinement.responses_file import ResponseFile, records
 from lit_bilevel.refinement.trust import Agreed, Trust
 from lit_bilevel.types import Response
@@ -66,7 +66,7 @@ class SelfRefine(Callback):
 
     def __init__(
         self,
-        choose: Choose | None = None,
+        choose: RowChooser | None = None,
         responses: int = 1,
         every_n_epochs: int | None = None,
         every_n_steps: int | None = None,

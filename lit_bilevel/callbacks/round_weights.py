@@ -18,7 +18,7 @@ from lit_bilevel.inspection.folder import Inspection
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.logprobs import response_logprobs
 from lit_bilevel.refinement.consensus import Agreement
-from lit_bilevel.refinement.response_weights import LengthNormalised, Ratios, SelfNormalised, Sequence, Token
+from lit_bilevel.refinement.response_weights import LengthNormalised, Ratios, SelfNormalised, SequenceRatio, TokenRatio
 from lit_bilevel.types import Example
 
 ROWS = 32  # in a pass
@@ -37,7 +37,7 @@ def _records(module: LitBilevel, data: Any) -> Iterator[dict[str, Any]]:
     store, pool = data.responses, data.sets["pool"].select_columns(["input_ids", "response_start"])
     rows, group_M = module.refinement.table()
     own = module.refinement.rule
-    rules = [Token(), Sequence(), LengthNormalised(), SelfNormalised(), Agreement()]
+    rules = [TokenRatio(), SequenceRatio(), LengthNormalised(), SelfNormalised(), Agreement()]
     rules = [rule for rule in rules if type(rule) is not type(own)] + ([] if own.needs_alignment else [own])
     for start in range(0, len(rows), ROWS):
         chosen = rows[start : start + ROWS].tolist()

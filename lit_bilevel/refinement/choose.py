@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_bilevel.errors import UserError
 
 
-class Choose(ABC):
+class RowChooser(ABC):
     """Chooses rows of the pool for refinement, among those that have a question."""
 
     @abstractmethod
@@ -38,7 +38,7 @@ def _checked(fraction: float) -> float:
     return fraction
 
 
-class LowestFraction(Choose):
+class LowestFraction(RowChooser):
     """The lowest-weighted share of the rows, chosen anew at each refresh; equal weights at the cut are drawn by lot.
 
     Args:
@@ -53,7 +53,7 @@ class LowestFraction(Choose):
         return lot[weight_N[lot].argsort(stable=True)[: _count(self.fraction, len(weight_N))]]
 
 
-class RandomFraction(Choose):
+class RandomFraction(RowChooser):
     """A random share of the rows, the same at every refresh.
 
     Args:
@@ -68,7 +68,7 @@ class RandomFraction(Choose):
         return torch.randperm(len(weight_N), generator=generator)[: _count(self.fraction, len(weight_N))]
 
 
-class BelowThreshold(Choose):
+class BelowThreshold(RowChooser):
     """All rows that weigh less than a threshold; the mean weight is 1.
 
     Args:
@@ -84,7 +84,7 @@ class BelowThreshold(Choose):
         return (weight_N < self.threshold).nonzero()[:, 0]
 
 
-class BelowTypical(Choose):
+class BelowTypical(RowChooser):
     """All rows that weigh less than a share of what a good row typically weighs: few in a pool with few bad rows.
 
         threshold = share · quantile of the weights

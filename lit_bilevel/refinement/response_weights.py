@@ -119,14 +119,14 @@ def _checked(clip: float) -> float:
     return clip
 
 
-class Uniform(ResponseWeights):
+class UniformRatio(ResponseWeights):
     """r = 1. In expectation −∇E_{π_old}[log π_θ], which is 0 at the refresh and then holds the policy near π_old."""
 
     def weigh(self, ratios: Ratios) -> tuple[Tensor, Tensor]:
         return torch.ones_like(ratios.log_ratio_J), torch.zeros_like(ratios.log_ratio_J, dtype=torch.bool)
 
 
-class Token(ResponseWeights):
+class TokenRatio(ResponseWeights):
     """r_t = ρ_t, clipped: the authors' rule. The expected update given each prefix vanishes, but prefixes stay those
     of π_old; clipping from above slows what the policy already gained on.
 
@@ -141,7 +141,7 @@ class Token(ResponseWeights):
         return _clipped(ratios.log_ratio_J, self.clip)
 
 
-class Sequence(ResponseWeights):
+class SequenceRatio(ResponseWeights):
     """r = Π_t ρ_t, clipped. Unbiased until it clips, so the expected update is 0; its variance grows with length.
 
     Args:
@@ -157,7 +157,7 @@ class Sequence(ResponseWeights):
 
 
 class LengthNormalised(ResponseWeights):
-    """r = (Π_t ρ_t)^{1/length}, clipped: the geometric mean. Biased towards `Uniform`, hardly any variance.
+    """r = (Π_t ρ_t)^{1/length}, clipped: the geometric mean. Biased towards `UniformRatio`, hardly any variance.
 
     Args:
         clip: ratios are kept in [1/clip, clip].
@@ -227,7 +227,7 @@ class _Relative(ResponseWeights):
 
 class SelfNormalised(_Relative):
     """r ∝ ρ^{1/τ} over the group, mean 1: BMO online. At τ = 1 the expected update vanishes up to O(1/G); τ < 1 favours
-    what the policy gained on since the refresh (its mode sharpens), τ > 1 approaches `Uniform`.
+    what the policy gained on since the refresh (its mode sharpens), τ > 1 approaches `UniformRatio`.
 
     Args:
         tau: temperature τ of the weights.

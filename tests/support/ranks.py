@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def runs(cases: list[Any], folder: Path, world_size: int, timeout: float = 1200) -> Any:
@@ -31,7 +31,7 @@ def runs(cases: list[Any], folder: Path, world_size: int, timeout: float = 1200)
         port = free.getsockname()[1]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -169,7 +169,7 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
 
 def deepspeed(stage: int) -> Any:
     """Only asked for where it is installed."""
-    from deepspeed_cpu import DeepSpeedOnCPU
+    from support.deepspeed_cpu import DeepSpeedOnCPU
 
     return DeepSpeedOnCPU(stage=stage)
 

@@ -31,7 +31,7 @@ from lit_bilevel.refinement.responses_file import ResponseFile
 from lit_bilevel.scores.parts import PartFiles
 from lit_bilevel.weights import TableWeights
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Moment(NamedTuple):
@@ -124,7 +124,7 @@ def server() -> Any:
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mortal"])
+    context.set_forkserver_preload(["support.mortal"])
     return context
 
 

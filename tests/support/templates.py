@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from conftest import TOY
 from transformers import AutoTokenizer
+
+from support.files import TOY
 
 OPEN = "{{ '[' + m.role + ']' }}"
 PROMPT = "{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -1,0 +1,1 @@
+"""What several test files need: data, policies, problems with known answers, runs that are killed."""
