@@ -38,6 +38,7 @@ from lit_bilevel.module import LitBilevel
 from lit_bilevel.refinement.choose import LowestFraction, RowChooser
 from lit_bilevel.refinement.responses_file import ResponseFile, records
 from lit_bilevel.refinement.trust import Agreed, Trust
+from lit_bilevel.types import Response
 
 
 class SelfRefine(Callback):
@@ -168,6 +169,7 @@ class SelfRefine(Callback):
         self._spent += seconds
         sides = agreed(data.sets, pl_module.tokenizer, found, self.trust, self.keep_unfinished)
         answers, verdict = sides[0], self.trust.judge(*sides[1:]) if self.on_doubt == "keep" else None
+        used: dict[int, list[Response]]
         if verdict is not None and verdict.least is None:
             store.leave_out()
             used = {row: [] for row in rows}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -102,7 +103,12 @@ class Round:
                 logger.experiment.add_text("refine/responses", self.markdown(trainer, module, rows_shown), step)
         if not is_rehearsal(trainer):
             verdict = None if self.verdict is None else asdict(self.verdict)
-            record = {"round": self.number, "step": step, "seconds": self.seconds, "tokens": self.tokens}
+            record: dict[str, Any] = {
+                "round": self.number,
+                "step": step,
+                "seconds": self.seconds,
+                "tokens": self.tokens,
+            }
             record |= {"verdict": verdict, **{name.removeprefix("refine/"): value for name, value in shares.items()}}
             files = Inspection(run_folder(trainer) / "inspection")
             weights, pool = module.weights.table().cpu(), trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
