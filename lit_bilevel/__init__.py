@@ -22,11 +22,15 @@ _NAMES = {
     "lit_bilevel.solvers": "BilevelSolver Implicit Mixing OneStep Penalty ValueFunction",
     "lit_bilevel.refinement.response_weights": "Aligned LengthNormalised ResponseWeights SelfNormalised Sequence Token "
     "Uniform",
+    "lit_bilevel.refinement.consensus": "Agreement Product",
+    "lit_bilevel.refinement.alike": "Alike SameAnswer SameNumber SharedWords",
+    "lit_bilevel.refinement.trust": "Agreed Trust",
     "lit_bilevel.generation.base": "GenerationBackend Sampling",
     "lit_bilevel.generation.hf": "HFGenerate",
     "lit_bilevel.generation.backends": "ContinuousBatching VLLM",
-    "lit_bilevel.callbacks": "BelowThreshold BilevelCheckpoint Choose ClosingSweep Export Figures LowestFraction "
-    "ModelCard Predictions RandomFraction RandomState ScoredPrior SelfRefine Summary WarmStart WeightInspector",
+    "lit_bilevel.callbacks": "BelowThreshold BelowTypical BilevelCheckpoint Choose ClosingSweep Export Figures "
+    "LowestFraction ModelCard Predictions RandomFraction RandomState ScoredPrior SelfRefine Summary "
+    "WarmStart WeightInspector",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 

@@ -30,7 +30,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 
 import lit_bilevel.generation.backends
 import lit_bilevel.objectives
+import lit_bilevel.refinement.alike
+import lit_bilevel.refinement.consensus
 import lit_bilevel.refinement.response_weights
+import lit_bilevel.refinement.trust
 import lit_bilevel.solvers
 import lit_bilevel.weights
 import lit_bilevel.weights.optimizer  # noqa: F401  (known classes can be named in YAML without their module)

@@ -11,7 +11,8 @@ Left out: constraints and stochastic line searches; nothing here asks for them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,6 +79,50 @@ class BilevelProblem(ABC):
         Raises:
             UserError: if the optimizer keeps no second moments.
         """
+
+
+class RunningDirection:
+    """The running mean of ∇f over steps, from 0 and divided by 1 − βⁿ after n gradients, as Adam's are.
+
+    Args:
+        decay: β; 0 keeps the last gradient alone.
+        preconditioned: whether it is scaled as the policy's Adam would step along it.
+    """
+
+    def __init__(self, decay: float = 0.99, preconditioned: bool = True):
+        self.decay, self.preconditioned = decay, preconditioned
+        self.average: Values | None = None
+        self.gradients: Tensor | None = None
+
+    def take(self, gradient: Values) -> None:
+        """Let the mean take in a gradient, if it is finite: one overflow would spoil it for the whole run."""
+        size = norm(gradient)
+        if self.average is None:
+            self.average = [torch.zeros_like(value) for value in gradient]
+            self.gradients = torch.zeros_like(size, dtype=torch.float64)
+        finite = torch.isfinite(size)
+        gradient = [torch.where(finite, new, old) for new, old in zip(gradient, self.average, strict=True)]
+        torch._foreach_lerp_(self.average, gradient, 1 - self.decay)
+        assert self.gradients is not None
+        self.gradients += finite
+
+    def mean(self, problem: BilevelProblem) -> Values:
+        """The direction, at the policy of a problem."""
+        assert self.average is not None
+        assert self.gradients is not None
+        # no gradient was finite so far: 0, without asking the device
+        corrected = (1 - self.decay**self.gradients).clamp_min(torch.finfo(torch.float32).tiny)
+        mean = scaled(self.average, (1 / corrected).to(self.average[0].dtype))
+        return problem.preconditioned(mean) if self.preconditioned else mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs; empty before the first gradient."""
+        return {} if self.average is None else {"average": self.average, "gradients": self.gradients}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        if state:
+            self.average, self.gradients = [value.clone() for value in state["average"]], state["gradients"].clone()
 
 
 def dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

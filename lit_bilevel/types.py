@@ -68,11 +68,13 @@ class Response:
         token_ids: sampled ids, the end-of-sequence token included if it was drawn.
         token_logprobs: log-probability of each at the sampling temperature.
         finished: whether the response ended by itself.
+        agreement: share of the other responses to its question that say the same.
     """
 
     token_ids: list[int]
     token_logprobs: list[float]
     finished: bool
+    agreement: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,13 @@ class Group:
         responses: G′ responses, at least one.
         mean_length: L̄, the mean length in tokens of the usable responses of their round.
         temperature: at which they were sampled.
+        mean_agreement: the mean of their `agreement` over the usable responses of their round.
     """
 
     responses: tuple[Response, ...]
     mean_length: float
     temperature: float
+    mean_agreement: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,7 @@ class Generated:
         response_J: [J] the response (0 … R−1) of each generated token.
         logprob_J: [J] behaviour log-probabilities: those of the policy that sampled, at the sampling temperature.
         temperature: the sampling temperature.
+        agreement_R: [R] how far each response agrees with the others to its question, by the mean of its round.
     """
 
     sequence_R: Tensor
@@ -165,6 +170,7 @@ class Generated:
     response_J: Tensor
     logprob_J: Tensor
     temperature: float
+    agreement_R: Tensor
 
 
 class Part(NamedTuple):

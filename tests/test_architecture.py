@@ -14,7 +14,8 @@ TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for p
 HEAVY = ("lightning", "transformers", "peft", "datasets")
 PURE = (
     *("types.py", "losses.py", "problem.py", "errors.py", "refinement/response_weights.py", "refinement/choose.py"),
-    *("refinement/groups.py", "weights/", "solvers/", "objectives/"),
+    *("refinement/alike.py", "refinement/trust.py", "refinement/consensus.py", "refinement/groups.py"),
+    *("weights/", "solvers/", "objectives/"),
 )
 # Each room, or file at the root, and those it may import: only ones above it, so that there is no way round.
 ROOMS = {
@@ -35,13 +36,13 @@ ROOMS = {
     "generation": "data errors policy types",
     "training": "data errors files losses objectives policy problem refinement types weights",
     "module": "errors generation objectives policy refinement solvers training types weights",
-    "inspection": "errors files module policy scores training",
+    "inspection": "errors files module policy refinement scores training",
     "callbacks": "data errors files generation inspection module policy refinement resources scores training types"
     " version weights",
     "__init__": "version",
     "parser": "__init__ errors",
     "cli": "callbacks data errors generation module objectives parser refinement resources solvers training weights",
-    "commands": "cli data errors files inspection policy resources scores",
+    "commands": "cli data errors files inspection policy refinement resources scores",
     "comparison": "callbacks cli commands data errors files inspection losses objectives policy refinement resources"
     " scores solvers types weights",
     "__main__": "version",

@@ -240,7 +240,7 @@ def test_scores_at_rest_are_those_of_the_closed_form(solver, steps):
     elif isinstance(solver, Penalty):
         expected = gamma * problem.lower_losses()
     else:
-        mean = solver._average[0] / (1 - solver.direction_decay ** float(solver._gradients))
+        mean = solver._running.average[0] / (1 - solver.direction_decay ** float(solver._running.gradients))
         expected = -problem.lower_jvp([mean])
     torch.testing.assert_close(first, expected)
 

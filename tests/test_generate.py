@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
@@ -70,6 +71,25 @@ def test_samples_do_not_depend_on_batches(name, sampling):
     assert HFGenerate().generate(policy, requests[::-1], sampling, ENDS) == reference[::-1]
     other = HFGenerate().generate(policy, ask(round=1), sampling, ENDS)
     assert other != reference
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_question_is_read_once_for_all_its_answers(name):
+    """Copied keys and values give the answers that each request has alone."""
+    policy = make(name)
+    requests = [
+        replace(request, stream=(0, 0, place, sample)) for place, request in enumerate(ask()) for sample in range(3)
+    ]
+    alone = [HFGenerate().generate(policy, [request], Sampling(12), ENDS)[0] for request in requests]
+    read: list[tuple[int, ...]] = []
+    hook = policy.causal_lm.register_forward_pre_hook(
+        lambda model, arguments, named: read.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    together = HFGenerate().generate(policy, requests[::-1], Sampling(12), ENDS)
+    hook.remove()
+    assert together == alone[::-1]
+    assert [rows for rows, width in read if width > 1] == [8]  # of 24 requests
+    assert len({tuple(sample.token_ids) for sample in alone}) > 8
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -49,6 +49,7 @@ def refined(small, tmp_path_factory) -> Path:
         "--trainer.callbacks.every_n_steps=null",  # by epochs instead
         "--trainer.callbacks.choose.init_args.fraction=0.1",  # the others go on moving
         "--trainer.callbacks.start=2",
+        "--trainer.callbacks.on_doubt=replace",
         *(f"--data.{name}={path}" for name, path in small.items()),
         "--data.batch_size=16",
         "--trainer.max_epochs=3",
@@ -296,7 +297,8 @@ def test_answers_of_a_round_are_shown_and_on_file(refined):
     rounds = {record["round"] for record in read_jsonl(refined / "responses.jsonl")}
     assert len(texts) == len(rounds) >= 1
     assert all(
-        text.startswith("| id | question | offline answer | its weight | new answers |") for text in texts.values()
+        text.startswith("| id | question | offline answer | its weight | new answers (agreement) | counts now |")
+        for text in texts.values()
     )
 
 

@@ -64,6 +64,7 @@ def run(
 def refine_all(every=NEVER, start=2, **settings) -> SelfRefine:
     """Every row is refined after two steps."""
     settings = {"choose": LowestFraction(1.0), "responses": 2, "sampling": Sampling(8), **settings}
+    settings = {"on_doubt": "replace", **settings}  # the toy policy knows too little to be trusted
     return SelfRefine(every_n_steps=every, start=start, **settings)
 
 
@@ -382,6 +383,7 @@ REFINE = (
     "--trainer.callbacks.every_n_steps=null",  # by epochs instead
     "--trainer.callbacks.start=1",
     "--trainer.callbacks.responses=2",
+    "--trainer.callbacks.on_doubt=replace",  # this policy knows too little to be trusted
     "--trainer.callbacks.sampling.max_new_tokens=8",
 )
 
@@ -395,7 +397,7 @@ def test_a_run_writes_its_responses_weights_and_text(flags, tmp_path):
     folder = tmp_path / "run"
     assert main(["fit", *refine_flags(flags, folder, "--trainer.max_epochs=2")]) == 0
     records = read_jsonl(folder / "responses.jsonl")
-    fields = "id row round sample response token_ids token_logprobs logprob temperature finished"
+    fields = "id row round sample response token_ids token_logprobs logprob temperature finished agreement used"
     assert set(records[0]) == set(fields.split())
     assert records[0]["logprob"] == pytest.approx(sum(records[0]["token_logprobs"]))
     table = pyarrow.parquet.read_table(folder / "weights.parquet").to_pylist()
@@ -410,7 +412,7 @@ def test_a_run_writes_its_responses_weights_and_text(flags, tmp_path):
     names = ("finished", "usable", "length", "rows", "ratio_mean", "ratio_max", "clipped", "effective_size")
     assert {f"refine/{name}" for name in names} <= set(events.Tags()["scalars"])
     text = events.Tensors("refine/responses/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert text.startswith("| id | question | offline answer | its weight | new answers |")
+    assert text.startswith("| id | question | offline answer | its weight | new answers (agreement) | counts now |")
 
 
 def test_a_resumed_run_repeats_the_responses_and_the_bits(flags, tmp_path):

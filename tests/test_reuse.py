@@ -141,7 +141,7 @@ def test_counts_of_faults_begin_anew(pools, tmp_path):
 
 
 def refine(**settings) -> SelfRefine:
-    common = {"every_n_steps": 2, "keep_unfinished": True, "sampling": Sampling(4)}
+    common = {"every_n_steps": 2, "keep_unfinished": True, "sampling": Sampling(4), "on_doubt": "replace"}
     return SelfRefine(LowestFraction(0.25), **common | settings)
 
 

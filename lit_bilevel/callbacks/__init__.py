@@ -12,10 +12,11 @@ from lit_bilevel.callbacks.refine import SelfRefine
 from lit_bilevel.callbacks.scored_prior import ScoredPrior
 from lit_bilevel.callbacks.summary import Summary
 from lit_bilevel.callbacks.warm_start import WarmStart
-from lit_bilevel.refinement.choose import BelowThreshold, Choose, LowestFraction, RandomFraction
+from lit_bilevel.refinement.choose import BelowThreshold, BelowTypical, Choose, LowestFraction, RandomFraction
 
 __all__ = [
     "BelowThreshold",
+    "BelowTypical",
     "BilevelCheckpoint",
     "Choose",
     "ClosingSweep",

@@ -222,7 +222,3 @@ class WeightInspector(Callback):
         files.write("rows.jsonl", records)
         for end in ("lowest", "highest"):
             files.write_text(f"{end}.md", self._markdown(records, end) + "\n")
-        refined = self._data.responses.rows[: self.rows]
-        if refined:
-            pool = self._data.sets["pool"].select_columns(["id", "row", "prompt", "response"])
-            files.write("refined.jsonl", [pool[row] for row in refined])

@@ -2,11 +2,12 @@
 
     choose rows → sample G responses each with the current policy → score them once → store them       (every refresh)
 
-From then on these rows contribute their responses (lit_bilevel/README.md 6; arXiv 2511.21056). A row once chosen
-stays refined, and every refresh regenerates all of them; its offline weight takes no step, its group weighs 1 anew.
-Responses that are empty or did not end by themselves are kept on file and out of training; a row left with none keeps
-its offline pair. The first refresh comes after `start` epochs (or steps), none at the very end of training.
-A refresh that fails leaves everything as it was (`on_failure`).
+From then on these rows contribute their responses (lit_bilevel/README.md 6; arXiv 2511.21056). A row once chosen stays
+chosen, and every refresh regenerates all of them; its offline weight takes no step, its group weighs 1 anew. Responses
+that are empty or did not end by themselves are kept on file and out of training, and so are those that `trust` finds no
+better than the old answers (`on_doubt`); a row left with none keeps its offline pair. The first refresh comes after
+`start` epochs (or steps), none at the very end of training.
+A refresh that fails, or is not trusted at all, leaves everything as it was: the run goes on bit for bit as without it.
 
 Left out: policies whose parameters are sharded; every process scores its own responses, which sharding does not allow.
 """
@@ -14,27 +15,29 @@ Left out: policies whose parameters are sharded; every process scores its own re
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_bilevel.callbacks.progress import GenerationBar, say
+from lit_bilevel.callbacks.answering import answer_anew
+from lit_bilevel.callbacks.judging import agreed, trusted
+from lit_bilevel.callbacks.progress import say
+from lit_bilevel.callbacks.round_report import Round
+from lit_bilevel.callbacks.round_weights import write_round_weights
 from lit_bilevel.callbacks.run import is_rehearsal, run_folder
-from lit_bilevel.data.responses import ResponseStore, is_usable, rows_to_choose_from
+from lit_bilevel.data.responses import ResponseStore, rows_to_choose_from, rows_to_judge_by
 from lit_bilevel.errors import UserError, gathered
-from lit_bilevel.generation.base import GenerationBackend, Request, Sampling
-from lit_bilevel.generation.ending import end_tokens
+from lit_bilevel.generation.base import GenerationBackend, Sampling
 from lit_bilevel.generation.hf import HFGenerate
-from lit_bilevel.generation.respond import GenerationFailed, gathered_responses, respond
-from lit_bilevel.inspection.text import table_cell, tallied
+from lit_bilevel.generation.respond import GenerationFailed
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.policy.context import context_of, room
 from lit_bilevel.refinement.choose import Choose, LowestFraction
-from lit_bilevel.refinement.responses_file import ResponseFile, records, text_of
+from lit_bilevel.refinement.responses_file import ResponseFile, records
+from lit_bilevel.refinement.trust import Agreed, Trust
 from lit_bilevel.types import Response
 
 
@@ -52,6 +55,9 @@ class SelfRefine(Callback):
         keep_unfinished: train also on responses that were cut at the longest length.
         backend: what generates; by default `HFGenerate`.
         rows_shown: rows of the table in TensorBoard.
+        trust: tells from the answers to the monitor's questions which new answers are better than the old ones; by
+            default `Agreed`.
+        on_doubt: answers that are not trusted: `keep` the old ones, or `replace` them all the same, unjudged.
         on_failure: where generation fails, `keep` the responses there are and go on, or `stop` with a checkpoint.
     """
 
@@ -71,6 +77,8 @@ class SelfRefine(Callback):
         backend: GenerationBackend | None = None,
         rows_shown: int = 20,
         on_failure: Literal["keep", "stop"] = "stop",
+        trust: Trust | None = None,
+        on_doubt: Literal["keep", "replace"] = "keep",
     ):
         self.choose = choose or LowestFraction()
         self.responses = responses
@@ -83,8 +91,12 @@ class SelfRefine(Callback):
         self.backend = backend or HFGenerate()
         self.rows_shown = rows_shown
         self.on_failure = on_failure
+        self.trust = trust or Agreed()
+        self.on_doubt = on_doubt
         self._file: ResponseFile | None = None
         self._rows = torch.zeros(0, dtype=torch.int64)
+        self._monitor: list[int] = []
+        self._spent = self._began = 0.0
         self._length, self._refined_at, self._pending = 0, -1, False
         self._check_settings(every_n_epochs, every_n_steps)
 
@@ -102,6 +114,8 @@ class SelfRefine(Callback):
                 problems.append(f"`{name}` is {value}; it must be at least {least}")
         if self.on_failure not in ("keep", "stop"):
             problems.append(f"`on_failure` is {self.on_failure!r}; it must be keep or stop")
+        if self.on_doubt not in ("keep", "replace"):
+            problems.append(f"`on_doubt` is {self.on_doubt!r}; it must be keep or replace")
         if not 0 <= self.offline_share < 1:
             problems.append(f"`offline_share` is {self.offline_share}; it must be in [0, 1)")
         if self.sampling.temperature == 0 and self.responses > 1:
@@ -133,28 +147,60 @@ class SelfRefine(Callback):
     # ---- a refresh ----
 
     def refine(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate, store, record and show one round."""
+        """Generate, judge, store, record and show one round."""
         assert isinstance(pl_module, LitBilevel)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         store: ResponseStore = data.responses
         weight_N = pl_module.weights.table().cpu()
         chosen = self._rows[self.choose.rows(weight_N[self._rows], data.seed)]
         rows = sorted({*store.chosen, *chosen.tolist()})
-        started = time.monotonic()
+        if not rows:
+            say(f"no row is answered anew: `{type(self.choose).__name__}` chose none")
+            return
+        self._end_round(trainer, pl_module)
+        wanted: dict[str, Sequence[int]] = {"pool": rows, "monitor": self._monitor}
+        started, number = time.monotonic(), store.round + 1
         try:
-            responses = self._responses(trainer, pl_module, rows)
+            found = answer_anew(trainer, pl_module, self.backend, self.sampling, wanted, self.responses, number)
         except GenerationFailed as error:
-            self._failed(pl_module, store.round + 1, error)
+            self._failed(pl_module, number, error)
             return
         seconds = time.monotonic() - started
-        temperature = self.sampling.temperature or 1.0
-        store.put(responses, temperature, self.offline_share, self.keep_unfinished)
-        kept = torch.tensor(store.rows, dtype=torch.int64)
-        pl_module.refinement.refresh(kept, pl_module.weights, data.pool_sources, self.offline_share)
+        self._spent += seconds
+        sides = agreed(data.sets, pl_module.tokenizer, found, self.trust, self.keep_unfinished)
+        answers, verdict = sides[0], self.trust.judge(*sides[1:]) if self.on_doubt == "keep" else None
+        used: dict[int, list[Response]]
+        if verdict is not None and verdict.least is None:
+            store.leave_out()
+            used = {row: [] for row in rows}
+        else:
+            used = trusted(answers, verdict, self.keep_unfinished)
+            store.put(used, self._temperature, self.offline_share, self.keep_unfinished)
+            kept = torch.tensor(store.rows, dtype=torch.int64)
+            pl_module.refinement.refresh(kept, pl_module.weights, data.pool_sources, self.offline_share)
         if trainer.is_global_zero:
             if self._file is not None:
-                self._file.append(records(data.sets["pool"], pl_module.tokenizer, responses, store.round, temperature))
-            self._report(trainer, pl_module, responses, seconds)
+                pool = data.sets["pool"]
+                self._file.append(records(pool, pl_module.tokenizer, answers, used, number, self._temperature))
+            tokens = sum(len(r.token_ids) for side in found.values() for group in side.values() for r in group)
+            share = self._spent / max(time.monotonic() - self._began, 1e-9)
+            used = {row: group for row, group in used.items() if group}
+            done = Round(number, answers, used, verdict, tokens, seconds, share, self.keep_unfinished)
+            done.report(trainer, pl_module, self.rows_shown)
+
+    @property
+    def _temperature(self) -> float:
+        """At which log-probabilities are taken; greedy answers have those of the policy."""
+        return self.sampling.temperature or 1.0
+
+    def _end_round(self, trainer: Trainer, pl_module: LitBilevel) -> None:
+        """Note what the responses that are trained on have come to weigh."""
+        if self._file is not None and pl_module.refinement.active:
+            write_round_weights(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, LitBilevel)
+        self._end_round(trainer, pl_module)
 
     def _failed(self, pl_module: LitBilevel, round: int, error: GenerationFailed) -> None:
         """Go on with the responses there are, or ask for a stop; a stopped run begins with this refresh again."""
@@ -166,78 +212,6 @@ class SelfRefine(Callback):
             f"refinement round {round} failed ({error}), so the run was stopped; mend its cause and continue from the"
             " last checkpoint, or set `on_failure: keep` of `SelfRefine` to go on with the responses there are."
         )
-
-    def _responses(self, trainer: Trainer, pl_module: LitBilevel, rows: list[int]) -> dict[int, list[Response]]:
-        """All responses of every row, on every process."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        round, context = data.responses.round + 1, context_of(pl_module.policy.causal_lm.config)  # type: ignore[union-attr]
-        table = data.sets["pool"].select_columns(["row", "input_ids", "response_start"])[rows]
-        owners, requests = [], []
-        for row, number, ids, start in zip(rows, *(table[name] for name in table), strict=True):
-            own = room(context, start, min(self.sampling.max_new_tokens, data.max_length - start))
-            for sample in range(self.responses):  # there is room: the whole row was found to fit
-                owners.append(row)
-                requests.append(Request(ids[:start], (data.seed, round, number, sample), own))
-        responses: dict[int, list[Response]] = {row: [] for row in rows}
-        for owner, response in zip(owners, self._generated(trainer, pl_module, requests), strict=True):
-            responses[owner].append(response)
-        return responses
-
-    def _generated(self, trainer: Trainer, pl_module: LitBilevel, requests: list[Request]) -> list[Response]:
-        """Responses in the order of the requests; batches are dealt out to the processes."""
-        policy = pl_module.policy
-        assert policy is not None
-        ends = end_tokens(policy, pl_module.tokenizer)
-        batches = self.backend.batches(requests)
-        rank, world = trainer.global_rank, trainer.world_size
-        with (
-            trainer.precision_plugin.forward_context(),
-            GenerationBar(trainer, sum(map(len, batches[rank::world]))) as bar,
-        ):
-
-            def work(batch: list[int]) -> list[Response]:
-                own = [requests[i] for i in batch]
-                responses = respond(self.backend, policy, own, self.sampling, ends, pl_module.device, bar.tokens)
-                bar.responses(len(batch))
-                return responses
-
-            return gathered_responses(work, batches, rank, world)
-
-    # ---- what is shown ----
-
-    def _report(
-        self, trainer: Trainer, pl_module: LitBilevel, responses: dict[int, list[Response]], seconds: float
-    ) -> None:
-        store: ResponseStore = trainer.datamodule.responses  # type: ignore[attr-defined]
-        all_of_them = [response for group in responses.values() for response in group]
-        count, tokens = max(1, len(all_of_them)), sum(len(response.token_ids) for response in all_of_them)
-        shares = {
-            "refine/finished": sum(response.finished for response in all_of_them) / count,
-            "refine/usable": sum(is_usable(response, self.keep_unfinished) for response in all_of_them) / count,
-            "refine/length": tokens / count,
-            "refine/rows": float(len(store)),
-        }
-        say(
-            f"refinement round {store.round}: {len(all_of_them)} responses to {len(responses)} rows,"
-            f" {shares['refine/finished']:.0%} finished, {shares['refine/usable']:.0%} used for training (those with"
-            f" content{'' if self.keep_unfinished else ' that ended by themselves'}),"
-            f" {len(responses) - len(store)} rows keep their offline pair; {tokens / max(seconds, 1e-9):.0f} tokens/s"
-        )
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        for logger in trainer.loggers:
-            logger.log_metrics(shares, step)
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_text("refine/responses", self._markdown(trainer, pl_module, responses), step)
-
-    def _markdown(self, trainer: Trainer, pl_module: LitBilevel, responses: dict[int, list[Response]]) -> str:
-        lines = ["| id | question | offline answer | its weight | new answers |", "|---|---|---|---|---|"]
-        weights, pool = pl_module.weights.table().cpu(), trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
-        for row in list(responses)[: self.rows_shown]:
-            record = pool[row]
-            new = "\n".join(tallied(text_of(response, pl_module.tokenizer) for response in responses[row]))
-            cells = [table_cell(text) for text in (record["id"], record["prompt"], record["response"])]
-            lines.append(f"| {' | '.join(cells)} | {weights[row]:.3g} | {table_cell(new)} |")
-        return "\n".join(lines)
 
     # ---- the run ----
 
@@ -260,7 +234,15 @@ class SelfRefine(Callback):
                 "`model.policy.quantization` is 8bit, whose kernels round activations, so importance ratios of an"
                 " unchanged policy are not exactly 1 (`refine/ratio_max` shows how far off they are); `4bit` is exact."
             )
-        self._rows = rows_to_choose_from(trainer.datamodule.sets["pool"])  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._rows = rows_to_choose_from(data.sets["pool"])
+        judged = self.on_doubt == "keep"
+        self._monitor = rows_to_judge_by(data.sets["monitor"], self.trust.questions, data.seed) if judged else []
+        if isinstance(pl_module, LitBilevel) and pl_module.refinement.rule.needs_agreement and self.responses < 2:
+            raise UserError(
+                f"`model.response_weights` compares the answers to a question, and `responses` of `SelfRefine` is"
+                f" {self.responses}; set it to 2 or more."
+            )
         if trainer.is_global_zero and not is_rehearsal(trainer):
             self._file = ResponseFile(run_folder(trainer) / "responses.jsonl")
             self._file.cut(self._length)
@@ -268,6 +250,7 @@ class SelfRefine(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitBilevel)
         assert pl_module.policy is not None
+        self._began, self._spent = time.monotonic(), 0.0
         with trainer.precision_plugin.forward_context():
             self.backend.check(pl_module.policy)  # now, and not after the first epochs
         if self._pending:

@@ -13,8 +13,12 @@ from pathlib import Path
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replace_text
 from lit_bilevel.inspection.page import page
+from lit_bilevel.inspection.rounds import judge_rounds
 from lit_bilevel.inspection.run import Report, read
 from lit_bilevel.inspection.terminal import text
+from lit_bilevel.refinement.alike import Alike, SameAnswer, SameNumber, SharedWords
+
+ALIKE: dict[str, type[Alike]] = {"answer": SameAnswer, "number": SameNumber, "words": SharedWords}
 
 
 def main(arguments: list[str]) -> int:
@@ -22,6 +26,8 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments[1:])
     try:
         report = read(Path(options.run))
+        if options.truth:
+            report.figures = judge_rounds(report.run, options.truth, ALIKE[options.alike]())
         output = Path(options.output) if options.output else report.run / "inspect.html"
         write_page(report, output)
     except UserError as error:
@@ -37,6 +43,8 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("run", help="the run folder (`trainer.default_root_dir`)")
     own.add_argument("--output", help="the HTML file; by default inspect.html in the run folder")
     own.add_argument("--rows", type=int, default=5, help="rows of each table on the terminal")
+    own.add_argument("--truth", help="jsonl of `id`, `corrupted`, `original_response`: were the new answers right?")
+    own.add_argument("--alike", choices=list(ALIKE), default="answer", help="what makes two answers the same")
     return own
 
 

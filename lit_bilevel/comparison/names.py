@@ -20,6 +20,7 @@ import lit_bilevel.solvers
 import lit_bilevel.weights
 from lit_bilevel.comparison.filters import CleanRows, Filter, LearnedWeights, PassScore, RandomRows
 from lit_bilevel.errors import UserError
+from lit_bilevel.refinement.consensus import Agreement
 from lit_bilevel.refinement.response_weights import ResponseWeights
 from lit_bilevel.solvers import BilevelSolver
 from lit_bilevel.weights import ExampleWeights
@@ -67,7 +68,7 @@ def short_names(room: Any, kind: type, suffix: str = "") -> dict[str, type[Any]]
 
 SOLVERS = {name: c for name, c in short_names(lit_bilevel.solvers, BilevelSolver).items() if c.learns}
 WEIGHTS = {name: c for name, c in short_names(lit_bilevel.weights, ExampleWeights, "Weights").items() if c.learnable}
-RULES = short_names(lit_bilevel.refinement.response_weights, ResponseWeights)
+RULES = short_names(lit_bilevel.refinement.response_weights, ResponseWeights) | {"agreement": Agreement}
 FILTERS: dict[str, type[Any]] = {"oracle": CleanRows, "random": RandomRows}
 """Filters that need nothing said: those of whole runs and of scores have names with a colon."""
 FILTERS |= {

@@ -89,6 +89,7 @@ class _Sequence(NamedTuple):
     scale: float
     earlier: Sequence[int] = ()
     response: Response | None = None
+    agreement: float = 1.0
     number: int = -1
     sign: int = 0
 
@@ -110,8 +111,11 @@ def _sequences(example: Example, index: int, numbers: Iterator[int]) -> Iterator
     responses = example.group.responses
     scale = 1.0 / (len(responses) * example.group.mean_length)  # a constant length, and 1/G′ once
     prompt = example.input_ids
+    mean = example.group.mean_agreement
     for response in responses:
-        yield _Sequence(prompt + response.token_ids, len(prompt), index, scale, (), response, next(numbers))
+        agreement = response.agreement / mean if mean > 0 else 0.0  # none agrees with any: none counts
+        ids = prompt + response.token_ids
+        yield _Sequence(ids, len(prompt), index, scale, (), response, agreement, next(numbers))
 
 
 def _signs(examples: Sequence[Example], sequences: list[_Sequence]) -> torch.Tensor | None:
@@ -136,6 +140,7 @@ def _generated(examples: Sequence[Example], sequences: list[_Sequence]) -> Gener
         response_J=torch.from_numpy(np.repeat(np.arange(len(held)), [lengths[place] for place, _, _ in held])),
         logprob_J=torch.tensor([p for _, _, response in held for p in response.token_logprobs]),
         temperature=groups[0].temperature,
+        agreement_R=torch.tensor([sequence.agreement for _, sequence, _ in held], dtype=torch.float64),
     )
 
 

@@ -49,6 +49,22 @@ def rows_to_choose_from(pool: Dataset) -> Tensor:
     return torch.from_numpy(asked_N.nonzero()[0])
 
 
+def rows_to_judge_by(monitor: Dataset, count: int, seed: int) -> list[int]:
+    """At most so many rows of the monitor part that have a question, drawn by a seed, sorted.
+
+    Raises:
+        UserError: if none has.
+    """
+    asked = torch.from_numpy(has_question(monitor).nonzero()[0])
+    if not len(asked):
+        raise UserError(
+            "`SelfRefine` judges its answers by questions of the monitor part of the validation file, and no row there"
+            " has one; give validation rows with a prompt, or set `on_doubt: replace` to train on answers unjudged."
+        )
+    drawn = torch.randperm(len(asked), generator=torch.Generator().manual_seed(seed))[:count]
+    return asked[drawn].sort().values.tolist()
+
+
 class ResponseStore:
     """Responses of the refined rows in the current round."""
 
@@ -56,11 +72,14 @@ class ResponseStore:
         self.chosen: list[int] = []
         """All rows that were ever chosen, sorted."""
         self.round = 0
-        """Rounds so far."""
+        """Rounds so far, those that were left out among them."""
+        self.source = 0
+        """The round that the responses are of."""
         self.share = 0.0
         """κ, what a refined row's offline pair still counts."""
         self.temperature = 1.0
         self.mean_length = 1.0
+        self.mean_agreement = 1.0
         self._responses: dict[int, list[Response]] = {}
         self._positions: dict[int, int] = {}
 
@@ -95,11 +114,17 @@ class ResponseStore:
             raise UserError(f"`offline_share` is {share}; it must be in [0, 1).")
         self.chosen = sorted(responses)
         usable = {row: [r for r in responses[row] if is_usable(r, keep_unfinished)] for row in self.chosen}
-        lengths = [len(response.token_ids) for group in usable.values() for response in group]
+        every = [response for group in usable.values() for response in group]
         self.round += 1
+        self.source = self.round
         self.share, self.temperature = share, temperature
-        self.mean_length = sum(lengths) / len(lengths) if lengths else 1.0
+        self.mean_length = sum(len(response.token_ids) for response in every) / len(every) if every else 1.0
+        self.mean_agreement = sum(response.agreement for response in every) / len(every) if every else 1.0
         self._keep({row: group for row, group in usable.items() if group})
+
+    def leave_out(self) -> None:
+        """Count a round whose responses are not trained on; everything else stays as it was."""
+        self.round += 1
 
     def _keep(self, responses: dict[int, list[Response]]) -> None:
         self._responses = responses
@@ -115,7 +140,8 @@ class ResponseStore:
             if position is None or self.share > 0:
                 result.append(example)
             if position is not None:
-                group = Group(tuple(self._responses[example.row]), self.mean_length, self.temperature)
+                own = tuple(self._responses[example.row])
+                group = Group(own, self.mean_length, self.temperature, self.mean_agreement)
                 prompt = example.input_ids[: example.response_start]
                 result.append(replace(example, row=pool_rows + position, input_ids=prompt, group=group))
         return result
@@ -125,27 +151,30 @@ class ResponseStore:
         kept = [(row, response) for row in self.rows for response in self._responses[row]]
         return {
             "round": self.round,
+            "source": self.source,
             "share": self.share,
             "temperature": self.temperature,
             "mean_length": self.mean_length,
+            "mean_agreement": self.mean_agreement,
             "chosen": torch.tensor(self.chosen, dtype=torch.int64),
             "row": torch.tensor([row for row, _ in kept], dtype=torch.int64),
             "length": torch.tensor([len(response.token_ids) for _, response in kept], dtype=torch.int64),
             "finished": torch.tensor([response.finished for _, response in kept], dtype=torch.bool),
+            "agreement": torch.tensor([response.agreement for _, response in kept], dtype=torch.float64),
             "token_ids": torch.tensor([i for _, r in kept for i in r.token_ids], dtype=torch.int64),
             "token_logprobs": torch.tensor([p for _, r in kept for p in r.token_logprobs], dtype=torch.float64),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.round, self.share = state["round"], state["share"]
+        self.round, self.source, self.share = state["round"], state["source"], state["share"]
         self.temperature, self.mean_length = state["temperature"], state["mean_length"]
+        self.mean_agreement = state["mean_agreement"]
         self.chosen = state["chosen"].tolist()
         lengths = state["length"].tolist()
         ids, logprobs = (state[name].split(lengths) for name in ("token_ids", "token_logprobs"))
         responses: dict[int, list[Response]] = {}
-        for row, own, logprob, finished in zip(
-            state["row"].tolist(), ids, logprobs, state["finished"].tolist(), strict=True
-        ):
-            responses.setdefault(row, []).append(Response(own.tolist(), logprob.tolist(), finished))
+        known = (state[name].tolist() for name in ("row", "finished", "agreement"))
+        for row, finished, agreement, own, logprob in zip(*known, ids, logprobs, strict=True):
+            responses.setdefault(row, []).append(Response(own.tolist(), logprob.tolist(), finished, agreement))
         self._keep(responses)

@@ -1,7 +1,9 @@
 """Decoding prompts of different lengths together, for models whose cache holds keys and values and nothing else.
 
 Prompts are padded on the left, a mask and positions tell the model so, and rows that have ended leave the batch and its
-cache. Left out: models with a state that padding would go through; see `unpadded`.
+cache. A prompt that is to be answered several times is read once: its keys and values are copied.
+Left out: models with a state that padding would go through, see `unpadded`; and reading a beginning that different
+prompts share once, which would put the padding into the middle of rows.
 """
 
 from __future__ import annotations
@@ -67,17 +69,28 @@ class _Padded:
         for b, prompt in enumerate(prompts):
             ids[b, width - len(prompt) :] = torch.tensor(prompt)
             mask[b, width - len(prompt) :] = 1
+        first = {tuple(prompt): b for b, prompt in reversed(list(enumerate(prompts)))}
+        place = {prompt: number for number, prompt in enumerate(first)}
+        self.first = torch.tensor(list(first.values()), device=self.device)  # of each different prompt
+        self.place_B = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=self.device)
         self.input_ids, self.mask = ids.to(self.device), mask.to(self.device)
         self.offset = torch.tensor([width - len(prompt) for prompt in prompts], device=self.device)
 
     def logits(self, step: int) -> Tensor:
         """Of the next token of every row, [B, V]."""
-        seen = self.width + step
-        positions = torch.arange(seen - self.input_ids.shape[1], seen, device=self.device) - self.offset[:, None]
+        if step > 0 or len(self.first) == len(self.place_B):
+            return self._logits(self.width + step, self.input_ids, self.mask, self.offset)
+        logits = self._logits(self.width, *(t[self.first] for t in (self.input_ids, self.mask, self.offset)))
+        self.cache.batch_select_indices(self.place_B)
+        return logits[self.place_B]
+
+    def _logits(self, seen: int, input_ids: Tensor, mask: Tensor, offset: Tensor) -> Tensor:
+        """One pass over new tokens; `seen` counts those in the cache as well."""
+        positions = torch.arange(seen - input_ids.shape[1], seen, device=self.device) - offset[:, None]
         extra = {"position_ids": positions.clamp_min(0)} if self.positions else {}
         output = self.model(
-            input_ids=self.input_ids,
-            attention_mask=self.mask[:, :seen],
+            input_ids=input_ids,
+            attention_mask=mask[:, :seen],
             past_key_values=self.cache,
             use_cache=True,
             **extra,

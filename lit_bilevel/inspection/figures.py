@@ -20,10 +20,11 @@ from typing import Any
 
 from lit_bilevel.inspection.curves import read_curves, thinned
 from lit_bilevel.inspection.folder import read_lines
+from lit_bilevel.inspection.page import COLOURS
 from lit_bilevel.inspection.truth import read_truth
 
 LOSSES = ("upper/loss", "lower/loss", "monitor/loss")
-CLEAN, CORRUPTED = "clean", "tab:orange"
+CLEAN, GOOD, CORRUPTED = "clean", *COLOURS[:2]
 LEAST = 1e-3
 """Smaller weights are drawn here, where the scale is logarithmic."""
 
@@ -94,7 +95,7 @@ def _distributions(figure: Any, weights: Any, groups: list[str], most: int = 8) 
     edges = np.linspace(0, np.quantile(weights, 0.99) or 1, 50)
     all_axes = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, i in zip(all_axes, shown, strict=True):
-        colour = CORRUPTED if CLEAN in names and names[i] != CLEAN else "tab:blue"
+        colour = CORRUPTED if CLEAN in names and names[i] != CLEAN else GOOD
         axes.hist(np.clip(weights[number == i], 0, edges[-1]), edges, density=True, color=colour)
         axes.axvline(1, color="0.5", linewidth=0.8)
         axes.set_ylabel(f"{names[i]}\n{counts[i]:,} rows", rotation=0, ha="right", va="center")
@@ -115,12 +116,12 @@ def _trajectories(figure: Any, run: Path) -> bool:
     steps = [*(0 for _ in begun), *(epoch["step"] for epoch in epochs)]
     kinds = epochs[-1].get("kinds", [CLEAN] * len(epochs[-1]["weights"]))
     for kind, *weights in zip(kinds, *(epoch["weights"] for epoch in epochs), strict=True):
-        colour = CORRUPTED if kind not in ("", CLEAN) else "tab:blue"
+        colour = CORRUPTED if kind not in ("", CLEAN) else GOOD
         axes.plot(steps, [*begun, *(max(weight, LEAST) for weight in weights)], color=colour, alpha=0.35, linewidth=0.8)
     median = [*begun, *(max(epoch["weights_quantile/50"], LEAST) for epoch in epochs)]
     axes.plot(steps, median, color="black", label="median of the pool")
     if any(kind not in ("", CLEAN) for kind in kinds):
-        axes.plot([], [], color="tab:blue", label="clean rows")
+        axes.plot([], [], color=GOOD, label="clean rows")
         axes.plot([], [], color=CORRUPTED, label="corrupted rows")
     axes.set_yscale("log")
     axes.set(xlabel="step", ylabel="weight", title=f"Weights of {len(kinds)} sampled rows")
@@ -133,6 +134,7 @@ def _losses(figure: Any, run: Path) -> bool:
     if not curves:
         return False
     axes = figure.subplots()
+    axes.set_prop_cycle(color=COLOURS)
     for name in LOSSES:
         if name in curves:
             axes.plot(*zip(*thinned(curves[name]), strict=True), label=name.removesuffix("/loss"))

@@ -5,7 +5,9 @@
                       with a truth file AUROC, precision and recall, kinds of the sampled rows; where the weights are
                       those of an earlier run, a line before (epoch -1, step 0)
     rows.jsonl        the rows at both ends of the weights now, with their texts
-    refined.jsonl     questions and offline answers of some refined rows; `responses.jsonl` has the new ones
+    rounds.jsonl      one line a refinement round: how many answers, how it was judged, what it took
+    response_weights.jsonl    what each response that was trained on weighed at the end of its round, by each rule
+    refined.jsonl     questions, offline answers and weights of some chosen rows; `responses.jsonl` has the new answers
     *.md              the tables as they are in TensorBoard
 
 Left out: all N weights of every epoch; `weights.parquet` has those of the end.
@@ -34,6 +36,14 @@ class Inspection:
     def epochs(self) -> list[dict[str, Any]]:
         """The epochs so far."""
         return read_lines(self.folder / "epochs.jsonl")
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The refinement rounds so far."""
+        return read_lines(self.folder / "rounds.jsonl")
+
+    def response_weights(self) -> list[dict[str, Any]]:
+        """What responses weighed at the end of their round."""
+        return read_lines(self.folder / "response_weights.jsonl")
 
     def add_epoch(self, record: Mapping[str, Any]) -> None:
         """Add an epoch; later ones of an interrupted run, which is repeated now, are dropped."""

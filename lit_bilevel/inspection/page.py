@@ -9,13 +9,21 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 
 from lit_bilevel.inspection.curves import Curve, thinned
+from lit_bilevel.inspection.refined import (
+    ROUND_HEADER,
+    ROW_HEADER,
+    TRUTH_HEADER,
+    auroc_lines,
+    round_lines,
+    row_lines,
+    truth_lines,
+)
 from lit_bilevel.inspection.run import Report
-from lit_bilevel.inspection.text import arrow, tallied
+from lit_bilevel.inspection.text import arrow
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2", "#be185d", "#65a30d")
 WIDTH, HEIGHT, LEFT, BOTTOM = 640, 250, 56, 36
@@ -27,6 +35,7 @@ CHARTS = (
     ("Share of all weight, by source", "weights_share/"),
     ("Rank correlation of the weights with the epoch before", ("weights/rank_correlation",)),
 )
+TRUTH_TITLE = "Right answers, by the truth file"
 STYLE = """
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
@@ -189,13 +198,15 @@ def _ends(report: Report) -> list[str]:
 
 
 def _refinements(report: Report) -> list[str]:
-    rows = []
-    for record in report.refinements:
-        rounds = record["rounds"]
-        answers: list[Any] = ["\n".join(tallied(rounds[number])) for number in (min(rounds), max(rounds))]
-        rows.append([record["id"], record["prompt"], record["response"], *answers])
-    header = ("id", "prompt", "offline answer", "first round", "last round")
-    return ["<h2>Refinement</h2>", table(header, rows, header)] if rows else []
+    parts = []
+    if report.rounds:
+        parts.append(table(ROUND_HEADER, round_lines(report.rounds), ("outcome",)))
+    if report.figures:
+        parts += [f"<h2>{escaped(TRUTH_TITLE)}</h2>", table(TRUTH_HEADER, truth_lines(report.figures))]
+        parts += ["<h2>AUROC of right new answers</h2>", table(*auroc_lines(report.figures))]
+    if report.refinements:
+        parts += ["<h2>Rows that were answered anew</h2>", table(ROW_HEADER, row_lines(report.refinements), ROW_HEADER)]
+    return ["<h2>Refinement</h2>", *parts] if parts else []
 
 
 # ---- drawing ----

@@ -14,7 +14,8 @@ import numpy as np
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.curves import Curve, read_curves
-from lit_bilevel.inspection.folder import lines, read_lines
+from lit_bilevel.inspection.folder import Inspection, lines, read_lines
+from lit_bilevel.inspection.rounds import RoundFigures
 from lit_bilevel.scores.table import read_scores
 
 Records = list[dict[str, Any]]
@@ -32,6 +33,8 @@ class Report:
         epochs: of `inspection/epochs.jsonl`.
         rows: rows at both ends of the weights, with their texts.
         refinements: questions with their offline answer and the generated ones, by round.
+        rounds: of `inspection/rounds.jsonl`.
+        figures: of the rounds against a truth file, where one was given.
         curves: scalars by name.
         scores: columns of `scores.parquet`, in the order of the weights; empty where there is none.
     """
@@ -43,6 +46,8 @@ class Report:
     epochs: Records = field(default_factory=list)
     rows: Records = field(default_factory=list)
     refinements: Records = field(default_factory=list)
+    rounds: Records = field(default_factory=list)
+    figures: list[RoundFigures] = field(default_factory=list)
     curves: dict[str, Curve] = field(default_factory=dict)
     scores: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -97,7 +102,8 @@ def read(run: Path) -> Report:
         report.settings = json.loads((run / "inspection" / "settings.json").read_text(encoding="utf-8"))
     report.epochs = read_lines(run / "inspection" / "epochs.jsonl")
     report.rows = read_lines(run / "inspection" / "rows.jsonl")
-    report.refinements = _refinements(run)
+    report.refinements = _refinements(run, report.weights)
+    report.rounds = Inspection(run / "inspection").rounds()
     if not (report.weights or report.epochs or report.curves):
         raise UserError(f"{run} holds no weights and no event files; give the `trainer.default_root_dir` of a run.")
     return report
@@ -124,12 +130,17 @@ def _scores(path: Path, ids: list[str]) -> dict[str, np.ndarray]:
     return {name: np.append(values, np.nan)[rows] for name, values in scores.columns.items()}
 
 
-def _refinements(run: Path, limit: int = 20) -> Records:
+def _refinements(run: Path, weights: dict[str, np.ndarray], limit: int = 20) -> Records:
     known = {
         record["row"]: record | {"rounds": {}} for record in read_lines(run / "inspection" / "refined.jsonl")[:limit]
     }
     if known:
         for record in lines(run / "responses.jsonl"):
             if record["row"] in known:
-                known[record["row"]]["rounds"].setdefault(record["round"], []).append(record["response"])
+                known[record["row"]]["rounds"].setdefault(record["round"], []).append(record)
+        if weights:
+            groups = zip(weights["id"].tolist(), weights["weight_refined"].tolist(), strict=True)
+            group = {key: weight for key, weight in groups if weight is not None and np.isfinite(weight)}
+            for row in known.values():
+                row |= {"weight_refined": group[row["id"]]} if row["id"] in group else {}
     return [record for record in known.values() if record["rounds"]]

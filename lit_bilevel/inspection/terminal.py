@@ -5,12 +5,22 @@ Left out: curves and settings; the HTML page has them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from lit_bilevel.inspection.refined import (
+    ROUND_HEADER,
+    TRUTH_HEADER,
+    auroc_lines,
+    counts_now,
+    new_answers,
+    round_lines,
+    truth_lines,
+)
 from lit_bilevel.inspection.run import Report
-from lit_bilevel.inspection.text import short, tallied
+from lit_bilevel.inspection.text import short
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
@@ -31,10 +41,15 @@ def text(report: Report, rows: int = 5) -> str:
         found = [record for record in report.rows if record["end"] == end][:rows]
         if found:
             parts.append(f"{end} weights\n" + "\n".join(_row(record) for record in found))
+    if report.rounds:
+        parts.append("refinement\n" + columns(ROUND_HEADER, round_lines(report.rounds)))
+    if report.figures:
+        parts.append("right answers, by the truth file\n" + columns(TRUTH_HEADER, truth_lines(report.figures)))
+        parts.append("AUROC of right new answers\n" + columns(*auroc_lines(report.figures)))
     for record in report.refinements[:rows]:
-        last = max(record["rounds"])
-        new = " | ".join(short(answer, 60) for answer in tallied(record["rounds"][last]))
-        parts.append(f"refined: {short(record['prompt'])}\n  was: {short(record['response'])}\n  now: {new}")
+        new = " | ".join(short(answer, 90) for answer in new_answers(record))
+        lines = [f"refined: {short(record['prompt'])}", f"  was: {short(record['response'])}", f"  new: {new}"]
+        parts.append("\n".join([*lines, f"  counts now: {counts_now(record)}"]))
     return "\n\n".join(parts)
 
 
@@ -54,3 +69,10 @@ def _distribution(report: Report) -> str:
 def _row(record: dict[str, Any]) -> str:
     kind = f" [{record['kind']}]" if "kind" in record else ""
     return f"{record['weight']:>9.3g}  {record['id']}{kind}: {short(record['prompt'])} → {short(record['response'])}"
+
+
+def columns(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Lines of equal columns."""
+    every = [header, *cells]
+    wide = [max(len(line[place]) for line in every) for place in range(len(header))]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, wide, strict=True)) for line in every)

@@ -154,7 +154,7 @@ class Refinement(nn.Module):
             found: what `weigh_responses` returned, over all processes, if there were any.
         """
         if found is not None:
-            self.rule.follow(found[-2:])
+            self.rule.follow(found[8:])
 
     def take_back(self) -> None:
         """Leave no trace in the weights of the step that was last observed, because the policy's was skipped."""

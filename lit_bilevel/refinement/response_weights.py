@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from lit_bilevel.errors import UserError
+from lit_bilevel.problem import BilevelProblem, RunningDirection, Values
 
 DECAY = 0.9
 
@@ -35,7 +36,9 @@ class Ratios:
         response_J: [J] the response (0 … R−1) of each token.
         group_R: [R] the group (0 … groups−1) of each response.
         groups: number of groups, empty ones included.
-        alignment_R: [R] ⟨∇f, ∇ℓ⟩ of each response, where the rule asked for it.
+        alignment_R: [R] ⟨d, ∇ℓ⟩ of each response, d the direction of the rule, where it asked for it.
+        agreement_R: [R] how far each response agrees with the others to its question, with mean 1 over the responses of
+            the round that are trained on.
     """
 
     log_ratio_J: Tensor
@@ -43,6 +46,7 @@ class Ratios:
     group_R: Tensor
     groups: int
     alignment_R: Tensor | None = None
+    agreement_R: Tensor | None = None
 
     @property
     def log_ratio_R(self) -> Tensor:
@@ -73,10 +77,21 @@ class ResponseWeights(ABC):
 
     needs_alignment: bool = False
     """Whether `alignment_R` is to be computed first (one more pass over generated rows)."""
+    needs_agreement: bool = False
+    """Whether a question needs several responses, to see how far they agree."""
 
     @abstractmethod
     def weigh(self, ratios: Ratios) -> tuple[Tensor, Tensor]:
         """[J] weights r, and [J] whether each was clipped."""
+
+    def direction(self, problem: BilevelProblem) -> Values:
+        """What responses are to be aligned with in this step; asked once a step, of rules that need it."""
+        raise NotImplementedError(f"`{type(self).__name__}` needs an alignment and has no `direction`.")
+
+    @property
+    def counted(self) -> int:
+        """How many numbers `singles` returns."""
+        return 2
 
     def singles(self, ratios: Ratios) -> Tensor:
         """[2] sum and number of what groups of one response are divided by, for `follow`; zeros if nothing is."""
@@ -233,19 +248,36 @@ class SelfNormalised(_Relative):
 
 
 class Aligned(_Relative):
-    """r ∝ max(0, ⟨∇f, ∇ℓ⟩) over the group, mean 1: the closed form of L2RW (arXiv 1803.09050) on generations. Moves
-    the policy towards those of its responses whose imitation lowers the validation loss; a group without one counts 0.
+    """r ∝ max(0, ⟨d, ∇ℓ⟩) over the group, mean 1: the closed form of L2RW (arXiv 1803.09050) on generations, d the
+    running mean of ∇f over the steps since the first refresh, as `OneStep` keeps one. Moves the policy towards those of
+    its responses whose imitation lowers the validation loss; a group without one counts 0.
 
     Args:
         clip: largest r of a response that is alone in its group, and so compared with those of earlier steps.
+        direction_decay: decay of the running mean; 0 uses the gradient of the step alone, which is mostly noise.
+        preconditioned: scale the direction by the second moments of the policy's optimizer, as its own step would.
     """
 
     needs_alignment = True
 
-    def __init__(self, clip: float = 10.0):
+    def __init__(self, clip: float = 10.0, direction_decay: float = 0.99, preconditioned: bool = True):
         super().__init__(_checked(clip))
+        if not 0 <= direction_decay < 1:
+            raise UserError(f"`direction_decay` is {direction_decay}; it must be in [0, 1).")
         self.clip = clip
+        self._running = RunningDirection(direction_decay, preconditioned)
+
+    def direction(self, problem: BilevelProblem) -> Values:
+        self._running.take(problem.upper_gradient())
+        return self._running.mean(problem)
 
     def score(self, ratios: Ratios) -> Tensor:
         assert ratios.alignment_R is not None
         return ratios.alignment_R.clamp_min(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), **self._running.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._running.load_state_dict(state if "average" in state else {})

@@ -52,7 +52,12 @@ def text_of(response: Response, tokenizer: Any) -> str:
 
 
 def records(
-    pool: Dataset, tokenizer: Any, responses: Mapping[int, Sequence[Response]], round: int, temperature: float
+    pool: Dataset,
+    tokenizer: Any,
+    responses: Mapping[int, Sequence[Response]],
+    used: Mapping[int, Sequence[Response]],
+    round: int,
+    temperature: float,
 ) -> Iterator[dict[str, Any]]:
     """What is kept on file of every response of a round.
 
@@ -60,6 +65,7 @@ def records(
         pool: the table of the pool.
         tokenizer: of the policy.
         responses: of every chosen row.
+        used: those of each row that are trained on.
         round: its number.
         temperature: at which they were sampled.
     """
@@ -77,4 +83,6 @@ def records(
                 "logprob": sum(response.token_logprobs),
                 "temperature": temperature,
                 "finished": response.finished,
+                "agreement": response.agreement,
+                "used": any(response is other for other in used[row]),
             }

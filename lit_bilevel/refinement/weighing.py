@@ -4,7 +4,7 @@
 
 A `ResponseWeights` makes weights of these ratios; they go into the scale of each token, so that losses, solvers and
 logged means see weighted responses without knowing it. Rules that ask for the alignment of a response with the
-validation loss, ⟨∇f, ∇ℓ⟩, get it from one more pass.
+validation loss, ⟨d, ∇ℓ⟩ along a direction d of their own, get it from one more pass.
 
 Left out: sharing the pass of log-probabilities with the training pass where T = 1 and there is no dropout; solvers need
 the weights first.
@@ -28,17 +28,18 @@ def weigh_responses(problem: PolicyProblem, rule: ResponseWeights) -> Tensor:
     """Multiply the scale of generated tokens by their weights, before anything is computed on the lower batches.
 
     Returns:
-        [10] the largest ratio and its row, then sums that `measures` and `ResponseWeights.follow` read, to be added
+        [8 + n] the largest ratio and its row, then sums that `measures` and `ResponseWeights.follow` read, to be added
         over processes.
     """
-    found = torch.zeros(10, dtype=torch.float64, device=problem.parameters[0].device)
-    alignments = _alignments(problem) if rule.needs_alignment else [None] * len(problem.lower)
+    found = torch.zeros(8 + rule.counted, dtype=torch.float64, device=problem.parameters[0].device)
+    alignments = _alignments(problem, rule) if rule.needs_alignment else [None] * len(problem.lower)
     for index, (batch, alignment_R) in enumerate(zip(problem.lower, alignments, strict=True)):
         generated = batch.generated
         if generated is None:
             continue
         log_ratio_J = (response_logprobs(problem.policy, batch) - generated.logprob_J).double()
-        ratios = Ratios(log_ratio_J, generated.response_J, generated.example_R, batch.size, alignment_R)
+        places = (generated.response_J, generated.example_R, batch.size)
+        ratios = Ratios(log_ratio_J, *places, alignment_R, generated.agreement_R)
         weight_J, clipped_J = rule.weigh(ratios)
         scale_J = batch.scale_K[generated.token_J] * weight_J.to(batch.scale_K.dtype)
         problem.lower[index] = replace(batch, scale_K=batch.scale_K.index_copy(0, generated.token_J, scale_J))
@@ -65,9 +66,9 @@ def measures(found: Tensor | None) -> dict[str, Tensor]:
     }
 
 
-def _alignments(problem: PolicyProblem) -> list[Tensor | None]:
-    """⟨∇f, ∇ℓ⟩ of every response of every micro-batch."""
-    direction = problem.upper_gradient()
+def _alignments(problem: PolicyProblem, rule: ResponseWeights) -> list[Tensor | None]:
+    """⟨d, ∇ℓ⟩ of every response of every micro-batch, d the direction of the rule."""
+    direction = rule.direction(problem)
     chosen = [generated_only(batch) for batch in problem.lower if batch.generated is not None]
     if not chosen:
         return [None] * len(problem.lower)

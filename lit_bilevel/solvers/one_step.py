@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.problem import BilevelProblem, Values, added, norm, scaled
+from lit_bilevel.problem import BilevelProblem, RunningDirection, Values, added, norm, scaled
 from lit_bilevel.solvers.base import BilevelSolver
 
 
@@ -69,17 +69,15 @@ class OneStep(BilevelSolver):
         self.preconditioned = preconditioned
         self.direction_decay = direction_decay
         self.direction_every = direction_every
-        self._steps = 0
-        self._average: Values | None = None
-        self._gradients: Tensor | None = None
+        self.release()
 
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:
         return self._scores(problem, self._direction(problem))
 
     def scores_at_rest(self, problem: BilevelProblem) -> Tensor:
-        if self._average is None:  # no gradient so far
+        if self._running.average is None:  # no gradient so far
             return torch.zeros_like(problem.lower_losses())
-        return self._scores(problem, self._mean(problem))
+        return self._scores(problem, self._running.mean(problem))
 
     def _scores(self, problem: BilevelProblem, direction: Values) -> Tensor:
         if self._derivative(problem) == "forward":
@@ -107,41 +105,20 @@ class OneStep(BilevelSolver):
         return self.derivative
 
     def _direction(self, problem: BilevelProblem) -> Values:
-        if self._average is None or self._steps % self.direction_every == 0:
-            self._take(problem.upper_gradient())
+        if self._running.average is None or self._steps % self.direction_every == 0:
+            self._running.take(problem.upper_gradient())
         self._steps += 1
-        return self._mean(problem)
-
-    def _mean(self, problem: BilevelProblem) -> Values:
-        """The corrected running mean, as the policy's optimizer would step along it."""
-        assert self._average is not None
-        assert self._gradients is not None
-        # no gradient was finite so far: 0, without asking the device
-        corrected = (1 - self.direction_decay**self._gradients).clamp_min(torch.finfo(torch.float32).tiny)
-        mean = scaled(self._average, (1 / corrected).to(self._average[0].dtype))
-        return problem.preconditioned(mean) if self.preconditioned else mean
-
-    def _take(self, gradient: Values) -> None:
-        """Let the running mean take in a gradient, if it is finite: one overflow would spoil it for the whole run."""
-        size = norm(gradient)
-        if self._average is None:
-            self._average = [torch.zeros_like(value) for value in gradient]
-            self._gradients = torch.zeros_like(size, dtype=torch.float64)
-        finite = torch.isfinite(size)
-        gradient = [torch.where(finite, new, old) for new, old in zip(gradient, self._average, strict=True)]
-        torch._foreach_lerp_(self._average, gradient, 1 - self.direction_decay)
-        assert self._gradients is not None
-        self._gradients += finite
+        return self._running.mean(problem)
 
     def release(self) -> None:
-        self._steps, self._average, self._gradients = 0, None, None
+        self._steps = 0
+        self._running = RunningDirection(self.direction_decay, self.preconditioned)
 
     def state_dict(self) -> dict[str, Any]:
-        if self._average is None:
-            return {}
-        return {"average": self._average, "gradients": self._gradients, "steps": self._steps}
+        state = self._running.state_dict()
+        return {**state, "steps": self._steps} if state else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
-            self._average, self._steps = [value.clone() for value in state["average"]], state["steps"]
-            self._gradients = state["gradients"].clone()
+            self._running.load_state_dict(state)
+            self._steps = state["steps"]

@@ -21,7 +21,7 @@ from lit_bilevel.errors import UserError, misfit
 from lit_bilevel.policy.shard import spread
 from lit_bilevel.problem import whole
 
-SCHEMA = 5
+SCHEMA = 6
 """Raised whenever an entry changes; a run is continued with the version it was started with."""
 
 

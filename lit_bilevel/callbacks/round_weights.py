@@ -1,0 +1,65 @@
+"""What every response of a round weighs when the round ends, by each rule, for `lit-bilevel inspect` to judge them.
+
+At a refresh all ratios are 1, so rules of ratios differ only after some steps. One pass over the responses that are
+trained on tells what they have come to, under the run's own rule and under the others. On the first process, without
+gradients or random numbers. Left out: `Aligned`, which needs derivatives; its weights exist in training alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+from lit_bilevel.callbacks.run import run_folder
+from lit_bilevel.data.collate import collate
+from lit_bilevel.inspection.folder import Inspection
+from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.logprobs import response_logprobs
+from lit_bilevel.refinement.consensus import Agreement
+from lit_bilevel.refinement.response_weights import LengthNormalised, Ratios, SelfNormalised, Sequence, Token
+from lit_bilevel.types import Example
+
+ROWS = 32  # in a pass
+
+
+def write_round_weights(trainer: Trainer, module: LitBilevel) -> None:
+    """Add a line for every response of the current round to `inspection/response_weights.jsonl`."""
+    store = trainer.datamodule.responses  # type: ignore[attr-defined]
+    files = Inspection(run_folder(trainer) / "inspection")
+    earlier = [known for known in files.response_weights() if known["round"] < store.source]
+    with trainer.precision_plugin.forward_context():
+        files.write("response_weights.jsonl", [*earlier, *_records(module, trainer.datamodule)])  # type: ignore[attr-defined]
+
+
+def _records(module: LitBilevel, data: Any) -> Iterator[dict[str, Any]]:
+    store, pool = data.responses, data.sets["pool"].select_columns(["input_ids", "response_start"])
+    rows, group_M = module.refinement.table()
+    own = module.refinement.rule
+    rules = [Token(), Sequence(), LengthNormalised(), SelfNormalised(), Agreement()]
+    rules = [rule for rule in rules if type(rule) is not type(own)] + ([] if own.needs_alignment else [own])
+    for start in range(0, len(rows), ROWS):
+        chosen = rows[start : start + ROWS].tolist()
+        table = pool[chosen]
+        pairs = zip(chosen, table["input_ids"], table["response_start"], strict=True)
+        examples = [Example(row, 0, ids, first) for row, ids, first in pairs]
+        groups = [example for example in store.overlay(examples, len(pool)) if example.group is not None]
+        batch = collate(groups, len(groups)).to(module.device)
+        generated = batch.generated
+        assert generated is not None
+        assert module.policy is not None
+        log_ratio_J = (response_logprobs(module.policy, batch) - generated.logprob_J).double()
+        places = (generated.response_J, generated.example_R, batch.size)
+        ratios = Ratios(log_ratio_J, *places, agreement_R=generated.agreement_R)
+        weights = {
+            type(rule).__name__: (ratios.sums(rule.weigh(ratios)[0].double()) / ratios.length_R).tolist()
+            for rule in rules
+        }
+        counts: dict[int, int] = {}
+        for number, place in enumerate(generated.example_R.tolist()):
+            row = chosen[place]
+            counts[row] = counts.get(row, -1) + 1
+            found = {name: values[number] for name, values in weights.items()}
+            found["group"] = float(group_M[start + place])
+            yield {"round": store.source, "row": row, "used": counts[row], "weights": found}
