@@ -74,6 +74,7 @@ def test_second_derivatives_are_those_of_the_definition(in_chunks, shape):
     assert all((a - b).abs().max() < 1e-11 for a, b in zip(*products, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")  # torch, of the rules that it loads, from 2.14 on
 def test_forward_mode_gives_the_tangent_and_never_drops_it(in_chunks):
     values = [value.detach() for value in inputs()]
     direction = [normal(*value.shape, seed=10 + i) for i, value in enumerate(values)]
