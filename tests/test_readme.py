@@ -31,6 +31,7 @@ LIMITS = {  # of every run, by the environment, so that the commands stay as the
 }
 
 
+@pytest.mark.filterwarnings("ignore:The number of training batches:UserWarning")  # of the few rows
 def test_the_python_example_runs(small, tmp_path, monkeypatch):
     """As it is, on fewer rows."""
     monkeypatch.chdir(tmp_path)  # it makes a run folder

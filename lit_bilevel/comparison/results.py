@@ -112,15 +112,20 @@ class Results:
     def monitor_losses(self) -> Losses:
         """[m] losses of the monitor rows at each run's best checkpoint, by method and seed.
 
-        A method that is the best of others has none of its own, and runs of earlier versions kept none.
+        Left out: a method that is the best of others, which has none of its own; runs of earlier versions, which kept
+        none; variants with other monitor rows than the first run.
         """
         import pyarrow.parquet
 
         losses: Losses = {}
+        ids: list[str] | None = None
         for row in self.rows:
             path = self.run_folder(row["method"], row["seed"]) / "monitor_losses.parquet"
             if "chosen" not in row and path.is_file():
-                losses.setdefault(row["method"], {})[row["seed"]] = pyarrow.parquet.read_table(path)["loss"].to_numpy()
+                table = pyarrow.parquet.read_table(path)
+                ids = ids or table["id"].to_pylist()
+                if table["id"].to_pylist() == ids:
+                    losses.setdefault(row["method"], {})[row["seed"]] = table["loss"].to_numpy()
         return losses
 
 
