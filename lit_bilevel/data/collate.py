@@ -138,7 +138,7 @@ def _generated(examples: Sequence[Example], sequences: list[_Sequence]) -> Gener
         example_R=torch.tensor([sequence.example for _, sequence, _ in held]),
         token_J=torch.from_numpy(np.concatenate([np.arange(first[p], first[p + 1]) for p, _, _ in held])),
         response_J=torch.from_numpy(np.repeat(np.arange(len(held)), [lengths[place] for place, _, _ in held])),
-        logprob_J=torch.tensor([p for _, _, response in held for p in response.token_logprobs]),
+        logprob_J=torch.tensor([p for _, _, response in held for p in response.token_logprobs], dtype=torch.float32),
         temperature=groups[0].temperature,
         agreement_R=torch.tensor([sequence.agreement for _, sequence, _ in held], dtype=torch.float64),
     )
