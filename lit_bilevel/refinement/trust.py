@@ -107,9 +107,9 @@ class Agreed(Trust):
             if known < self.fewest:
                 break  # higher agreement is rarer still
             old = min(1.0, b / a) if a > 0 else 1.0
-            said = (
-                f"new answers are right in about {a:.0%} (judged by {known} trusted questions), old ones in {old:.0%}"
-            )
+            # b above a says nothing of how many old answers are right, only that they are no worse than the new ones
+            rest = f"old ones in about {old:.0%}" if b < a else f"and repeat the old ones as often ({b:.0%})"
+            said = f"new answers are right in about {a:.0%} (judged by {known} trusted questions), {rest}"
             if a**2 > b:
                 shared = f"agree with {least:.0%} of the others or more" if least > 0 else "are usable"
                 return Verdict(least, f"{said}: those that {shared} count", a, old)
