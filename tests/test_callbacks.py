@@ -190,7 +190,8 @@ def test_a_run_folder_that_cannot_be_made_is_named_at_the_start(flags, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr("lit_bilevel.training.place.os.fsync", full)
         assert "(No space left on device)" in refused(flags, tmp_path / "new" / "run", capsys)
-    assert not list(tmp_path.glob("*/.tried-*"))
+    assert not list(tmp_path.rglob(".tried-*"))
+    assert not (tmp_path / "new").exists()  # or processes of a run would take it away from each other
 
 
 def test_checkpoints_that_cannot_be_written_are_named_at_the_start(flags, tmp_path, capsys, monkeypatch):

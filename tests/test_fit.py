@@ -174,7 +174,7 @@ def fit(flags: list[str], *more: str) -> LitBilevel:
     return BilevelCLI(["fit", *flags, *more]).model
 
 
-@pytest.mark.parametrize("stop", [5, 12])
+@pytest.mark.parametrize("stop", [5, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_resumed_run_ends_with_the_same_bits(flags, tmp_path, stop):
     flags = [*flags, "--trainer.max_epochs=2", "--checkpoint.every_n_steps=1"]
     whole = fit(flags, f"--trainer.default_root_dir={tmp_path / 'whole'}")

@@ -151,6 +151,7 @@ def survive(flags: list[str], folder: Path, kills: int, most: int, seed: int, pr
         done += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_kills_at_random_change_no_bit(small, whole, tmp_path, processes, kills):

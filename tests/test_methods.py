@@ -122,7 +122,9 @@ def test_the_example_of_contributing_works(flags, tmp_path, monkeypatch):
     assert len(weights.unique()) > 10
 
 
-@pytest.mark.parametrize("name", ["value_function", "bmo", "network", "sigmoid"])
+@pytest.mark.parametrize(
+    "name", ["value_function", "bmo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("network", "sigmoid"))]
+)
 def test_a_resumed_run_ends_with_the_same_weights(name, flags, tmp_path):
     flags = [*flags, *RUNS[name], "--trainer.max_epochs=2", "--checkpoint.every_n_steps=1"]
     whole = fitted(flags, tmp_path, name="whole")

@@ -406,7 +406,7 @@ def test_parts_of_another_policy_do_not_count(asked, tmp_path, model, monkeypatc
     assert (tmp_path / "scores.parquet").read_bytes() == expected
 
 
-@pytest.mark.parametrize(("processes", "known"), [(2, 0), (3, 3)])
+@pytest.mark.parametrize(("processes", "known"), [(2, 0), pytest.param(3, 3, marks=pytest.mark.slow)])
 def test_several_processes_write_the_same_file(asked, tmp_path, processes, known, monkeypatch):
     """Of four parts three are known in the second case, so two processes have nothing to do."""
     assert main(asked) == 0

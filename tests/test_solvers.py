@@ -17,7 +17,17 @@ from support.problems import (
     train,
 )
 
-from lit_bilevel import BMOWeights, Implicit, Mixing, OneStep, Penalty, SoftmaxWeights, UniformWeights, ValueFunction
+from lit_bilevel import (
+    Aligned,
+    BMOWeights,
+    Implicit,
+    Mixing,
+    OneStep,
+    Penalty,
+    SoftmaxWeights,
+    UniformWeights,
+    ValueFunction,
+)
 from lit_bilevel.errors import UserError
 
 
@@ -100,6 +110,22 @@ def test_one_step_averages_its_direction(every):
         share = torch.tensor([0.9**age for age in reversed(range(len(gradients)))], dtype=torch.float64)
         mean = (share[:, None] * torch.stack(gradients)).sum(0) / share.sum()
         assert distance(solver(problem), -problem.lower_jvp([mean])) < 1e-12
+
+
+def test_aligned_responses_follow_the_running_direction_across_a_resume():
+    """The same mean as that of `OneStep`; the gradient of one batch is mostly noise."""
+    problem, rule = ridge_problem(0.0), Aligned(direction_decay=0.9, preconditioned=False)
+    start, gradients = problem.theta, []
+    for step in range(6):
+        problem.theta = start + step
+        gradients.append(problem.upper_gradient()[0])
+        share = torch.tensor([0.9**age for age in reversed(range(len(gradients)))], dtype=torch.float64)
+        mean = (share[:, None] * torch.stack(gradients)).sum(0) / share.sum()
+        assert distance(rule.direction(problem)[0], mean) < 1e-12
+        if step == 2:
+            resumed = Aligned(direction_decay=0.9, preconditioned=False)
+            resumed.load_state_dict(rule.state_dict())
+            rule = resumed
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.9])
