@@ -100,13 +100,13 @@ def test_deepspeed_leaves_the_weights_in_float32(zero):
     assert relative < 0.3
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["whole", "adapter"])
-def test_deepspeed_resumes_and_exports(flags, tmp_path, adapter):
+@pytest.mark.parametrize(("stage", "adapter"), [(1, False), (2, False), (2, True)], ids=["1", "2", "2-adapter"])
+def test_deepspeed_resumes_and_exports(flags, tmp_path, stage, adapter):
     pytest.importorskip("deepspeed")
     flags = [*flags, "--model.solver=Penalty", "--model.gradient_clip_val=null", "--data.batch_size=4"]
     flags += [
         "--trainer.strategy=support.deepspeed_cpu.DeepSpeedOnCPU",
-        "--trainer.strategy.stage=2",
+        f"--trainer.strategy.stage={stage}",
         "--trainer.devices=2",
     ]
     flags += ["--trainer.strategy.exclude_frozen_parameters=true", "--figures.enabled=false"]
@@ -156,9 +156,16 @@ def test_a_quantized_base_resumes_and_exports(flags, tmp_path, quantization):
     saved = saved_state(whole / "checkpoints" / "best.ckpt")
     assert all("lora_" in name for name in saved)
     exported = load_file(whole / "policy" / "adapter_model.safetensors")
-    assert {name.replace(".default", ""): value.shape for name, value in saved.items()} == {
-        name: value.shape for name, value in exported.items()
-    }
+    assert {name.replace(".default", "") for name in saved} == set(exported)
+    assert all(torch.equal(value, exported[name.replace(".default", "")]) for name, value in saved.items())
+    loss = metrics(whole)["test/loss"]
+    best = f"--ckpt_path={whole / 'checkpoints' / 'best.ckpt'}"
+    assert main(["test", *flags, f"--trainer.default_root_dir={whole}", best]) == 0
+    assert metrics(whole)["test/loss"] == loss
+    # the folder, put on the base, is that policy
+    again = [flag for flag in flags if "lora" not in flag] + [f"--model.policy.path={whole / 'policy'}"]
+    assert main(["test", *again, f"--trainer.default_root_dir={tmp_path / 'again'}"]) == 0
+    assert abs(metrics(tmp_path / "again")["test/loss"] - loss) < 1e-5
 
 
 def test_four_bit_layers_are_not_packed_anew(monkeypatch):

@@ -150,6 +150,25 @@ def test_compiled_layers_on_two_processes_equal_plain_ones_on_one(folder, compil
         same((one, two), name, "ddp", 1e-9)
 
 
+@pytest.mark.slow
+def test_two_processes_scale_and_skip_as_one(folder):
+    """16-mixed; a scale that just fits, and one that must fall first, in steps that all processes skip together."""
+    scales = {f"{name} 2^{power}": (name, 2.0**power) for name in ("one_step", "penalty") for power in (16, 40)}
+    settings = {"precision": "16-mixed", "eps": 1e-4, "steps": 16}
+
+    def cases(strategy: str) -> list[dict]:
+        own = scales.items()
+        return [case(n, strategy, folder, scale=scale, **settings) | {"name": name} for name, (n, scale) in own]
+
+    one, two = ranks.runs(cases("auto"), folder / "scaled1", 1), ranks.runs(cases("ddp"), folder / "scaled2", 2)
+    for name, (_, scale) in scales.items():
+        logs = [ends[name]["weights"].log() for ends in (one, two)]
+        assert one[name]["skipped"] == two[name]["skipped"]
+        assert (two[name]["skipped"] > 1) is (scale == 2.0**40)
+        assert (logs[0] - logs[1]).std() < 0.1 * logs[0].std()
+        assert logs[0].std() > 0.1
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_processes_draw_masks_of_their_own(double, strategy):
     """They are seeded alike; the first one draws what a single process draws."""

@@ -104,7 +104,7 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     """The module after the steps of a case, and its trainer."""
     from lightning.pytorch import Trainer, seed_everything
     from lightning.pytorch.callbacks import Checkpoint
-    from lightning.pytorch.plugins import DoublePrecision
+    from lightning.pytorch.plugins import DoublePrecision, MixedPrecision
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     import lit_bilevel as lb
@@ -124,6 +124,12 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
         "zero2": lambda: deepspeed(2),
     }
     lora = {"lora": lb.LoraSettings(**case["lora"])} if "lora" in case else {}
+    plugins: list[Any] = []
+    if sharded and case["precision"] == "64-true":
+        plugins = [DoublePrecision()]  # Lightning refuses the flag, not the plugin
+    if "scale" in case:  # of the loss, which Lightning gives to GPUs alone
+        scaler = torch.amp.GradScaler("cpu", init_scale=case["scale"], backoff_factor=2.0**-12)
+        plugins = [MixedPrecision(case["precision"], "cpu", scaler=scaler)]
     module = lb.LitBilevel(
         lb.PolicySettings(case["model"], **case.get("policy", {}), **lora),
         getattr(lb, case.get("weights", "SoftmaxWeights"))(),
@@ -142,10 +148,8 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
         strategy=strategies[case["strategy"]](),
         accelerator="cpu",
         devices=world_size,
-        precision=None if sharded and case["precision"] == "64-true" else case["precision"],
-        plugins=[DoublePrecision()]  # Lightning refuses the flag, not the plugin
-        if sharded and case["precision"] == "64-true"
-        else None,
+        precision=None if plugins else case["precision"],
+        plugins=plugins,
         max_steps=case["steps"],
         max_epochs=-1,
         limit_val_batches=0,
@@ -188,7 +192,7 @@ def end(case: dict[str, Any]) -> dict[str, Any]:
     dtypes = sorted({str(p.dtype) for p in (*module.weights.parameters(), *module.weights.buffers())})
     weights = module.weights.table().clone()
     found = {"weights": weights, "policy": policy, "random": random}
-    return {**found, "step": trainer.global_step, "dtypes": dtypes}
+    return {**found, "step": trainer.global_step, "dtypes": dtypes, "skipped": module.guard.skipped}
 
 
 def main(specification: str, output: str) -> None:
