@@ -3,17 +3,18 @@
 # loop. Writes one file of results, also where a part fails or takes too long; a later part does not wait for it.
 #
 #   scripts/gpu.sh [OUT.md]                             PYTHON chooses the interpreter; MINUTES how long it may take
-#   ACCELERATOR=cpu scripts/gpu.sh OUT.md               tries the script itself, with small settings
+#   ACCELERATOR=cpu MINUTES=30 scripts/gpu.sh OUT.md    tries the script itself, with small settings
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3} out=$(realpath -m "${1:-gpu.md}") accelerator=${ACCELERATOR:-gpu}
-end=$((SECONDS + 60 * ${MINUTES:-10} - 15))
+minutes=${MINUTES:-10}
+end=$((SECONDS + 60 * minutes - 15))
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 small=()
 [ "$accelerator" = cpu ] && small=(--rounds 1 --steps 2)
 
-part() { # part SECONDS COMMAND …: run it for so long at most, and write down what it printed
-    local limit=$1 left=$((end - SECONDS)) begun=$SECONDS status
+part() { # part SECONDS COMMAND …: run it for so long at most, of ten minutes in all, and write down what it printed
+    local limit=$(($1 * minutes / 10)) left=$((end - SECONDS)) begun=$SECONDS status
     shift
     if ((left < 20)); then
         printf '\n## `%s`\n\nnot run: the time was up\n' "$*" >> "$out"

@@ -7,6 +7,7 @@ absent. What these tests cannot reach on a CPU (kernels of CUDA, NCCL) is left t
 from __future__ import annotations
 
 import json
+import re
 import signal
 from pathlib import Path
 
@@ -115,7 +116,9 @@ def test_deepspeed_resumes_and_exports(flags, tmp_path, stage, adapter):
     same(whole, killed_and_continued(flags, tmp_path, 2))
     saved = saved_state(whole / "checkpoints" / "best.ckpt")
     if adapter:
-        assert all("lora_" in name for name in saved)
+        # DeepSpeed leaves out each frozen parameter once, and a head that is tied to the embedding has two names
+        assert {name for name in saved if "lora_" not in name} <= {"base_model.model.lm_head.weight"}
+        assert any("lora_" in name for name in saved)
         from peft import PeftModel
 
         base = AutoModelForCausalLM.from_pretrained(TOY / "model")
@@ -129,7 +132,7 @@ def test_deepspeed_resumes_and_exports(flags, tmp_path, stage, adapter):
 
 
 @pytest.mark.parametrize("solver", ["Mixing", "ValueFunction"])
-def test_a_quantized_base_equals_a_plain_one(flags, tmp_path, capsys, solver):
+def test_a_quantized_base_equals_a_plain_one(flags, tmp_path, caplog, solver):
     pytest.importorskip("bitsandbytes")
     weighting = "BMOWeights" if solver == "Mixing" else "SoftmaxWeights"
     common = [*flags, f"--model.policy.lora={LORA}", f"--model.solver={solver}", f"--model.weights={weighting}"]
@@ -139,9 +142,10 @@ def test_a_quantized_base_equals_a_plain_one(flags, tmp_path, capsys, solver):
         folder = tmp_path / name
         own = [*common, f"--model.policy.quantization={name}", f"--trainer.default_root_dir={folder}"]
         assert main(["fit", *own]) == 0
-        assert "2,112 of 302,632 parameters" in capsys.readouterr().out
-        found[name] = metrics(folder)["test/loss"], weights(folder).log()
+        counted = re.findall(r": ([\d,]+ of [\d,]+ parameters are trained)", caplog.text)
+        found[name] = metrics(folder)["test/loss"], weights(folder).log(), counted[-1]
     for name in ("8bit", "4bit"):
+        assert found[name][2] == found["null"][2]  # numbers of the base are counted, not the bytes they are packed in
         assert abs(found[name][0] - found["null"][0]) < 0.05
         assert torch.corrcoef(torch.stack([found[name][1], found["null"][1]]))[0, 1] > 0.95
 
