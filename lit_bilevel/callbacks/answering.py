@@ -43,7 +43,7 @@ def answer_anew(
         sampling: how.
         wanted: rows by the name of their set, `pool` or `monitor`.
         count: G, responses of a row.
-        round: number of the refresh, for the random numbers.
+        round: number of the round, for the random numbers.
 
     Raises:
         UserError: where the backend refuses its settings.

@@ -100,7 +100,7 @@ class WeightInspector(Callback):
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LitBilevel)
-        pl_module.weights.refresh()  # as the module does after this, so what is shown here is what is exported
+        pl_module.weights.recount()  # as the module does after this, so what is shown here is what is exported
         table = pl_module.weights.table().detach().cpu().double()
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         scalars = self._scalars(table)

@@ -39,7 +39,7 @@ def _checked(fraction: float) -> float:
 
 
 class LowestFraction(RowChooser):
-    """The lowest-weighted share of the rows, chosen anew at each refresh; equal weights at the cut are drawn by lot.
+    """The lowest-weighted share of the rows, chosen anew in each round; equal weights at the cut are drawn by lot.
 
     Args:
         fraction: share of the rows that have a question.
@@ -54,7 +54,7 @@ class LowestFraction(RowChooser):
 
 
 class RandomFraction(RowChooser):
-    """A random share of the rows, the same at every refresh.
+    """A random share of the rows, the same in every round.
 
     Args:
         fraction: share of the rows that have a question.

@@ -1,6 +1,6 @@
 """The groups of refined rows during training: their data weights, and how these meet the offline ones.
 
-    a refined row contributes   κ·w_i·ℓ_i + (1−κ)·w̃_i·ℓ̃_i        w̃ mean 1 over the refined rows, 1 at each refresh
+    a refined row contributes   κ·w_i·ℓ_i + (1−κ)·w̃_i·ℓ̃_i        w̃ mean 1 over the refined rows, 1 as a round begins
 
 w̃ is a second set of weights: in closed form (`BMOWeights`: e^{−ℓ̃/τ} over its running mean), or learned by a copy of
 the weight optimizer. The refined rows' offline weights take no more steps, and stay in the pool's normaliser: those of
@@ -31,10 +31,10 @@ from lit_bilevel.weights.undo import Undo
 
 
 class Refinement(nn.Module):
-    """Joins the offline weights with those of the groups; empty until the first refresh.
+    """Joins the offline weights with those of the groups; empty until the first round.
 
     Args:
-        template: weights of the groups that were not built yet, copied at each refresh.
+        template: weights of the groups that were not built yet, copied for each round.
         rule: how responses count inside their group.
         make_optimizer: makes the optimizer of the groups' weights.
     """
@@ -58,11 +58,11 @@ class Refinement(nn.Module):
 
     @property
     def template(self) -> ExampleWeights:
-        """Weights of the groups before any refresh."""
+        """Weights of the groups before any round."""
         return self._template[0]
 
     def check(self) -> None:
-        """Refuse, before any refresh, an optimizer that is not safe for the groups' weights.
+        """Refuse, before any round, an optimizer that is not safe for the groups' weights.
 
         Raises:
             UserError: as `check_optimizer` does.
@@ -87,7 +87,7 @@ class Refinement(nn.Module):
         none = torch.zeros(0, dtype=torch.int64)
         self._build(none, none, 0, 0.0, torch.float32)
 
-    def refresh(self, rows_M: Tensor, offline: ExampleWeights, source_N: Tensor, share: float) -> None:
+    def begin_round(self, rows_M: Tensor, offline: ExampleWeights, source_N: Tensor, share: float) -> None:
         """Start a round: these pool rows are refined, and every group weighs 1.
 
         Args:

@@ -170,7 +170,7 @@ class Guard:
                 f"{_step(module)}: importance ratios explode: a token of row {named(module, [int(row)])[0]} is"
                 f" {ratio:.3g} times as likely as when it was sampled (`model.guard.max_ratio` is"
                 f" {self.settings.max_ratio:g})",
-                "lower the policy's learning rate, or refresh more often (`every_n_steps` of `SelfRefine`)",
+                "lower the policy's learning rate, or let rounds follow sooner (`every_n_steps` of `SelfRefine`)",
             )
 
     def _is_new(self, what: str) -> bool:
