@@ -118,9 +118,9 @@ def logits_nll_and_entropy(logits_KV: Tensor, target_K: Tensor) -> tuple[Tensor,
     """NLL of each target and entropy of the prediction, [K] each, computed in float32 or better."""
     logprob_KV = _precise(logits_KV).log_softmax(1)
     nll_K = -logprob_KV.gather(1, target_K[:, None])[:, 0]
-    share_KV = logprob_KV.exp()
+    probability_KV = logprob_KV.exp()
     logprob_KV.clamp_min_(torch.finfo(logprob_KV.dtype).min)  # 0·log 0 = 0
-    return nll_K, -torch.linalg.vecdot(share_KV, logprob_KV)
+    return nll_K, -torch.linalg.vecdot(probability_KV, logprob_KV)
 
 
 class _ChunkedNLL(torch.autograd.Function):
@@ -158,17 +158,17 @@ class _ChunkedNLL(torch.autograd.Function):
             chunk = slice(start, start + ctx.rows)
             logits = layer.logits(hidden_KD[chunk])
             slope = layer.slope(logits) * (slope_K[chunk, None] / ctx.temperature)
-            share = _tempered_(logits, ctx.temperature).sub_(partition_K[chunk, None]).exp_()
-            share.scatter_add_(1, target_K[chunk, None], torch.full_like(share[:, :1], -1.0))
-            share = share.mul_(slope).to(hidden_KD.dtype)
+            slope_KV = _tempered_(logits, ctx.temperature).sub_(partition_K[chunk, None]).exp_()
+            slope_KV.scatter_add_(1, target_K[chunk, None], torch.full_like(slope_KV[:, :1], -1.0))
+            slope_KV = slope_KV.mul_(slope).to(hidden_KD.dtype)
             if hidden_slope is not None:
-                hidden_slope[chunk] = share @ weight_VD
-            if weight_slope is not None and weight_slope.dtype == share.dtype:
-                weight_slope.addmm_(share.T, hidden_KD[chunk])  # needs no second [V, D]
+                hidden_slope[chunk] = slope_KV @ weight_VD
+            if weight_slope is not None and weight_slope.dtype == slope_KV.dtype:
+                weight_slope.addmm_(slope_KV.T, hidden_KD[chunk])  # needs no second [V, D]
             elif weight_slope is not None:
-                weight_slope += share.T @ hidden_KD[chunk]
+                weight_slope += slope_KV.T @ hidden_KD[chunk]
             if bias_slope is not None:
-                bias_slope += share.sum(0)
+                bias_slope += slope_KV.sum(0)
         pairs = zip((hidden_slope, weight_slope, bias_slope), (hidden_KD, weight_VD, bias_V), strict=True)
         return *(None if slope is None else slope.to(x.dtype) for slope, x in pairs), None, None, None, None
 

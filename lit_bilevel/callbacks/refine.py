@@ -183,9 +183,9 @@ class SelfRefine(Callback):
                 pool = data.sets["pool"]
                 self._file.append(records(pool, pl_module.tokenizer, answers, used, number, self._temperature))
             tokens = sum(len(r.token_ids) for side in found.values() for group in side.values() for r in group)
-            share = self._spent / max(time.monotonic() - self._began, 1e-9)
+            share_of_time = self._spent / max(time.monotonic() - self._began, 1e-9)
             used = {row: group for row, group in used.items() if group}
-            done = Round(number, answers, used, verdict, tokens, seconds, share, self.keep_unfinished)
+            done = Round(number, answers, used, verdict, tokens, seconds, share_of_time, self.keep_unfinished)
             done.report(trainer, pl_module, self.rows_shown)
 
     @property

@@ -122,8 +122,8 @@ def _auroc(pairs: list[tuple[float, bool]]) -> float | None:
 
 
 def _mean(values: Iterable[bool]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else float("nan")
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else float("nan")
 
 
 def _answers(truth: str) -> Mapping[str, tuple[str, bool]]:

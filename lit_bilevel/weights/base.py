@@ -218,10 +218,10 @@ class ExampleWeights(nn.Module, ABC):
         """
         rows = valid_B.sum()
         counts = ((rows > 1) & (s_B != 0).any()).double()
-        share = (1 - DECAY) * counts
+        rate = (1 - DECAY) * counts
         self.updates += counts
-        self.spread_average.lerp_(centred_B.abs().sum() / rows.clamp_min(1), share)
-        self.score_average.lerp_(s_B.abs().sum() / rows.clamp_min(1), share)
+        self.spread_average.lerp_(centred_B.abs().sum() / rows.clamp_min(1), rate)
+        self.score_average.lerp_(s_B.abs().sum() / rows.clamp_min(1), rate)
         average = torch.maximum(self.spread_average, FLOOR * self.score_average)
         return (average / (1 - DECAY**self.updates).clamp_min(TINY)).clamp_min(TINY)
 
