@@ -106,11 +106,11 @@ def token_nll_and_entropy(hidden_KD: Tensor, layer: OutputLayer, target_K: Tenso
     """
     rows = max(1, CHUNK_ELEMENTS // (4 * layer.weight_VD.shape[0]))  # four tensors of a chunk are held at once
     with torch.no_grad():
-        found = [
+        chunks = [
             logits_nll_and_entropy(layer.logits(hidden), target)
             for hidden, target in zip(hidden_KD.split(rows), target_K.split(rows), strict=True)
         ]
-    nll, entropy = zip(*found, strict=True)
+    nll, entropy = zip(*chunks, strict=True)
     return torch.cat(nll), torch.cat(entropy)
 
 
@@ -148,8 +148,8 @@ class _ChunkedNLL(torch.autograd.Function):
             inputs = [
                 x for x, needed in zip((hidden_KD, weight_VD, bias_V), ctx.needs_input_grad, strict=False) if needed
             ]
-            found = iter(torch.autograd.grad(nll_K, inputs, slope_K, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None, None
+            gradients = iter(torch.autograd.grad(nll_K, inputs, slope_K, create_graph=True))
+            return *(next(gradients) if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None, None
         hidden_slope, weight_slope, bias_slope = (
             torch.zeros_like(x, dtype=_precise(x.new_empty(0)).dtype) if needed else None
             for x, needed in zip((hidden_KD, weight_VD, bias_V), ctx.needs_input_grad, strict=False)

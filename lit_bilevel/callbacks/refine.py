@@ -161,13 +161,13 @@ class SelfRefine(Callback):
         wanted: dict[str, Sequence[int]] = {"pool": rows, "monitor": self._monitor}
         started, number = time.monotonic(), store.round + 1
         try:
-            found = answer_anew(trainer, pl_module, self.backend, self.sampling, wanted, self.responses, number)
+            generated = answer_anew(trainer, pl_module, self.backend, self.sampling, wanted, self.responses, number)
         except GenerationFailed as error:
             self._failed(pl_module, number, error)
             return
         seconds = time.monotonic() - started
         self._spent += seconds
-        sides = agreed(data.sets, pl_module.tokenizer, found, self.trust, self.keep_unfinished)
+        sides = agreed(data.sets, pl_module.tokenizer, generated, self.trust, self.keep_unfinished)
         answers, verdict = sides[0], self.trust.judge(*sides[1:]) if self.on_doubt == "keep" else None
         used: dict[int, list[Response]]
         if verdict is not None and verdict.least is None:
@@ -182,7 +182,7 @@ class SelfRefine(Callback):
             if self._file is not None:
                 pool = data.sets["pool"]
                 self._file.append(records(pool, pl_module.tokenizer, answers, used, number, self._temperature))
-            tokens = sum(len(r.token_ids) for side in found.values() for group in side.values() for r in group)
+            tokens = sum(len(r.token_ids) for side in generated.values() for group in side.values() for r in group)
             share_of_time = self._spent / max(time.monotonic() - self._began, 1e-9)
             used = {row: group for row, group in used.items() if group}
             done = Round(number, answers, used, verdict, tokens, seconds, share_of_time, self.keep_unfinished)

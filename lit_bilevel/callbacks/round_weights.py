@@ -60,6 +60,6 @@ def _records(module: LitBilevel, data: Any) -> Iterator[dict[str, Any]]:
         for number, place in enumerate(generated.example_R.tolist()):
             row = chosen[place]
             counts[row] = counts.get(row, -1) + 1
-            found = {name: values[number] for name, values in weights.items()}
-            found["group"] = float(group_M[start + place])
-            yield {"round": store.source, "row": row, "used": counts[row], "weights": found}
+            by_rule = {name: values[number] for name, values in weights.items()}
+            by_rule["group"] = float(group_M[start + place])
+            yield {"round": store.source, "row": row, "used": counts[row], "weights": by_rule}
