@@ -50,8 +50,8 @@ def _records(module: LitBilevel, data: Any) -> Iterator[dict[str, Any]]:
         assert generated is not None
         assert module.policy is not None
         log_ratio_J = (response_logprobs(module.policy, batch) - generated.logprob_J).double()
-        places = (generated.response_J, generated.example_R, batch.size)
-        ratios = Ratios(log_ratio_J, *places, agreement_R=generated.agreement_R)
+        grouping = (generated.response_J, generated.example_R, batch.size)
+        ratios = Ratios(log_ratio_J, *grouping, agreement_R=generated.agreement_R)
         weights = {
             type(rule).__name__: (ratios.sums(rule.weigh(ratios)[0].double()) / ratios.length_R).tolist()
             for rule in rules
