@@ -28,6 +28,7 @@ from lit_bilevel.policy.load import load_policy
 from lit_bilevel.refinement.choose import LowestFraction
 from lit_bilevel.refinement.response_weights import SelfNormalised, TokenRatio
 from lit_bilevel.training.guard import Guard, GuardSettings
+from lit_bilevel.training.policy_step import step_policy
 from lit_bilevel.types import Features
 from lit_bilevel.weights import BMOWeights, NetworkWeights
 
@@ -300,7 +301,7 @@ def test_a_backend_that_fails_stops_the_run_by_default(small, tmp_path):
         run(small, tmp_path, refine_all(backend=Broken()))
 
 
-def test_a_stopped_run_begins_with_the_refresh_that_failed(flags, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_begins_with_the_round_that_failed(flags, tmp_path, monkeypatch, capsys):
     arguments = ["fit", *refine_flags(flags, tmp_path / "run", "--trainer.max_epochs=2")]
     with monkeypatch.context() as patch:
         patch.setattr(HFGenerate, "generate", lambda *rest, **named: 1 / 0)
@@ -418,6 +419,7 @@ def test_a_step_that_deepspeed_skipped_by_itself_is_none():
     )
     features = Features(*torch.zeros(3, 2, dtype=torch.long), loss_B=torch.ones(2))
     guard, optimizer = Guard(GuardSettings(max_skipped_steps=2)), SimpleNamespace(step=lambda: taken.append(1))
+    module.guard = guard
     for applied, scale, in_a_row in (
         (False, 2.0, 0),
         (False, 1.0, 1),
@@ -428,7 +430,7 @@ def test_a_step_that_deepspeed_skipped_by_itself_is_none():
         strategy._model = Engine(applied, scale)
         told = nullcontext() if applied or scale > 1 else pytest.warns(UserWarning, match="policy step 5 was skipped")
         with told:
-            assert guard.steps(module, optimizer, features, None, None) is applied
+            assert step_policy(module, optimizer, features, None, None) is applied
         assert guard.in_a_row == in_a_row
     assert (len(taken), len(rates), guard.skipped) == (5, 1, 4)
     with pytest.raises(UserError, match="2 policy steps in a row had a gradient that is not finite"):

@@ -1,8 +1,8 @@
 """What every response of a round weighs when the round ends, by each rule, for `lit-bilevel inspect` to judge them.
 
-At a refresh all ratios are 1, so rules of ratios differ only after some steps. One pass over the responses that are
-trained on tells what they have come to, under the run's own rule and under the others. On the first process, without
-gradients or random numbers. Left out: `Aligned`, which needs derivatives; its weights exist in training alone.
+When a round begins all ratios are 1, so rules of ratios differ only after some steps. One pass over the responses that
+are trained on tells what they have come to, under the run's own rule and under the others. On the first process,
+without gradients or random numbers. Left out: `Aligned`, which needs derivatives; its weights exist in training alone.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _records(module: LitBilevel, data: Any) -> Iterator[dict[str, Any]]:
         assert generated is not None
         assert module.policy is not None
         log_ratio_J = (response_logprobs(module.policy, batch) - generated.logprob_J).double()
-        places = (generated.response_J, generated.example_R, batch.size)
-        ratios = Ratios(log_ratio_J, *places, agreement_R=generated.agreement_R)
+        grouping = (generated.response_J, generated.example_R, batch.size)
+        ratios = Ratios(log_ratio_J, *grouping, agreement_R=generated.agreement_R)
         weights = {
             type(rule).__name__: (ratios.sums(rule.weigh(ratios)[0].double()) / ratios.length_R).tolist()
             for rule in rules
@@ -60,6 +60,6 @@ def _records(module: LitBilevel, data: Any) -> Iterator[dict[str, Any]]:
         for number, place in enumerate(generated.example_R.tolist()):
             row = chosen[place]
             counts[row] = counts.get(row, -1) + 1
-            found = {name: values[number] for name, values in weights.items()}
-            found["group"] = float(group_M[start + place])
-            yield {"round": store.source, "row": row, "used": counts[row], "weights": found}
+            by_rule = {name: values[number] for name, values in weights.items()}
+            by_rule["group"] = float(group_M[start + place])
+            yield {"round": store.source, "row": row, "used": counts[row], "weights": by_rule}

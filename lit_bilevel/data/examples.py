@@ -105,11 +105,11 @@ class EvaluationWindows:
         return Window(own + filler, self.total)
 
 
-def questions_of(table: Any, max_length: int) -> list[Question]:
+def questions_of(table: Any) -> list[Question]:
     """The prompts of a set, the shortest first, with their ids as they are in training."""
     columns = [table[name][:] for name in ("id", "prompt", "input_ids", "response_start")]
     questions = [
-        Question(position, id, prompt, ids[:start], max_length - start)
+        Question(position, id, prompt, ids[:start])
         for position, (id, prompt, ids, start) in enumerate(zip(*columns, strict=True))
     ]
     return sorted(questions, key=lambda question: (len(question.prompt_ids), question.row))

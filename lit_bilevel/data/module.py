@@ -232,7 +232,7 @@ class BilevelDataModule(LightningDataModule):
         if "test" not in self.sets:
             raise UserError("`data.test` is not set, so there are no prompts to answer; give a file of held-out rows.")
         rank, world_size = self._process
-        questions, size = questions_of(self.sets["test"], self.max_length), self.eval_batch_size
+        questions, size = questions_of(self.sets["test"]), self.eval_batch_size
         own = questions[rank::world_size]
         count = math.ceil(math.ceil(len(questions) / world_size) / size)
         return Batches(lambda number: own[number * size : (number + 1) * size], count)

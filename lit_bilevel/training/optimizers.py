@@ -16,14 +16,14 @@ from lit_bilevel.training.strategies import takes_one_optimizer
 from lit_bilevel.weights.optimizer import check_optimizer
 
 
-def made_optimizers(module: Any) -> Any:
+def make_optimizers(module: Any) -> Any:
     """What Lightning is given by a `LitBilevel`: the inner optimizer and, if it takes two, the outer one; the schedule.
 
     Raises:
         UserError: for settings that an optimizer or the schedule does not take.
     """
     try:
-        return _made(module)
+        return _make(module)
     except (ValueError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -33,10 +33,10 @@ def made_optimizers(module: Any) -> Any:
         ) from error
 
 
-def _made(module: Any) -> Any:
-    inner = module.make_optimizer(module.policy.trainable())
+def _make(module: Any) -> Any:
+    inner = module.optimizer(module.policy.trainable())
     parameters = list(module.weights.parameters())
-    optimizers = [inner, module.make_weight_optimizer(parameters)] if parameters else [inner]
+    optimizers = [inner, module.weight_optimizer(parameters)] if parameters else [inner]
     if module.learns_weights:
         check_optimizer(module.weights, optimizers[-1])
         module.refinement.check()
