@@ -38,6 +38,7 @@ class PolicySettings:
         dtype: `auto` is float32, or what `trainer.precision` says for the `*-true` settings.
         attn_implementation: attention of transformers (`sdpa`, `eager`, `flash_attention_2`); by default its choice.
         quantization: `4bit` (NF4) or `8bit` for the frozen base under LoRA (QLoRA, arXiv 2305.14314), by bitsandbytes.
+            Layers of four bits multiply in the digits of `trainer.precision`.
         activation_checkpointing: recompute activations in the backward pass to save memory.
         compile: compile the decoder layers with torch.compile; the first steps are slow.
         trust_remote_code: run code that comes with the model. Off, because that code can do anything.
