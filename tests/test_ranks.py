@@ -165,7 +165,7 @@ def test_two_processes_scale_and_skip_as_one(folder):
         logs = [ends[name]["weights"].log() for ends in (one, two)]
         assert one[name]["skipped"] == two[name]["skipped"]
         assert (two[name]["skipped"] > 1) is (scale == 2.0**40)
-        assert (logs[0] - logs[1]).std() < 0.1 * logs[0].std()
+        assert (logs[0] - logs[1]).std() < 0.02 * logs[0].std()
         assert logs[0].std() > 0.1
 
 
