@@ -9,7 +9,6 @@ Left out: what becomes of them; `SelfRefine` says that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -19,6 +18,7 @@ from lit_bilevel.generation.ending import end_tokens
 from lit_bilevel.generation.respond import gathered_responses, respond
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.context import context_of, room
+from lit_bilevel.training.trainer import data_of
 from lit_bilevel.types import Response
 
 MARKS = {"pool": (), "monitor": (1,)}
@@ -59,7 +59,7 @@ def answer_anew(
 def _requests(
     trainer: Trainer, module: LitBilevel, sampling: Sampling, name: str, rows: Sequence[int], count: int, round: int
 ) -> list[Request]:
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = data_of(trainer)
     context = context_of(module.policy.causal_lm.config)  # type: ignore[union-attr]
     table = data.sets[name].select_columns(["row", "input_ids", "response_start"])[list(rows)]
     requests = []

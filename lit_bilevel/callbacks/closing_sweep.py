@@ -26,11 +26,13 @@ from torch import Tensor
 
 from lit_bilevel.callbacks.passes import evaluating
 from lit_bilevel.callbacks.progress import say
+from lit_bilevel.callbacks.run import module_of
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.rest import RestingProblem
 from lit_bilevel.training.exchange import lightning_engine
 from lit_bilevel.training.phases import borders, place_named
+from lit_bilevel.training.trainer import data_of
 from lit_bilevel.weights.table import TableWeights
 
 
@@ -62,17 +64,17 @@ class ClosingSweep(Callback):
     # ---- when ----
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, LitBilevel)
+        module = module_of(pl_module)
         if trainer.ckpt_path is None:
             self._done = False
-        if not (pl_module.learns_weights and isinstance(pl_module.weights, TableWeights)):
+        if not (module.learns_weights and isinstance(module.weights, TableWeights)):
             raise UserError(
                 "`ClosingSweep` sets a table of weights from the scores of a solver, and the run has"
-                f" `{type(pl_module.solver).__name__}` with `{type(pl_module.weights).__name__}`; use `ValueFunction`"
+                f" `{type(module.solver).__name__}` with `{type(module.weights).__name__}`; use `ValueFunction`"
                 " with `SigmoidWeights`, for example, or leave the callback out."
             )
-        place = self._place(pl_module)
-        if not pl_module.phases[place].learn_weights:
+        place = self._place(module)
+        if not module.phases[place].learn_weights:
             raise UserError(f"`ClosingSweep` names the phase {self.phase!r}, which learns no weights; name another.")
 
     def _place(self, module: LitBilevel) -> int:
@@ -86,19 +88,19 @@ class ClosingSweep(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, LitBilevel)
-        place = self._place(pl_module)
-        border = borders(pl_module.phases, trainer.estimated_stepping_batches)[place]
+        module = module_of(pl_module)
+        place = self._place(module)
+        border = borders(module.phases, trainer.estimated_stepping_batches)[place]
         if not self._done and trainer.global_step >= border:
-            self.sweep(trainer, pl_module, self._upper_weight(pl_module, place))
+            self.sweep(trainer, module, self._upper_weight(module, place))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where steps were skipped, or the run has no length: at the end of the last epoch."""
-        assert isinstance(pl_module, LitBilevel)
-        place = self._place(pl_module)
+        module = module_of(pl_module)
+        place = self._place(module)
         last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        if not self._done and last and place == len(pl_module.phases) - 1:
-            self.sweep(trainer, pl_module, self._upper_weight(pl_module, place))
+        if not self._done and last and place == len(module.phases) - 1:
+            self.sweep(trainer, module, self._upper_weight(module, place))
 
     @staticmethod
     def _upper_weight(module: LitBilevel, place: int) -> float:
@@ -130,7 +132,7 @@ def pool_scores(trainer: Trainer, module: LitBilevel, upper_weight: float) -> Te
     assert module.policy is not None
     inner, _ = module._optimizers()
     score_N = torch.full((module.weights.pool_rows,), math.nan, dtype=torch.float64, device=module.device)
-    loader = trainer.datamodule.evaluation_loader("pool")  # type: ignore[attr-defined]
+    loader = data_of(trainer).evaluation_loader("pool")
     engine = lightning_engine(module)
     with evaluating(trainer, module) as made:
         for batch in map(made, loader):

@@ -19,6 +19,7 @@ from lightning.pytorch import Trainer
 
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.training.evaluation import Evaluation
+from lit_bilevel.training.trainer import data_of
 from lit_bilevel.types import Batch, Features
 
 
@@ -29,7 +30,7 @@ def evaluating(trainer: Trainer, module: LitBilevel) -> Iterator[Callable[[Any],
     Yields what turns an item of an evaluation loader into a batch on the device.
     """
     assert module.policy is not None
-    data, training = trainer.datamodule, module.policy.training  # type: ignore[attr-defined]
+    data, training = data_of(trainer), module.policy.training
     module.policy.eval()
     try:  # a loader draws a number even where it shuffles nothing
         with torch.random.fork_rng(devices=[]), torch.no_grad(), trainer.precision_plugin.forward_context():
@@ -41,7 +42,7 @@ def evaluating(trainer: Trainer, module: LitBilevel) -> Iterator[Callable[[Any],
 def score_pool(trainer: Trainer, module: LitBilevel) -> None:
     """Show the weights every pool row's loss under the final policy, on all processes alike."""
     assert module.policy is not None
-    loader = trainer.datamodule.evaluation_loader("pool")  # type: ignore[attr-defined]
+    loader = data_of(trainer).evaluation_loader("pool")
     with evaluating(trainer, module) as made:
         for batch in map(made, loader):
             loss_B = module.policy.losses(module.lower_objective, batch)
@@ -57,7 +58,7 @@ def test_losses(trainer: Trainer, module: LitBilevel) -> dict[str, float]:
     assert module.policy is not None
     metrics: dict[str, Any] = {}
     limit = trainer.limit_test_batches
-    loader = trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
+    loader = data_of(trainer).test_dataloader()
     count = min(limit, len(loader)) if isinstance(limit, int) else int(limit * len(loader))
     evaluation = Evaluation(module.lower_objective, module.upper_objective).to(module.device)
     with evaluating(trainer, module) as made:

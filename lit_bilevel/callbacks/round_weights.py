@@ -19,6 +19,7 @@ from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.logprobs import response_logprobs
 from lit_bilevel.refinement.consensus import Agreement
 from lit_bilevel.refinement.response_weights import LengthNormalised, Ratios, SelfNormalised, SequenceRatio, TokenRatio
+from lit_bilevel.training.trainer import data_of
 from lit_bilevel.types import Example
 
 ROWS = 32  # in a pass
@@ -26,11 +27,11 @@ ROWS = 32  # in a pass
 
 def write_round_weights(trainer: Trainer, module: LitBilevel) -> None:
     """Add a line for every response of the current round to `inspection/response_weights.jsonl`."""
-    store = trainer.datamodule.responses  # type: ignore[attr-defined]
+    store = data_of(trainer).responses
     files = Inspection(run_folder(trainer) / "inspection")
     earlier = [known for known in files.response_weights() if known["round"] < store.source]
     with trainer.precision_plugin.forward_context():
-        files.write("response_weights.jsonl", [*earlier, *_records(module, trainer.datamodule)])  # type: ignore[attr-defined]
+        files.write("response_weights.jsonl", [*earlier, *_records(module, data_of(trainer))])
 
 
 def _records(module: LitBilevel, data: Any) -> Iterator[dict[str, Any]]:
