@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -37,8 +37,11 @@ from lit_bilevel.inspection.text import arrow, table_cell
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.training.trainer import data_of
 
+if TYPE_CHECKING:
+    from lit_bilevel.data.module import BilevelDataModule
+
 BANDS = {"median, middle half of the rows": ("25", "75"), "median, middle 90 % of the rows": ("05", "95")}
-LAYOUT: dict[str, dict[str, list[Any]]] = {
+LAYOUT: dict[str, dict[str, list[str | list[str]]]] = {
     "losses": {"upper, lower and monitor loss": ["Multiline", ["upper/loss", "lower/loss", "monitor/loss"]]},
     "weights": {
         name: ["Margin", [f"weights_quantile/{q}" for q in ("50", low, high)]] for name, (low, high) in BANDS.items()
@@ -62,10 +65,12 @@ class WeightInspector(Callback):
         self.sampled = sampled
         self._before: Tensor | None = None
         self._settings: dict[str, Plain] = {}
-        self._data: Any = None
         self._auroc: dict[str, float] = {}
         self._kinds: list[str] = []
         """Kind of corruption of every row; empty where no truth is given."""
+
+    _data: BilevelDataModule
+    """That of the fit."""
 
     # ---- when ----
 

@@ -52,9 +52,8 @@ class Predictions(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_rehearsal(trainer):
             return
-        parts: list[Any] = [self._found]
+        parts = [self._found] * trainer.world_size
         if trainer.world_size > 1:
-            parts = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, self._found)
         if trainer.is_global_zero:
             answers = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])

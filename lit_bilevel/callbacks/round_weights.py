@@ -8,7 +8,7 @@ gradients or random numbers. Left out: `Aligned`, which needs derivatives; its w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
@@ -22,6 +22,9 @@ from lit_bilevel.refinement.response_weights import LengthNormalised, Ratios, Se
 from lit_bilevel.training.trainer import data_of
 from lit_bilevel.types import Example
 
+if TYPE_CHECKING:
+    from lit_bilevel.data.module import BilevelDataModule
+
 ROWS = 32  # in a pass
 
 
@@ -34,7 +37,7 @@ def write_round_weights(trainer: Trainer, module: LitBilevel) -> None:
         files.write("response_weights.jsonl", [*earlier, *_records(module, data_of(trainer))])
 
 
-def _records(module: LitBilevel, data: Any) -> Iterator[dict[str, Any]]:
+def _records(module: LitBilevel, data: BilevelDataModule) -> Iterator[dict[str, Any]]:
     store, pool = data.responses, data.sets["pool"].select_columns(["input_ids", "response_start"])
     rows, group_M = module.refinement.table()
     own = module.refinement.rule

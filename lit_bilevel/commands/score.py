@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,6 +34,12 @@ from lit_bilevel.scores.columns import COLUMNS
 from lit_bilevel.scores.density import LEAST_TRUSTED
 from lit_bilevel.scores.sweep import sweep_for
 from lit_bilevel.scores.table import Scores, write_scores
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+    from lit_bilevel.data.module import BilevelDataModule
+    from lit_bilevel.policy.policy import Policy
 
 NOTHING = -1
 """Stands for no part: Lightning refuses a process that has nothing to do while others have."""
@@ -77,11 +83,11 @@ class Scoring(LightningModule):
         output: the file to be written.
     """
 
-    def __init__(self, settings: PolicySettings, data: Any, output: Path):
+    def __init__(self, settings: PolicySettings, data: BilevelDataModule, output: Path):
         super().__init__()
         self.settings, self.data, self.output = settings, data, output
         self.tokenizer = load_tokenizer(settings)
-        self.policy: Any = None
+        self.policy: Policy | None = None
 
     def setup(self, stage: str) -> None:
         self.data.trainer = self.trainer
@@ -97,7 +103,7 @@ class Scoring(LightningModule):
         if self.policy is None:
             self.policy = load_policy(self.settings, torch.get_default_dtype())
 
-    def predict_dataloader(self) -> Any:
+    def predict_dataloader(self) -> list[int]:
         """Numbers of the parts that this process has to do; the policy is there by now."""
         trainer, data = self.trainer, self.data
         folder = self.output.with_name(self.output.name + ".parts")
@@ -129,7 +135,7 @@ def _score(options: argparse.Namespace, shared: list[str]) -> None:
     started = time.perf_counter()
     configs = with_own_configs([part for name in options.config for part in ("--config", name)])
     cli = Settings(["fit", *configs, *shared])
-    trainer: Any = cli.trainer
+    trainer = cli.trainer
     _check(trainer.strategy)
     trainer.callbacks, trainer.loggers = [], []  # those of a fit
     scoring = Scoring(_as_it_is(cli.model.policy_settings), cli.datamodule, output)
@@ -147,7 +153,7 @@ def _score(options: argparse.Namespace, shared: list[str]) -> None:
     _tell(columns, data, output, time.perf_counter() - started)
 
 
-def _check(strategy: Any) -> None:
+def _check(strategy: Strategy) -> None:
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise UserError(
             f"`trainer.strategy` is {type(strategy).__name__}, which spreads the policy over processes that would have"
@@ -163,7 +169,7 @@ def _as_it_is(settings: PolicySettings) -> PolicySettings:
     return replace(settings, lora=None)
 
 
-def _tell(columns: dict[str, np.ndarray], data: Any, output: Path, seconds: float) -> None:
+def _tell(columns: dict[str, np.ndarray], data: BilevelDataModule, output: Path, seconds: float) -> None:
     rows = len(data.sets["pool"])
     for name, values in columns.items():
         if name in COLUMNS and (missing := int(np.isnan(values).sum())):

@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.files import replace_text
 from lit_bilevel.inspection.folder import read_lines
 from lit_bilevel.resources import located
+
+if TYPE_CHECKING:
+    from lit_bilevel.cli import BilevelCLI
 
 REFUSALS = re.compile(
     r"\bI\s?(['’]m|am) (sorry|afraid|(not|un) ?(able|willing|going to))"
@@ -63,7 +66,7 @@ def measures(answers: Sequence[str], references: Sequence[str], expected: Sequen
     return found
 
 
-def answer(cli: Any, folder: Path) -> dict[str, float]:
+def answer(cli: BilevelCLI, folder: Path) -> dict[str, float]:
     """Answer the test prompts greedily, and measure the answers, which stay in the folder's `predictions.jsonl`.
 
     Args:

@@ -207,7 +207,7 @@ class Method:
             earlier: folder of the run that the method needs, or of the weights that it was given.
         """
         mine = [callback for callback in configured if named(callback, "SelfRefine")]
-        chosen: list[Any] = callbacks_of(self.recipe, [callback for callback in configured if callback not in mine])
+        chosen = callbacks_of(self.recipe, [callback for callback in configured if callback not in mine])
         if self.refine:
             callback = (mine or [REFINE])[0]
             own = (self.variant.refine if self.variant else None) or {}

@@ -9,12 +9,15 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replace_text, replacing
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Result = dict[str, Any]
 Losses = dict[str, dict[int, np.ndarray]]
@@ -90,7 +93,7 @@ class Results:
         import pyarrow
         import pyarrow.parquet
 
-        table: Any = None
+        table: pyarrow.Table | None = None
         losses: Losses = {}
         for row in self.rows:
             path = self.run_folder(str(row.get("chosen") or row["method"]), row["seed"]) / "test_losses.parquet"
@@ -129,7 +132,7 @@ class Results:
         return losses
 
 
-def _number(name: str, text: str) -> Any:
+def _number(name: str, text: str) -> str | float:
     if name in ("method", "chosen"):
         return text
     return int(text) if name == "seed" else float(text)

@@ -22,7 +22,9 @@ from lit_bilevel.files import replacing
 from lit_bilevel.resources import located
 
 
-def copy_records(path: str | Sequence[str], columns: Mapping[str, str], chosen: Mapping[int, str], folder: Path) -> Any:
+def copy_records(
+    path: str | Sequence[str], columns: Mapping[str, str], chosen: Mapping[int, str], folder: Path
+) -> str | list[str]:
     """Write the chosen records of a set.
 
     Args:
@@ -58,7 +60,7 @@ def _line(record: dict[str, Any], columns: Mapping[str, str], key: str) -> str:
     return json.dumps(record, ensure_ascii=False, default=plain) + "\n"
 
 
-def stratified(strata: Sequence[Any], count: int, seed: int, what: str = "`--subset`") -> np.ndarray:
+def stratified(strata: Sequence[object], count: int, seed: int, what: str = "`--subset`") -> np.ndarray:
     """[count] positions in order, from every stratum its share of the whole, drawn without replacement.
 
     Args:

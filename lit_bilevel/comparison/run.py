@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,6 +33,14 @@ from lit_bilevel.comparison.stopwatch import Stopwatch
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
+from lit_bilevel.training.trainer import find_callbacks
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from jsonargparse import Namespace
+    from lightning.pytorch import Trainer
+
+    from lit_bilevel.cli import BilevelCLI
 
 
 class Runner:
@@ -78,7 +86,7 @@ class Runner:
             if subset is not None:
                 self.shared.append(data_flag("pool", self._subset(cli, subset)))
                 cli = built(config, self.shared)
-        self.settings: Any = cli.config
+        self.settings: Namespace = cli.config
         if cli.trainer.world_size > 1:
             raise UserError(
                 f"a comparison runs in one process and the settings ask for {cli.trainer.world_size}; set"
@@ -171,7 +179,7 @@ class Runner:
         window = self.settings.data.batch_size * self.settings.model.accumulate_grad_batches
         return math.ceil(len(self.sets["pool"]) / window)
 
-    def _run_steps(self, trainer: Any) -> int:
+    def _run_steps(self, trainer: Trainer) -> int:
         """Policy steps of a run on the whole pool.
 
         Raises:
@@ -199,9 +207,9 @@ class Runner:
             return flags
         return [f"--trainer.max_steps={self.steps}", *flags, f"--model.upper_weight_decay_every={self._epoch_steps}"]
 
-    def _subset(self, cli: Any, count: int) -> Any:
+    def _subset(self, cli: BilevelCLI, count: int) -> str | list[str]:
         """Files with a part of the pool, stratified by source and, where there is a truth, by kind of corruption."""
-        data: Any = cli.config.data
+        data = cli.config.data
         pool = cli.datamodule.sets["pool"]
         ids = pool["id"][:]
         truth = cli.datamodule.truth
@@ -211,7 +219,7 @@ class Runner:
         chosen = {positions[row]: ids[row] for row in rows}
         return copy_records(data.pool, data.columns or {}, chosen, self.results.folder / "subset")
 
-    def _kinds(self, pool: Any) -> list[str] | None:
+    def _kinds(self, pool: Dataset) -> list[str] | None:
         """Kind of corruption of every row of a pool, where there is a truth."""
         return read_truth(self.truth, pool["id"][:]) if self.truth else None
 
@@ -235,7 +243,7 @@ class Runner:
 
     def _chosen(
         self, method: Method, parts: list[str], folder: Path, earlier: Path | None, seed: int
-    ) -> tuple[Any, Result, float]:
+    ) -> tuple[str | list[str], Result, float]:
         """Files with the rows that a filter keeps, AUROC of its scores, and the time it took."""
         assert method.filter is not None
         started = time.perf_counter()
@@ -268,7 +276,7 @@ class Runner:
         found = flat(aurocs(torch.tensor(weights), kinds)) if kinds is not None else {}
         return found, time.perf_counter() - started + evidence.seconds
 
-    def _scored(self, cli: Any, folder: Path) -> Result:
+    def _scored(self, cli: BilevelCLI, folder: Path) -> Result:
         """What is measured of a finished fit, whose module holds the monitor-best policy."""
         import pyarrow
         import pyarrow.parquet
@@ -279,7 +287,7 @@ class Runner:
         own = run_checkpoint(cli.trainer)
         if own is not None and own.best_model_score is not None:
             row["monitor_loss"] = float(own.best_model_score)
-        stopwatch = next(callback for callback in cli.trainer.callbacks if isinstance(callback, Stopwatch))
+        (stopwatch,) = find_callbacks(cli.trainer, Stopwatch)
         row["steps"], row["seconds"] = cli.trainer.global_step, stopwatch.seconds
         if cli.model.learns_weights or cli.model.weights.needs_scoring:
             row |= {key: value for key, value in metrics.items() if key.startswith("auroc/")}

@@ -18,7 +18,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lit_bilevel.data.masks import Draft, Span, by_blocks, draft
 from lit_bilevel.data.template import (
@@ -33,6 +33,9 @@ from lit_bilevel.data.template import (
 )
 from lit_bilevel.errors import UserError
 from lit_bilevel.types import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         truncation: Literal["right", "left"] = "right",
         train_on: Literal["last", "all"] = "last",

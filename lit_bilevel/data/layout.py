@@ -6,9 +6,12 @@ Left out: measuring what a call costs.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 class Layout(NamedTuple):
@@ -23,7 +26,7 @@ class Layout(NamedTuple):
     pack_width: float | None = None
 
 
-def layout_for(trainer: Any, packing: bool) -> Layout:
+def layout_for(trainer: Trainer | None, packing: bool) -> Layout:
     """The layout under this Trainer; without one, a single call of padded or packed rows.
 
     A sharded policy needs as many calls on every process: one a batch, which packed ones have anyway.

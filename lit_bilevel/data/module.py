@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from datasets import Dataset
@@ -36,6 +36,9 @@ from lit_bilevel.data.table import column, is_paired, source_numbers
 from lit_bilevel.errors import UserError
 from lit_bilevel.resources import located
 from lit_bilevel.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class BilevelDataModule(LightningDataModule):
@@ -114,7 +117,7 @@ class BilevelDataModule(LightningDataModule):
         self.responses = ResponseStore()
         self.pair_levels: Collection[str] = ()
         """The levels, `lower` or `upper`, whose objective learns from pairs; with a Trainer, its module says."""
-        self._read_for: tuple[Any, list[str]] = (None, [])
+        self._read_for: tuple[PreTrainedTokenizerBase | None, list[str]] = (None, [])
         self._stream: PairedStream | None = None
         self._position = 0
         check_settings(self)
@@ -146,7 +149,7 @@ class BilevelDataModule(LightningDataModule):
         self.seed = self._own_seed
         self.__dict__.pop("fingerprint", None)  # also of the number of rows in a step
 
-    def _read(self, tokenizer: Any) -> None:
+    def _read(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._preparation = Preparation(  # kept, for a temporary folder lasts as long as it does
             Encoder(tokenizer, self.max_length, **self.encoding),
             cache_folder(self.cache),
@@ -161,7 +164,7 @@ class BilevelDataModule(LightningDataModule):
         self.__dict__.pop("fingerprint", None)
         announce(self.sets, self.skipped, formats, tokenizer)
 
-    def _load_tokenizer(self) -> Any:
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is not None:
             return self._given_tokenizer
         if self.trainer is None:
@@ -169,7 +172,7 @@ class BilevelDataModule(LightningDataModule):
         return self.trainer.lightning_module.tokenizer
 
     @functools.cached_property
-    def _given_tokenizer(self) -> Any:
+    def _given_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(located(self.tokenizer or ""))
 
     def _examples(self, name: str) -> Examples:

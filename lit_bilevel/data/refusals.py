@@ -5,12 +5,15 @@ Left out: what can only be told from the files; `prepare` and the module say tha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_bilevel.errors import gathered
 
+if TYPE_CHECKING:
+    from lit_bilevel.data.module import BilevelDataModule
 
-def check_settings(data: Any) -> None:
+
+def check_settings(data: BilevelDataModule) -> None:
     """Refuse settings of a `BilevelDataModule` that have no meaning, all in one message.
 
     Raises:

@@ -134,7 +134,9 @@ class Source:
             raise UserError(f"`data.format` is {self.format!r}; the known formats are: auto, {', '.join(names)}.")
         return names[self.format]
 
-    def _row_or_problem(self, position: int, place: str, item: Any, path: str) -> Row | Problem:
+    def _row_or_problem(
+        self, position: int, place: str, item: tuple[Format, dict[str, Any]] | Exception, path: str
+    ) -> Row | Problem:
         try:
             return self._row(position, place, item, path)
         except ValueError as error:

@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lit_bilevel.data.collate import share_of_rank
 from lit_bilevel.data.examples import Examples, Window
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class _Steps(Dataset):
         return self.make(*address)
 
 
-def unchanged(item: Any) -> Any:
+def unchanged(item: Item) -> Item:
     """What it is given: loaders here collate nothing."""
     return item
 

@@ -16,12 +16,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
 from lit_bilevel.data.fields import REASONING
 from lit_bilevel.types import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
@@ -84,7 +87,7 @@ class Template:
         tokenizer: a transformers tokenizer with a template.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer, self.special = tokenizer, special_tokens(tokenizer)
         self._now = datetime.datetime.now()
 
@@ -170,7 +173,7 @@ class Template:
         return None
 
 
-def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Matches the texts that a tokenizer reads as control tokens."""
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)

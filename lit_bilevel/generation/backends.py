@@ -13,7 +13,7 @@ import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,11 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.generation.base import GenerationBackend, Request, Sample, Sampling, ended
 from lit_bilevel.generation.ending import without_settings
 from lit_bilevel.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from transformers import ContinuousBatchingConfig
 
 VLLM_OLDEST, VLLM_NEWEST = (0, 10), (1, 0)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the largest ranks it can be made for
@@ -54,7 +59,7 @@ class ContinuousBatching(GenerationBackend):
         requests: Sequence[Request],
         sampling: Sampling,
         end_ids: Sequence[int],
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Sample]:
         """As in the socket.
 
@@ -95,7 +100,7 @@ class ContinuousBatching(GenerationBackend):
             progress(sum(len(sample.token_ids) for sample in samples))
         return samples
 
-    def _options(self) -> Any:
+    def _options(self) -> ContinuousBatchingConfig:
         try:
             return importlib.import_module("transformers").ContinuousBatchingConfig(**self.options)
         except (AttributeError, TypeError) as error:
@@ -130,7 +135,7 @@ class VLLM(GenerationBackend):
         requests: Sequence[Request],
         sampling: Sampling,
         end_ids: Sequence[int],
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Sample]:
         """As in the socket.
 
@@ -166,7 +171,7 @@ class VLLM(GenerationBackend):
             progress(sum(len(sample.token_ids) for sample in samples))
         return samples
 
-    def _adapter(self, vllm: Any, policy: Policy, folder: str) -> Any:
+    def _adapter(self, vllm: ModuleType, policy: Policy, folder: str) -> Any:
         """The policy's adapter as vLLM takes it, from a folder; makes the engine at the first call."""
         configs = getattr(policy.model, "peft_config", None)
         if not configs:
@@ -202,7 +207,7 @@ class VLLM(GenerationBackend):
         return request(f"policy-{self._handed_over}", self._handed_over, folder)
 
 
-def _vllm() -> Any:
+def _vllm() -> ModuleType:
     try:
         module = importlib.import_module("vllm")
     except ImportError as error:

@@ -12,7 +12,7 @@ Left out: faults that only long sequences show.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from lit_bilevel.generation.padded import decode_padded
 from lit_bilevel.generation.sampling import draw, uniforms
 from lit_bilevel.generation.unpadded import decode_singly, decode_unpadded
 from lit_bilevel.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Decoder = Callable[..., list[list[int]]]
 EXACT, ROUNDED = 1e-3, 0.2  # tolerances in float32 and above, and below it
@@ -35,7 +38,7 @@ def decoded(
     requests: Sequence[Request],
     sampling: Sampling,
     end_ids: Sequence[int],
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Sample]:
     """One sample per request, all of them in one batch; the policy in evaluation mode, gradients off.
 
@@ -79,14 +82,14 @@ def decoder_for(policy: Policy) -> Decoder:
     return policy.decoder
 
 
-def _holds_keys_and_values(model: Any) -> bool:
+def _holds_keys_and_values(model: PreTrainedModel) -> bool:
     """Whether every layer of its cache is of a kind that rows can leave."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     return all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in DynamicCache(config=model.config).layers)
 
 
-def _deviation(model: Any, decode: Decoder) -> float:
+def _deviation(model: PreTrainedModel, decode: Decoder) -> float:
     """The largest deviation of logits from those of one pass, as a share of how much rows differ; inf on an error."""
     device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
@@ -116,7 +119,7 @@ def _deviation(model: Any, decode: Decoder) -> float:
     return 0.0 if not effect.isfinite() else worst  # a policy of NaN says nothing of the decoder
 
 
-def _alike_up_to(config: Any) -> float:
+def _alike_up_to(config: PreTrainedConfig) -> float:
     """Tokens up to which positions mean the same whatever else is in the batch."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
@@ -128,7 +131,7 @@ def _alike_up_to(config: Any) -> float:
     return min(limits, default=float("inf"))
 
 
-def _undecodable(model: Any, deviation: float) -> UserError:
+def _undecodable(model: PreTrainedModel, deviation: float) -> UserError:
     import transformers
 
     how = (

@@ -10,22 +10,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Choose = Callable[[Tensor, int, Tensor], Tensor]
 """From the rows [B] that go on, the number of the step and their logits [B, V] to their next tokens [B]."""
 
 
 def decode_padded(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[list[int]],
     limits: Sequence[int],
     end_ids: Sequence[int],
     choose: Choose,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
     """The new tokens of every prompt, its end token included.
 
@@ -51,7 +54,9 @@ def decode_padded(
 class _Padded:
     """One batch; row b of the tensors is the prompt `alive[b]`."""
 
-    def __init__(self, model: Any, prompts: Sequence[list[int]], limits: Sequence[int], end_ids: Sequence[int]):
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[list[int]], limits: Sequence[int], end_ids: Sequence[int]
+    ):
         from transformers import DynamicCache
 
         self.model, self.limits, self.end_ids = model, list(limits), frozenset(end_ids)

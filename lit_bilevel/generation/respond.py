@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -57,7 +56,7 @@ def respond(
     sampling: Sampling,
     end_ids: Sequence[int],
     device: torch.device,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Response]:
     """Generate and score one batch, in halves where it does not fit into memory.
 
@@ -110,9 +109,8 @@ def gathered_responses(
         failure = (mistake, str(error) if mistake else _told(error))
         if not mistake:
             log.warning("generation failed", exc_info=error)  # the run may go on, but where it failed must be known
-    parts: list[Any] = [(found, failure)]
+    parts: list[tuple[Found, tuple[bool, str] | None]] = [(found, failure)] * world_size
     if world_size > 1:
-        parts = [None] * world_size
         torch.distributed.all_gather_object(parts, (found, failure))
     for process, (_, failed) in enumerate(parts):
         if failed is not None:

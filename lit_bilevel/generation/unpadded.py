@@ -10,7 +10,7 @@ Left out: batches of prompts of different lengths; where lengths are all differe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,14 +19,17 @@ from lit_bilevel.generation.base import ended
 from lit_bilevel.generation.ending import without_settings
 from lit_bilevel.generation.padded import Choose
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def decode_unpadded(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[list[int]],
     limits: Sequence[int],
     end_ids: Sequence[int],
     choose: Choose,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
     """The new tokens of every prompt, its end token included; the arguments are those of `decode_padded`."""
     from transformers import GenerationConfig
@@ -59,12 +62,12 @@ def decode_unpadded(
 
 
 def decode_singly(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[list[int]],
     limits: Sequence[int],
     end_ids: Sequence[int],
     choose: Choose,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
     """The same one prompt at a time, for models whose state mixes the rows of a batch (RWKV in transformers 5)."""
 

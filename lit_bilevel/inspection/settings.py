@@ -7,7 +7,6 @@ Left out: settings that are neither numbers nor strings; `config.yaml` has every
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -15,6 +14,7 @@ from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of
 from lit_bilevel.training.callbacks import refiners
 from lit_bilevel.training.phases import Phase
+from lit_bilevel.training.trainer import data_of
 
 Plain = str | int | float | bool
 
@@ -43,7 +43,7 @@ def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
     for name in ("gradient_clip_val", "upper_weight_decay_every"):
         if getattr(module, name) is not None:
             found[name] = getattr(module, name)
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = data_of(trainer)
     for name in ("batch_size", "upper_batch_size", "max_length", "seed"):
         found[f"data.{name}"] = getattr(data, name)
     for callback in refiners(trainer):

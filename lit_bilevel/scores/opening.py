@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.types import Example
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def opening_of(tokenizer: Any) -> list[int]:
+
+def opening_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that a response without a prompt follows; at least one.
 
     Raises:
