@@ -49,9 +49,11 @@ def decoded(
     limits = [min(request.max_new_tokens, sampling.max_new_tokens) for request in requests]
     prompts = [request.prompt_ids for request in requests]
     decode = decoder_for(policy)
+    # beyond that length a row's rotary frequencies would follow the longest row of its batch
     if max(map(len, prompts)) + max(limits) > _alike_up_to(model.config.get_text_config()):
         decode = decode_unpadded
     if sampling.temperature > 0:
+        # all numbers of a request at once, from its own stream: what it draws does not depend on who shares its batch
         uniform = uniforms(requests, max(limits)).to(model.get_input_embeddings().weight.device)
 
     def choose(row_B: Tensor, step: int, logits_BV: Tensor) -> Tensor:
@@ -68,8 +70,9 @@ def decoder_for(policy: Policy) -> Decoder:
     Raises:
         UserError: if none is.
     """
-    if policy.decoder is None:
+    if policy.decoder is None:  # kept with the policy: a round asks once a batch, and trying costs several passes
         model = policy.causal_lm
+        # under autocast logits are rounded whatever the parameters are, and two right ways differ by that
         exact = policy.precise and not torch.is_autocast_enabled(model.get_input_embeddings().weight.device.type)
         tolerance = EXACT if exact else ROUNDED
         ways = [decode_padded] if _holds_keys_and_values(model) else []
@@ -93,6 +96,7 @@ def _deviation(model: PreTrainedModel, decode: Decoder) -> float:
     """The largest deviation of logits from those of one pass, as a share of how much rows differ; inf on an error."""
     device = model.get_input_embeddings().weight.device
     vocabulary = model.get_input_embeddings().weight.shape[0]
+    # not the first ids, which are padding and ends of text in many vocabularies and may be treated apart
     ids = torch.arange(3, 3 + sum(LENGTHS)) % vocabulary
     prompts = [part.tolist() for part in ids.split(LENGTHS)]
     seen: list[tuple[int, int, Tensor]] = []
@@ -100,7 +104,7 @@ def _deviation(model: PreTrainedModel, decode: Decoder) -> float:
 
     def choose(row_B: Tensor, step: int, logits_BV: Tensor) -> Tensor:
         seen.extend((row, step, logits_V) for row, logits_V in zip(row_B.tolist(), logits_BV.clone(), strict=True))
-        drawn_B = logits_BV.argmax(-1)
+        drawn_B = logits_BV.argmax(-1)  # whatever is drawn: both sides are given the same tokens
         for row, token in zip(row_B.tolist(), drawn_B.tolist(), strict=True):
             given[row].append(token)
         return drawn_B
@@ -111,9 +115,11 @@ def _deviation(model: PreTrainedModel, decode: Decoder) -> float:
         return float("inf")
 
     def alone(row: int, step: int) -> Tensor:
+        # one row, no cache, no padding: nothing that a decoder could get wrong has a part in it
         whole = torch.tensor([prompts[row] + given[row][:step]], device=device)
         return model(input_ids=whole, use_cache=False).logits[0, -1].float()
 
+    # logits have no scale of their own, so a deviation is held against what another prompt changes
     effect = (alone(0, 0) - alone(1, 0)).norm()
     worst = max(float((logits_V - alone(row, step)).norm() / effect) for row, step, logits_V in seen)
     return 0.0 if not effect.isfinite() else worst  # a policy of NaN says nothing of the decoder

@@ -63,7 +63,7 @@ class _Padded:
         self.device = model.get_input_embeddings().weight.device
         self.tokens: list[list[int]] = [[] for _ in prompts]
         accepted = inspect.signature(model.forward).parameters
-        self.positions = "position_ids" in accepted
+        self.positions = "position_ids" in accepted  # models without rotary or learned positions take none
         self.last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.cache = DynamicCache(config=model.config)
         self.alive = list(range(len(prompts)))
@@ -74,6 +74,7 @@ class _Padded:
         for b, prompt in enumerate(prompts):
             ids[b, width - len(prompt) :] = torch.tensor(prompt)
             mask[b, width - len(prompt) :] = 1
+        # equal prompts, as the G answers of a row have, are read once; the cache is copied for the others
         first = {tuple(prompt): b for b, prompt in reversed(list(enumerate(prompts)))}
         place = {prompt: number for number, prompt in enumerate(first)}
         self.first = torch.tensor(list(first.values()), device=self.device)  # of each different prompt
@@ -113,6 +114,7 @@ class _Padded:
             if self.tokens[prompt][-1] not in self.end_ids and len(self.tokens[prompt]) < self.limits[prompt]
         ]
         self.input_ids = drawn_B[:, None]
+        # a row that stayed after its end would be computed until the longest one ends
         if len(going) < len(self.alive):
             self.alive = [self.alive[b] for b in going]
             kept = torch.tensor(going, dtype=torch.int64, device=self.device)

@@ -40,6 +40,8 @@ def score(
         group = Group((unscored,), 1.0, temperature)
         examples.append(Example(0, 0, request.prompt_ids, len(request.prompt_ids), group))
     scored: dict[int, Response] = {}
+    # not the numbers that decoding had: through a cache they differ from those of training, and an unchanged policy
+    # would not have ratios of 1
     for chosen in batches_by_length(requests, SCORED_TOKENS):
         batch = collate([examples[i] for i in chosen], len(chosen)).to(device)
         lengths = [len(samples[i].token_ids) for i in chosen]
@@ -109,6 +111,7 @@ def gathered_responses(
         failure = (mistake, str(error) if mistake else _told(error))
         if not mistake:
             log.warning("generation failed", exc_info=error)  # the run may go on, but where it failed must be known
+    # also where this process failed: the others wait for it here
     parts: list[tuple[Found, tuple[bool, str] | None]] = [(found, failure)] * world_size
     if world_size > 1:
         torch.distributed.all_gather_object(parts, (found, failure))
@@ -116,6 +119,7 @@ def gathered_responses(
         if failed is not None:
             mistake, text = failed
             raise UserError(text) if mistake else GenerationFailed(f"{text}, on process {process}")
+    # by request again: what is stored must not depend on how many processes shared the work
     pairs = sorted((pair for part, _ in parts for pair in part), key=lambda pair: pair[0])
     return [response for _, response in pairs]
 
