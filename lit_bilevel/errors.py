@@ -28,12 +28,12 @@ def settings_missing() -> UserError:
     )
 
 
-def misfit(expected: Mapping[str, Any], found: Mapping[str, Any]) -> UserError:
+def misfit(expected: Mapping[str, Any], given: Mapping[str, Any]) -> UserError:
     """The error for a checkpoint whose entries (names to shapes) are not those of the model."""
-    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    different = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
     first = different[0]
     return UserError(
         f"the checkpoint does not fit the model: {len(different)} entries differ, the first is `{first}`"
-        f" (checkpoint: {found.get(first)}, model: {expected.get(first)}); use the settings and the data it was written"
+        f" (checkpoint: {given.get(first)}, model: {expected.get(first)}); use the settings and the data it was written"
         " with (its `config.yaml`)."
     )

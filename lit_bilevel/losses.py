@@ -106,11 +106,11 @@ def token_nll_and_entropy(hidden_KD: Tensor, layer: OutputLayer, target_K: Tenso
     """
     rows = max(1, CHUNK_ELEMENTS // (4 * layer.weight_VD.shape[0]))  # four tensors of a chunk are held at once
     with torch.no_grad():
-        found = [
+        chunks = [
             logits_nll_and_entropy(layer.logits(hidden), target)
             for hidden, target in zip(hidden_KD.split(rows), target_K.split(rows), strict=True)
         ]
-    nll, entropy = zip(*found, strict=True)
+    nll, entropy = zip(*chunks, strict=True)
     return torch.cat(nll), torch.cat(entropy)
 
 
@@ -118,9 +118,9 @@ def logits_nll_and_entropy(logits_KV: Tensor, target_K: Tensor) -> tuple[Tensor,
     """NLL of each target and entropy of the prediction, [K] each, computed in float32 or better."""
     logprob_KV = _precise(logits_KV).log_softmax(1)
     nll_K = -logprob_KV.gather(1, target_K[:, None])[:, 0]
-    share_KV = logprob_KV.exp()
+    probability_KV = logprob_KV.exp()
     logprob_KV.clamp_min_(torch.finfo(logprob_KV.dtype).min)  # 0·log 0 = 0
-    return nll_K, -torch.linalg.vecdot(share_KV, logprob_KV)
+    return nll_K, -torch.linalg.vecdot(probability_KV, logprob_KV)
 
 
 class _ChunkedNLL(torch.autograd.Function):
@@ -148,8 +148,8 @@ class _ChunkedNLL(torch.autograd.Function):
             inputs = [
                 x for x, needed in zip((hidden_KD, weight_VD, bias_V), ctx.needs_input_grad, strict=False) if needed
             ]
-            found = iter(torch.autograd.grad(nll_K, inputs, slope_K, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None, None
+            gradients = iter(torch.autograd.grad(nll_K, inputs, slope_K, create_graph=True))
+            return *(next(gradients) if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None, None
         hidden_slope, weight_slope, bias_slope = (
             torch.zeros_like(x, dtype=_precise(x.new_empty(0)).dtype) if needed else None
             for x, needed in zip((hidden_KD, weight_VD, bias_V), ctx.needs_input_grad, strict=False)
@@ -158,17 +158,17 @@ class _ChunkedNLL(torch.autograd.Function):
             chunk = slice(start, start + ctx.rows)
             logits = layer.logits(hidden_KD[chunk])
             slope = layer.slope(logits) * (slope_K[chunk, None] / ctx.temperature)
-            share = _tempered_(logits, ctx.temperature).sub_(partition_K[chunk, None]).exp_()
-            share.scatter_add_(1, target_K[chunk, None], torch.full_like(share[:, :1], -1.0))
-            share = share.mul_(slope).to(hidden_KD.dtype)
+            slope_KV = _tempered_(logits, ctx.temperature).sub_(partition_K[chunk, None]).exp_()
+            slope_KV.scatter_add_(1, target_K[chunk, None], torch.full_like(slope_KV[:, :1], -1.0))
+            slope_KV = slope_KV.mul_(slope).to(hidden_KD.dtype)
             if hidden_slope is not None:
-                hidden_slope[chunk] = share @ weight_VD
-            if weight_slope is not None and weight_slope.dtype == share.dtype:
-                weight_slope.addmm_(share.T, hidden_KD[chunk])  # needs no second [V, D]
+                hidden_slope[chunk] = slope_KV @ weight_VD
+            if weight_slope is not None and weight_slope.dtype == slope_KV.dtype:
+                weight_slope.addmm_(slope_KV.T, hidden_KD[chunk])  # needs no second [V, D]
             elif weight_slope is not None:
-                weight_slope += share.T @ hidden_KD[chunk]
+                weight_slope += slope_KV.T @ hidden_KD[chunk]
             if bias_slope is not None:
-                bias_slope += share.sum(0)
+                bias_slope += slope_KV.sum(0)
         pairs = zip((hidden_slope, weight_slope, bias_slope), (hidden_KD, weight_VD, bias_V), strict=True)
         return *(None if slope is None else slope.to(x.dtype) for slope, x in pairs), None, None, None, None
 

@@ -254,9 +254,9 @@ class LitBilevel(LightningModule):
         self._own_state = {}
 
     def on_train_epoch_end(self) -> None:
-        self.weights.refresh()
+        self.weights.recount()
         if self.refinement.weights is not None:
-            self.refinement.weights.refresh()
+            self.refinement.weights.recount()
         table = self.weights.table()
         self.guard.look(self, table)
         self.log_dict({"weights/max": table.max().float(), "weights/min": table.min().float()})

@@ -88,22 +88,22 @@ def option_names(parser: Any) -> set[str]:
 
 def suggestion(message: str, names: Iterable[str]) -> str:
     """What to add to an error about a name that does not exist; empty where there is nothing to say."""
-    found = UNKNOWN_FLAG.search(message) or UNKNOWN_KEY.search(message)
-    if found:
-        return nearest(next(group for group in found.groups() if group), names)
-    found = UNKNOWN_ARGUMENT.search(message)
-    if found:
-        home, _, name = found[1].rpartition(".")
+    match = UNKNOWN_FLAG.search(message) or UNKNOWN_KEY.search(message)
+    if match:
+        return nearest(next(group for group in match.groups() if group), names)
+    match = UNKNOWN_ARGUMENT.search(message)
+    if match:
+        home, _, name = match[1].rpartition(".")
         kind = getattr(importlib.import_module(home), name)
-        return nearest(found[2], inspect.signature(kind).parameters, all_of_them=True)
-    found = UNKNOWN_CLASS.search(message)
-    if found:
-        return nearest(found[1], lit_bilevel.__all__)
-    found = UNKNOWN_COMMAND.search(message)
-    if not found:
+        return nearest(match[2], inspect.signature(kind).parameters, all_of_them=True)
+    match = UNKNOWN_CLASS.search(message)
+    if match:
+        return nearest(match[1], lit_bilevel.__all__)
+    match = UNKNOWN_COMMAND.search(message)
+    if not match:
         return ""
-    choices = re.findall(r"[\w-]+", found[2])
-    return nearest(found[1], choices)
+    choices = re.findall(r"[\w-]+", match[2])
+    return nearest(match[1], choices)
 
 
 def nearest(name: str, names: Iterable[str], all_of_them: bool = False) -> str:

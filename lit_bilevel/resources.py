@@ -24,12 +24,12 @@ def located(name: str) -> str:
 
 def with_own_configs(arguments: list[str]) -> list[str]:
     """Command-line arguments whose `--config` names are located."""
-    found = []
+    result = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         flag, equals, name = argument.partition("=")
         if flag in ("--config", "-c") and equals:
             argument = f"{flag}={located(name)}"
         elif before in ("--config", "-c"):
             argument = located(argument)
-        found.append(argument)
-    return found
+        result.append(argument)
+    return result

@@ -300,7 +300,7 @@ def test_a_backend_that_fails_stops_the_run_by_default(small, tmp_path):
         run(small, tmp_path, refine_all(backend=Broken()))
 
 
-def test_a_stopped_run_begins_with_the_refresh_that_failed(flags, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_begins_with_the_round_that_failed(flags, tmp_path, monkeypatch, capsys):
     arguments = ["fit", *refine_flags(flags, tmp_path / "run", "--trainer.max_epochs=2")]
     with monkeypatch.context() as patch:
         patch.setattr(HFGenerate, "generate", lambda *rest, **named: 1 / 0)

@@ -26,6 +26,6 @@ def test_what_will_never_happen_is_said(flags, tmp_path, recwarn):
     assert main(["fit", *never, *flags]) == 0
     texts = [str(warning.message) for warning in recwarn]
     assert any("is 13 and the run has 12 steps, so the monitor loss is looked at once, after" in t for t in texts)
-    assert any("nothing will be refined: the first refresh comes after 375 steps" in text for text in texts)
+    assert any("nothing will be refined: the first round comes after 375 steps" in text for text in texts)
     best, last = (torch.load(tmp_path / "run" / "checkpoints" / f"{name}.ckpt") for name in ("best", "last"))
     assert best["global_step"] == last["global_step"] == 12

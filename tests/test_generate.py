@@ -269,7 +269,7 @@ def test_vllm_of_an_unknown_version_is_refused(fake_vllm):
         VLLM().generate(make("llama"), ask(), Sampling(4), ENDS)
 
 
-def test_vllm_is_handed_the_adapter_at_every_refresh(fake_vllm):
+def test_vllm_is_handed_the_adapter_at_every_round(fake_vllm):
     from peft import LoraConfig, get_peft_model
 
     fake_vllm("0.11.2")

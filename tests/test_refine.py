@@ -190,7 +190,7 @@ def test_refined_rows_are_frozen_and_their_groups_learn(small, tmp_path):
     assert len(store.chosen) == 45
 
 
-def test_a_refresh_keeps_rows_adds_rows_and_starts_groups_at_one(small, tmp_path):
+def test_a_round_keeps_rows_adds_rows_and_starts_groups_at_one(small, tmp_path):
     class Watch(Callback):
         def __init__(self):
             self.tables = []
@@ -214,7 +214,7 @@ def built(rows: list[int], share: float) -> tuple[SoftmaxWeights, Refinement]:
     offline = SoftmaxWeights()
     refinement = Refinement(offline, UniformRatio(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     offline.build(torch.zeros(6, dtype=torch.int64))
-    refinement.refresh(torch.tensor(rows, dtype=torch.int64), offline, torch.zeros(6, dtype=torch.int64), share)
+    refinement.begin_round(torch.tensor(rows, dtype=torch.int64), offline, torch.zeros(6, dtype=torch.int64), share)
     return offline, refinement
 
 
@@ -224,8 +224,8 @@ def test_a_refined_row_counts_once():
     with torch.no_grad():
         offline.logits.copy_(torch.tensor([0.0, 1, 2, 0, -1, 0]))
         refinement.weights.logits.copy_(torch.tensor([0.5, -0.5]))
-    offline.refresh()
-    refinement.weights.refresh()
+    offline.recount()
+    refinement.weights.recount()
     w, groups = offline.table().float(), refinement.weights.table().float()
     found = refinement.weigh(offline, features(0, 1, 6, 4, 7, -1))
     expected = torch.stack([w[0], 0.25 * w[1], 0.75 * groups[0], 0.25 * w[4], 0.75 * groups[1], torch.tensor(0.0)])

@@ -65,7 +65,7 @@ def test_groups_in_closed_form():
     offline = SoftmaxWeights()
     refinement = Refinement(BMOWeights(0.5), UniformRatio(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     offline.build(torch.zeros(6, dtype=torch.int64), torch.float64)
-    refinement.refresh(torch.tensor([1, 4]), offline, torch.zeros(6, dtype=torch.int64), 0.0)
+    refinement.begin_round(torch.tensor([1, 4]), offline, torch.zeros(6, dtype=torch.int64), 0.0)
     seen = replace(features(0, 6, 2, 7), loss_B=torch.tensor([9.0, 0.5, 9.0, 1.0], dtype=torch.float64))
     assert refinement.needs_loss
     assert refinement.weigh(offline, seen).tolist() == [1, 1, 1, 1]
@@ -85,7 +85,7 @@ def test_a_lone_row_or_group_takes_no_step():
     offline = SoftmaxWeights()
     refinement = Refinement(offline, UniformRatio(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     offline.build(torch.zeros(6, dtype=torch.int64))
-    refinement.refresh(torch.tensor([1, 4]), offline, torch.zeros(6, dtype=torch.int64), 0.5)
+    refinement.begin_round(torch.tensor([1, 4]), offline, torch.zeros(6, dtype=torch.int64), 0.5)
     steps = []
     for weights in (offline, refinement.weights):
         weights.set_gradient = lambda *given: steps.append(given)
@@ -155,6 +155,6 @@ def test_groups_need_not_have_every_source_of_the_pool(weights):
     offline, source_N = weights(), torch.tensor([0, 1, 0, 1])
     refinement = Refinement(weights(), UniformRatio(), lambda parameters: torch.optim.SGD(parameters, lr=0.1))
     offline.build(source_N, torch.float64)
-    refinement.refresh(torch.tensor([0, 2]), offline, source_N, 0.0)  # source 0 alone
+    refinement.begin_round(torch.tensor([0, 2]), offline, source_N, 0.0)  # source 0 alone
     seen = replace(features(1, 4), source_B=torch.tensor([1, 0]), loss_B=torch.ones(2, dtype=torch.float64))
     assert refinement.weigh(offline, seen).tolist() == [1, 1]

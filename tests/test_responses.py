@@ -21,7 +21,7 @@ def response(*ids: int, finished: bool = True) -> Response:
     return Response(list(ids), [-0.5 * i for i in range(len(ids))], finished)
 
 
-def filled(share: float = 0.0) -> ResponseStore:
+def filled(offline_share: float = 0.0) -> ResponseStore:
     store = ResponseStore()
     store.put(
         {
@@ -30,7 +30,7 @@ def filled(share: float = 0.0) -> ResponseStore:
             5: [response(2), response(1, 1, finished=False)],
         },
         temperature=0.8,
-        share=share,
+        offline_share=offline_share,
     )
     return store
 
@@ -60,7 +60,7 @@ def test_the_overlay_replaces_refined_rows_alone():
     assert overlaid[1].input_ids == [10, 11, 12]
     assert overlaid[1].group.responses == (response(9, 9, 9, 2),)
     assert examples == [offline(row) for row in (2, 3, 5, 7, PADDING_ROW)]  # never edited
-    both = filled(share=0.3).overlay(examples, POOL)
+    both = filled(offline_share=0.3).overlay(examples, POOL)
     assert [example.row for example in both] == [2, 3, POOL, 5, 7, POOL + 1, PADDING_ROW]
 
 
@@ -73,7 +73,7 @@ def test_a_round_replaces_the_one_before():
 
 def test_a_share_of_one_is_refused():
     with pytest.raises(UserError, match="`offline_share` is 1"):
-        ResponseStore().put({}, 1.0, share=1)
+        ResponseStore().put({}, 1.0, offline_share=1)
 
 
 def test_the_store_survives_a_checkpoint_that_loads_weights_only():
@@ -82,7 +82,7 @@ def test_the_store_survives_a_checkpoint_that_loads_weights_only():
     torch.save(store.state_dict(), buffer)
     buffer.seek(0)
     copy.load_state_dict(torch.load(buffer, weights_only=True))
-    for name in ("chosen", "rows", "round", "share", "temperature", "mean_length"):
+    for name in ("chosen", "rows", "round", "offline_share", "temperature", "mean_length"):
         assert getattr(copy, name) == getattr(store, name)
     assert [copy.responses(row) for row in copy.rows] == [store.responses(row) for row in store.rows]
     empty = ResponseStore()

@@ -63,7 +63,7 @@ def visit(weights, optimizer, epochs, score, loss_N, seed=0, check=lambda: None,
                 weights.after_step()
             step += 1
             check()
-        weights.refresh()
+        weights.recount()
     if weights.needs_scoring:
         rows = torch.arange(ROWS)
         weights.score(features_of(rows, loss_N) if order is None else features_of_permuted(rows, order, loss_N))
@@ -237,7 +237,7 @@ def test_weights_are_finite_nonnegative_and_of_mean_one(name):
     with torch.no_grad():
         for parameter in weights.parameters():
             parameter.mul_(1e4)  # extreme logits
-    weights.refresh()
+    weights.recount()
     check()
 
 
@@ -339,7 +339,7 @@ def test_softmax_steps_along_the_mirror_descent_of_the_whole_gradient():
     weights = built("softmax")
     with torch.no_grad():
         weights.logits.copy_(normal(ROWS, seed=1))
-    weights.refresh()
+    weights.recount()
     s = normal(ROWS, seed=2).tanh()  # none so far out that it is cut
     p = weights.table() / ROWS
     weights.set_gradient(features_of(torch.arange(ROWS), EQUAL), s)
@@ -411,7 +411,7 @@ def test_the_weights_that_training_uses_have_mean_one(name):
     with torch.no_grad():
         for parameter in weights.parameters():
             parameter.add_(normal(*parameter.shape, seed=4))
-    weights.refresh()
+    weights.recount()
     hard_N, means = normal(ROWS, seed=5).abs() / 2, []
     for step in range(300):
         rows = torch.randperm(ROWS, generator=generator)[: 2 * BATCH]
@@ -462,7 +462,7 @@ def test_a_gate_keeps_the_asked_share():
     with torch.no_grad():  # a row that was gated out comes back when its score turns
         worst = int(scores.argmax())
         weights.logits[worst] = weights.logits.max()
-    weights.refresh()
+    weights.recount()
     assert weights.table()[worst] > 0
 
 
@@ -521,7 +521,7 @@ def test_learning_multiplies_the_prior(name):
         else:
             with torch.no_grad():
                 weights.logits.copy_(normal(ROWS, seed=5))
-            weights.refresh()
+            weights.recount()
         tables.append(weights.table())
     torch.testing.assert_close(tables[1], prior * tables[0] / (prior * tables[0]).mean(), rtol=1e-5, atol=1e-9)
 

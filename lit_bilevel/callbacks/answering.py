@@ -43,7 +43,7 @@ def answer_anew(
         sampling: how.
         wanted: rows by the name of their set, `pool` or `monitor`.
         count: G, responses of a row.
-        round: number of the refresh, for the random numbers.
+        round: number of the round, for the random numbers.
 
     Raises:
         UserError: where the backend refuses its settings.
@@ -52,8 +52,8 @@ def answer_anew(
     requests = [
         r for name, rows in wanted.items() for r in _requests(trainer, module, sampling, name, rows, count, round)
     ]
-    found = iter(_generated(trainer, module, backend, sampling, requests))
-    return {name: {row: [next(found) for _ in range(count)] for row in rows} for name, rows in wanted.items()}
+    answers = iter(_generated(trainer, module, backend, sampling, requests))
+    return {name: {row: [next(answers) for _ in range(count)] for row in rows} for name, rows in wanted.items()}
 
 
 def _requests(

@@ -5,7 +5,7 @@ to save by itself and leaves the saving to Lightning. `last.ckpt` is saved after
 steps where that is asked for, but only where a resumed run repeats every bit: where validation or the end of an epoch
 follows a step, after those, or a resumed run would leave them out.
 
-SIGTERM and Ctrl-C are answered at the next such place, so a validation or a refresh is brought to its end first; a
+SIGTERM and Ctrl-C are answered at the next such place, so a validation or a round is brought to its end first; a
 second one ends the process at once, and the last checkpoint stays as it is; so does one while testing, where nothing is
 at stake. With several processes a signal to any of them is a signal to all. When a new run starts in the folder of an
 earlier one, its checkpoints are renamed to `earlier-*`. Left out: keeping more than one best checkpoint.

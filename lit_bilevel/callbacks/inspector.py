@@ -105,7 +105,7 @@ class WeightInspector(Callback):
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = module_of(pl_module)
-        module.weights.refresh()  # as the module does after this, so what is shown here is what is exported
+        module.weights.recount()  # as the module does after this, so what is shown here is what is exported
         table = module.weights.table().detach().cpu().double()
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         scalars = self._scalars(table)
@@ -163,13 +163,13 @@ class WeightInspector(Callback):
         return torch.randperm(rows, generator=torch.Generator().manual_seed(0))[: self.sampled].sort().values.tolist()
 
     def _scalars(self, table: Tensor) -> dict[str, float]:
-        found = {f"weights_quantile/{name}": value for name, value in quantiles(table).items()}
+        scalars = {f"weights_quantile/{name}": value for name, value in quantiles(table).items()}
         mass = source_mass(table, self._source_N, self._data.source_names)
-        found |= {f"weights_share/{name}": value for name, value in mass.items()}
+        scalars |= {f"weights_share/{name}": value for name, value in mass.items()}
         if self._before is not None and len(self._before) == len(table):
             rho = correlation(ranks(table), ranks(self._before))
-            found |= {} if rho is None else {"weights/rank_correlation": rho}
-        return found | self._scored(table)
+            scalars |= {} if rho is None else {"weights/rank_correlation": rho}
+        return scalars | self._scored(table)
 
     def _scored(self, table: Tensor) -> dict[str, float]:
         """AUROC, of which that of all rows is kept for the tab HParams."""
@@ -188,10 +188,10 @@ class WeightInspector(Callback):
         for end, rows in (("lowest", order[:count]), ("highest", order.flip(0)[:count])):
             for row in rows.tolist():
                 record = self._data.sets["pool"][row]
-                found = {name: record[name] for name in ("id", "row", "prompt", "response", "source")}
-                found |= {"weight": float(table[row]), "visits": int(visits[row])}
-                found |= {"end": end, "before": float(before[row]), "moved": int(moved[row])}
-                records.append(found | ({"kind": self._kinds[row] or "clean"} if self._kinds else {}))
+                shown = {name: record[name] for name in ("id", "row", "prompt", "response", "source")}
+                shown |= {"weight": float(table[row]), "visits": int(visits[row])}
+                shown |= {"end": end, "before": float(before[row]), "moved": int(moved[row])}
+                records.append(shown | ({"kind": self._kinds[row] or "clean"} if self._kinds else {}))
         return records
 
     @functools.cached_property

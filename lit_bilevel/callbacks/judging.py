@@ -24,7 +24,7 @@ Answers = dict[int, list[Response]]
 def agreed(
     sets: Mapping[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
-    found: Mapping[str, Answers],
+    generated: Mapping[str, Answers],
     trust: Trust,
     keep_unfinished: bool,
 ) -> tuple[Answers, list[Answered], list[Answered]]:
@@ -33,12 +33,12 @@ def agreed(
     Args:
         sets: the tables by name.
         tokenizer: of the policy.
-        found: responses by set and row.
+        generated: responses by set and row.
         trust: tells how far answers agree.
         keep_unfinished: whether responses count that did not end by themselves.
     """
     sides: dict[str, list[Answered]] = {}
-    for name, responses in found.items():
+    for name, responses in generated.items():
         known = sets[name].select_columns(["response"])[list(responses)]["response"] if responses else []
         texts = [
             [text_of(r, tokenizer) if is_usable(r, keep_unfinished) else None for r in g] for g in responses.values()
@@ -46,7 +46,7 @@ def agreed(
         sides[name] = [Answered(old, tuple(new)) for old, new in zip(known, texts, strict=True)]
     answers = {
         row: [replace(r, agreement=share) for r, share in zip(group, trust.agreement(answered.new), strict=True)]
-        for (row, group), answered in zip(found["pool"].items(), sides["pool"], strict=True)
+        for (row, group), answered in zip(generated["pool"].items(), sides["pool"], strict=True)
     }
     return answers, sides["pool"], sides["monitor"]
 

@@ -184,12 +184,12 @@ def short(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
     metrics = trainer.progress_bar_metrics
     names = {"upper/loss": "upper", "lower/loss": "lower"}
     module = module_of(pl_module)
-    found = {"phase": module.phase.name} if len(module.phases) > 1 else {}
-    found |= {name: f"{float(metrics[key]):.3f}" for key, name in names.items() if key in metrics}
+    parts = {"phase": module.phase.name} if len(module.phases) > 1 else {}
+    parts |= {name: f"{float(metrics[key]):.3f}" for key, name in names.items() if key in metrics}
     if "weights/effective_size" in metrics:
         share = float(metrics["weights/effective_size"]) / max(module.weights.pool_rows, 1)
-        found["effective"] = f"{share:.0%}"
-    return found | ({"monitor": f"{float(metrics['monitor/loss']):.3f}"} if "monitor/loss" in metrics else {})
+        parts["effective"] = f"{share:.0%}"
+    return parts | ({"monitor": f"{float(metrics['monitor/loss']):.3f}"} if "monitor/loss" in metrics else {})
 
 
 def compact(number: float) -> str:

@@ -1,13 +1,13 @@
 """Online self-refining generation: keep the question of a badly weighted row, let the policy answer it anew.
 
-    choose rows → sample G responses each with the current policy → score them once → store them       (every refresh)
+    choose rows → sample G responses each with the current policy → score them once → store them       (every round)
 
 From then on these rows contribute their responses (lit_bilevel/README.md 6; arXiv 2511.21056). A row once chosen stays
-chosen, and every refresh regenerates all of them; its offline weight takes no step, its group weighs 1 anew. Responses
+chosen, and every round regenerates all of them; its offline weight takes no step, its group weighs 1 anew. Responses
 that are empty or did not end by themselves are kept on file and out of training, and so are those that `trust` finds no
-better than the old answers (`on_doubt`); a row left with none keeps its offline pair. The first refresh comes after
+better than the old answers (`on_doubt`); a row left with none keeps its offline pair. The first round comes after
 `start` epochs (or steps), none at the very end of training.
-A refresh that fails, or is not trusted at all, leaves everything as it was: the run goes on bit for bit as without it.
+A round that fails, or is not trusted at all, leaves everything as it was: the run goes on bit for bit as without it.
 
 Left out: policies whose parameters are sharded; every process scores its own responses, which sharding does not allow.
 """
@@ -48,9 +48,9 @@ class SelfRefine(Callback):
     Args:
         choose: which rows, of those that have a question; by default the lowest-weighted tenth.
         responses: G, responses of a row.
-        every_n_epochs: epochs between refreshes; 1 unless `every_n_steps` is set.
-        every_n_steps: policy steps between refreshes.
-        start: epochs (or steps) before the first refresh.
+        every_n_epochs: epochs between rounds; 1 unless `every_n_steps` is set.
+        every_n_steps: policy steps between rounds.
+        start: epochs (or steps) before the first round.
         sampling: how responses are drawn.
         offline_share: κ, what the offline pair of a refined row still counts.
         keep_unfinished: train also on responses that were cut at the longest length.
@@ -127,7 +127,7 @@ class SelfRefine(Callback):
     # ---- when ----
 
     def should_refine(self, done: int) -> bool:
-        """Whether a refresh is due after so many epochs (or steps)."""
+        """Whether a round is due after so many epochs (or steps)."""
         return done >= self.start and done > 0 and (done - self.start) % self.every == 0
 
     def on_train_batch_end(
@@ -142,10 +142,10 @@ class SelfRefine(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.by_steps and self.should_refine(trainer.current_epoch + 1) and not _is_last_epoch(trainer):
             module = module_of(pl_module)
-            module.weights.refresh()  # as the module does after this
+            module.weights.recount()  # as the module does after this
             self.refine(trainer, module)
 
-    # ---- a refresh ----
+    # ---- a round ----
 
     def refine(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate, judge, store, record and show one round."""
@@ -162,13 +162,13 @@ class SelfRefine(Callback):
         wanted: dict[str, Sequence[int]] = {"pool": rows, "monitor": self._monitor}
         started, number = time.monotonic(), store.round + 1
         try:
-            found = answer_anew(trainer, module, self.backend, self.sampling, wanted, self.responses, number)
+            generated = answer_anew(trainer, module, self.backend, self.sampling, wanted, self.responses, number)
         except GenerationFailed as error:
             self._failed(module, number, error)
             return
         seconds = time.monotonic() - started
         self._spent += seconds
-        sides = agreed(data.sets, module.tokenizer, found, self.trust, self.keep_unfinished)
+        sides = agreed(data.sets, module.tokenizer, generated, self.trust, self.keep_unfinished)
         answers, verdict = sides[0], self.trust.judge(*sides[1:]) if self.on_doubt == "keep" else None
         used: dict[int, list[Response]]
         if verdict is not None and verdict.least is None:
@@ -178,15 +178,15 @@ class SelfRefine(Callback):
             used = trusted(answers, verdict, self.keep_unfinished)
             store.put(used, self._temperature, self.offline_share, self.keep_unfinished)
             kept = torch.tensor(store.rows, dtype=torch.int64)
-            module.refinement.refresh(kept, module.weights, data.pool_sources, self.offline_share)
+            module.refinement.begin_round(kept, module.weights, data.pool_sources, self.offline_share)
         if trainer.is_global_zero:
             if self._file is not None:
                 pool = data.sets["pool"]
                 self._file.append(records(pool, module.tokenizer, answers, used, number, self._temperature))
-            tokens = sum(len(r.token_ids) for side in found.values() for group in side.values() for r in group)
-            share = self._spent / max(time.monotonic() - self._began, 1e-9)
+            tokens = sum(len(r.token_ids) for side in generated.values() for group in side.values() for r in group)
+            share_of_time = self._spent / max(time.monotonic() - self._began, 1e-9)
             used = {row: group for row, group in used.items() if group}
-            done = Round(number, answers, used, verdict, tokens, seconds, share, self.keep_unfinished)
+            done = Round(number, answers, used, verdict, tokens, seconds, share_of_time, self.keep_unfinished)
             done.report(trainer, module, self.rows_shown)
 
     @property
@@ -203,7 +203,7 @@ class SelfRefine(Callback):
         self._end_round(trainer, module_of(pl_module))
 
     def _failed(self, module: LitBilevel, round: int, error: GenerationFailed) -> None:
-        """Go on with the responses there are, or ask for a stop; a stopped run begins with this refresh again."""
+        """Go on with the responses there are, or ask for a stop; a stopped run begins with this round again."""
         if self.on_failure == "keep":
             rank_zero_warn(f"refinement round {round} failed ({error}); the run goes on with the responses it has.")
             return
@@ -261,7 +261,7 @@ class SelfRefine(Callback):
         if last not in (None, -1) and self.start >= last:
             unit = "steps" if self.by_steps else "epochs"
             rank_zero_warn(
-                f"nothing will be refined: the first refresh comes after {self.start} {unit} and the run has"
+                f"nothing will be refined: the first round comes after {self.start} {unit} and the run has"
                 f" {last:.0f}; lower `start` of `SelfRefine` below that."
             )
 

@@ -1,8 +1,8 @@
 """What every response of a round weighs when the round ends, by each rule, for `lit-bilevel inspect` to judge them.
 
-At a refresh all ratios are 1, so rules of ratios differ only after some steps. One pass over the responses that are
-trained on tells what they have come to, under the run's own rule and under the others. On the first process, without
-gradients or random numbers. Left out: `Aligned`, which needs derivatives; its weights exist in training alone.
+When a round begins all ratios are 1, so rules of ratios differ only after some steps. One pass over the responses that
+are trained on tells what they have come to, under the run's own rule and under the others. On the first process,
+without gradients or random numbers. Left out: `Aligned`, which needs derivatives; its weights exist in training alone.
 """
 
 from __future__ import annotations
@@ -64,6 +64,6 @@ def _records(module: LitBilevel, data: BilevelDataModule) -> Iterator[dict[str, 
         for number, place in enumerate(generated.example_R.tolist()):
             row = chosen[place]
             counts[row] = counts.get(row, -1) + 1
-            found = {name: values[number] for name, values in weights.items()}
-            found["group"] = float(group_M[start + place])
-            yield {"round": store.source, "row": row, "used": counts[row], "weights": found}
+            by_rule = {name: values[number] for name, values in weights.items()}
+            by_rule["group"] = float(group_M[start + place])
+            yield {"round": store.source, "row": row, "used": counts[row], "weights": by_rule}

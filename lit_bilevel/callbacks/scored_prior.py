@@ -80,14 +80,14 @@ class ScoredPrior(Callback):
         if trainer.ckpt_path is not None or module.weights.visits.any():  # they have their prior already
             return
         started = time.monotonic()
-        found = self._found(trainer, module)
+        scores = self._found(trainer, module)
         for name in self.columns:
-            if not np.isfinite(found[name]).any():
+            if not np.isfinite(scores[name]).any():
                 rank_zero_warn(f"no row has a `{name}`, so the prior is without it; `lit-bilevel score` says why.")
-        weight_N = torch.from_numpy(prior_weights(combined(found, self.columns), self.sharpness))
+        weight_N = torch.from_numpy(prior_weights(combined(scores, self.columns), self.sharpness))
         module.weights.set_prior(weight_N)
         if names := module.weights.columns:
-            module.weights.set_columns(read_by_weights(found, names))
+            module.weights.set_columns(read_by_weights(scores, names))
         size = float(weight_N.sum() ** 2 / (weight_N**2).sum())
         rank_zero_info(
             f"scored {len(weight_N):,} pool rows in {time.monotonic() - started:.0f} s: {self.scores or FILE}\n"

@@ -92,10 +92,10 @@ class Scoring(LightningModule):
     def setup(self, stage: str) -> None:
         self.data.trainer = self.trainer
         self.data.setup("predict")
-        context, found = context_length(self.settings), longest(self.data.sets.values())
-        if context is not None and found > context:
+        context, most = context_length(self.settings), longest(self.data.sets.values())
+        if context is not None and most > context:
             raise UserError(
-                f"the longest row has {found} tokens and the policy was made for {context}; set `data.max_length` to at"
+                f"the longest row has {most} tokens and the policy was made for {context}; set `data.max_length` to at"
                 f" most {context}."
             )
 
@@ -189,18 +189,18 @@ def _reason(name: str) -> str:
 
 def truth_table(scores: Scores, kinds: list[str]) -> str:
     """AUROC of clean rows against corrupted ones by every column, in the direction that `select` keeps."""
-    found = {}
+    by_column = {}
     for name in scores.columns:
         try:
-            found[name] = aurocs(torch.from_numpy(scores.directed(name)), kinds)
+            by_column[name] = aurocs(torch.from_numpy(scores.directed(name)), kinds)
         except UserError:  # a column that not all rows have
             continue
-    names = list(next(iter(found.values()), {}))
+    names = list(next(iter(by_column.values()), {}))
     if not names:
         return "the truth file calls all rows clean, or all corrupted, so there is no AUROC\n"
-    width = max(len(name) for name in found)
+    width = max(len(name) for name in by_column)
     lines = [" " * width + "".join(f"  {name:>12.12}" for name in names)]
     lines += [
-        f"{column:<{width}}" + "".join(f"  {own[name]:>12.3f}" for name in names) for column, own in found.items()
+        f"{column:<{width}}" + "".join(f"  {own[name]:>12.3f}" for name in names) for column, own in by_column.items()
     ]
     return "AUROC of clean rows against corrupted ones\n" + "\n".join(lines) + "\n"

@@ -94,12 +94,12 @@ def join(pool: Pool, weights: Weights, options: argparse.Namespace) -> Joined:
             f" {weights.row.max()}; give the pool that they were learned on, or its `--id_column`."
         )
     place = {key: number for number, key in enumerate(weights.id)}
-    positions, found, seen = [], [], set()
+    positions, matches, seen = [], [], set()
     for position, key in enumerate(pool.ids):
         if key is not None and key in place and key not in seen:
             seen.add(key)
             positions.append(position)
-            found.append(place[key])
+            matches.append(place[key])
     if not positions:
         raise UserError(
             f"no row of {named} has an id that is in {options.weights} (the first: {pool.ids[0]!r} and"
@@ -112,5 +112,5 @@ def join(pool: Pool, weights: Weights, options: argparse.Namespace) -> Joined:
         sys.stdout.write(f"{lost:,} weights belong to rows that the pool does not have\n")
     sources = sorted(set(weights.source))
     number = {name: i for i, name in enumerate(sources)}
-    numbers = np.array([number[weights.source[i]] for i in found])
-    return Joined(np.array(positions), weights.weight[found], numbers, sources, weights.sign)
+    numbers = np.array([number[weights.source[i]] for i in matches])
+    return Joined(np.array(positions), weights.weight[matches], numbers, sources, weights.sign)

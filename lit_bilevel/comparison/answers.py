@@ -54,16 +54,16 @@ def measures(answers: Sequence[str], references: Sequence[str], expected: Sequen
     from torchmetrics.functional.text import bleu_score, rouge_score
 
     pairs = list(zip(answers, references, strict=True))
-    found = {"exact_match": sum(a.strip() == r.strip() for a, r in pairs) / len(pairs)}
+    scores = {"exact_match": sum(a.strip() == r.strip() for a, r in pairs) / len(pairs)}
     if np.median([len(reference.split()) for reference in references]) >= 4:  # BLEU-4 of shorter texts is 0
-        found["bleu"] = float(bleu_score(list(answers), [[reference] for reference in references]))
+        scores["bleu"] = float(bleu_score(list(answers), [[reference] for reference in references]))
     rouge = rouge_score(list(answers), list(references), rouge_keys="rougeL")
-    found["rougeL"] = float(rouge["rougeL_fmeasure"])
+    scores["rougeL"] = float(rouge["rougeL_fmeasure"])
     for name, wanted in (("refusal", "refuse"), ("over_refusal", "comply")):
         asked = [refuses(answer) for answer, kind in zip(answers, expected, strict=True) if kind == wanted]
         if asked:
-            found[name] = sum(asked) / len(asked)
-    return found
+            scores[name] = sum(asked) / len(asked)
+    return scores
 
 
 def answer(cli: BilevelCLI, folder: Path) -> dict[str, float]:
@@ -99,15 +99,15 @@ def write_pairs(first: Path, second: Path, names: tuple[str, str], output: Path,
     Raises:
         UserError: if answers are missing, or belong to different prompts.
     """
-    found = [read_lines(folder / "predictions.jsonl") for folder in (first, second)]
-    for folder, answers in zip((first, second), found, strict=True):
+    predictions = [read_lines(folder / "predictions.jsonl") for folder in (first, second)]
+    for folder, answers in zip((first, second), predictions, strict=True):
         if not answers:
             raise UserError(f"{folder} has no answers (predictions.jsonl); run the comparison with `--answers`.")
-    if [record["id"] for record in found[0]] != [record["id"] for record in found[1]]:
+    if [record["id"] for record in predictions[0]] != [record["id"] for record in predictions[1]]:
         raise UserError(f"{first} and {second} answer different prompts; compare runs on the same test file.")
-    swapped = np.random.default_rng(seed).random(len(found[0])) < 0.5
+    swapped = np.random.default_rng(seed).random(len(predictions[0])) < 0.5
     lines = []
-    for swap, pair in zip(swapped, zip(*found, strict=True), strict=True):
+    for swap, pair in zip(swapped, zip(*predictions, strict=True), strict=True):
         order = (1, 0) if swap else (0, 1)
         record: dict[str, Any] = {"id": pair[0]["id"], "prompt": pair[0]["prompt"]}
         record |= {f"answer_{i}": pair[k]["response"] for i, k in enumerate(order, start=1)}

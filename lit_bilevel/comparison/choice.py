@@ -70,10 +70,10 @@ def rivals(losses: Losses, methods: Sequence[str] | None = None) -> tuple[str, l
 
 def in_words(losses: Losses, methods: Sequence[str] | None = None) -> str:
     """What the monitor part can tell about a choice, and what to do where that is little; empty for no choice."""
-    found = rivals(losses, methods)
-    if found is None:
+    rivalry = rivals(losses, methods)
+    if rivalry is None:
         return ""
-    best, others = found
+    best, others = rivalry
     rows = others[0].rows
     close = [rival for rival in others if not rival.is_clear]
     if not close:

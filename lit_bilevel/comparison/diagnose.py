@@ -48,13 +48,13 @@ def main(arguments: list[str]) -> int:
     """Run the command; `arguments[0]` is its name. Returns the exit status."""
     options, shared = parser().parse_known_args(arguments[1:])
     try:
-        found = Diagnosis(options.config, shared, Path(options.output), options.seeds).run()
+        diagnosis = Diagnosis(options.config, shared, Path(options.output), options.seeds).run()
     except UserError as error:
         sys.stderr.write(f"lit-bilevel diagnose: {error}\n")
         return 2
-    text = "\n".join(advice(found)) + "\n"
+    text = "\n".join(advice(diagnosis)) + "\n"
     replace_text(Path(options.output) / "diagnosis.md", text)
-    replace_text(Path(options.output) / "diagnosis.json", json.dumps(found, indent=2) + "\n")
+    replace_text(Path(options.output) / "diagnosis.json", json.dumps(diagnosis, indent=2) + "\n")
     say(f"\n{text}\nwritten to {options.output}: diagnosis.md, diagnosis.json")
     return 0
 
@@ -195,16 +195,16 @@ def rise(curve: Curve) -> dict[str, float] | None:
     lowest = min(range(len(curve)), key=lambda i: curve[i][1])
     above = [loss > curve[lowest][1] * (1 + RISE) for _, loss in curve]
     risen = next((i for i in range(lowest + 1, len(curve)) if all(above[i:])), None)
-    found: dict[str, float] = {"lowest": curve[lowest][0] + 1, "last": curve[-1][0] + 1}
-    return found if risen is None else found | {"risen": curve[risen][0] + 1}
+    epochs: dict[str, float] = {"lowest": curve[lowest][0] + 1, "last": curve[-1][0] + 1}
+    return epochs if risen is None else epochs | {"risen": curve[risen][0] + 1}
 
 
-def advice(found: dict[str, Any]) -> list[str]:
+def advice(diagnosis: dict[str, Any]) -> list[str]:
     """The diagnosis in words, as lines of Markdown."""
-    halves, seeds, rows = found["halves"], found["seeds"], found["validation_rows"]
+    halves, seeds, rows = diagnosis["halves"], diagnosis["seeds"], diagnosis["validation_rows"]
     lines = [
         f"Weights learned from the two halves of the {rows:,} validation rows agree with rank correlation"
-        f" **{halves:.2f}**; files of the whole size would agree about {found['whole']:.2f}. Two seeds on the whole"
+        f" **{halves:.2f}**; files of the whole size would agree about {diagnosis['whole']:.2f}. Two seeds on the whole"
         f" file agree {seeds:.2f}.",
         "",
     ]
@@ -218,7 +218,7 @@ def advice(found: dict[str, Any]) -> list[str]:
     elif halves >= SOME:
         lines.append(
             f"- The weights say something, and more trusted rows would make them better: with {2 * rows:,} rows expect"
-            f" an agreement of the halves of about {found['whole']:.2f}. Use the weights for selection"
+            f" an agreement of the halves of about {diagnosis['whole']:.2f}. Use the weights for selection"
             " (`lit-bilevel select --keep`), not one by one."
         )
     else:
@@ -232,8 +232,8 @@ def advice(found: dict[str, Any]) -> list[str]:
             " direction longer (`direction_decay` nearer to 1), lower the learning rate of `weight_optimizer`, or use"
             " the mean of the weights of several seeds; then diagnose again."
         )
-    lines += [line for name, where in found["rise"].items() for line in _about_rise(name, where)]
-    return lines if found["monitor"] is None else [*lines, _about_monitor(**found["monitor"])]
+    lines += [line for name, where in diagnosis["rise"].items() for line in _about_rise(name, where)]
+    return lines if diagnosis["monitor"] is None else [*lines, _about_monitor(**diagnosis["monitor"])]
 
 
 def _about_monitor(rows: int, loss: float, error: float) -> str:

@@ -97,13 +97,13 @@ def class_named(name: str, names: Mapping[str, type[Any]], kinds: tuple[type, ..
         return names[known(name, names, what)]
     home, _, own = name.rpartition(".")
     try:
-        found = getattr(importlib.import_module(home), own)
+        cls = getattr(importlib.import_module(home), own)
     except (ImportError, AttributeError) as error:
         raise UserError(f"the {what} {name!r} cannot be imported ({error}); check its path.") from error
-    if not (inspect.isclass(found) and issubclass(found, kinds)):
+    if not (inspect.isclass(cls) and issubclass(cls, kinds)):
         wanted = " or ".join(f"`{kind.__name__}`" for kind in kinds)
         raise UserError(f"{name!r} is no class made from {wanted}; name one that is.")
-    return found
+    return cls
 
 
 def flag_of(kind: type) -> str:

@@ -102,10 +102,10 @@ class Results:
                     f"{path} is missing, though its run is in results.csv; remove that line there, and the run is"
                     " repeated."
                 )
-            found = pyarrow.parquet.read_table(path)
+            run_losses = pyarrow.parquet.read_table(path)
             if table is None:
-                table = found.select(["id", "tokens"])
-            losses.setdefault(row["method"], {})[row["seed"]] = found["loss"].to_numpy()
+                table = run_losses.select(["id", "tokens"])
+            losses.setdefault(row["method"], {})[row["seed"]] = run_losses["loss"].to_numpy()
         for method, parts in losses.items():
             table = table.append_column(method, pyarrow.array(np.mean(list(parts.values()), axis=0)))
         with replacing(self.folder / "test_losses.parquet") as partial:

@@ -103,12 +103,12 @@ class Runner:
 
     def row(self, name: str, seed: int) -> Result:
         """The result of a method, from the files or by running it and what it needs."""
-        found = self.results.find(name, seed)
-        if found is None:
+        result = self.results.find(name, seed)
+        if result is None:
             method = Method.parse(name, self.variants)
-            found = self._best(name, method, seed) if method.best_of else self._run(name, method, seed)
-            self.results.add(found)
-        return found
+            result = self._best(name, method, seed) if method.best_of else self._run(name, method, seed)
+            self.results.add(result)
+        return result
 
     def _best(self, name: str, method: Method, seed: int) -> Result:
         rows = [self.row(other, seed) for other in method.best_of]
@@ -254,14 +254,14 @@ class Runner:
         pool, data = cli.datamodule.sets["pool"], cli.config.data
         kept = {row: key for row, key, good in zip(pool["row"][:], pool["id"][:], mask, strict=True) if good}
         files = copy_records(data.pool, data.columns or {}, kept, folder / "pool")
-        found: Result = {"kept": float(mask.mean())}
+        result: Result = {"kept": float(mask.mean())}
         kinds = self._kinds(pool)
         if kinds is not None and not isinstance(method.filter, CleanRows):
             import torch
 
-            found["kept_clean"] = float(np.array([not kind for kind in kinds])[mask].mean())
-            found |= flat(aurocs(torch.tensor(scores), kinds)) if method.filter.scored else {}
-        return files, found, time.perf_counter() - started + evidence.seconds
+            result["kept_clean"] = float(np.array([not kind for kind in kinds])[mask].mean())
+            result |= flat(aurocs(torch.tensor(scores), kinds)) if method.filter.scored else {}
+        return files, result, time.perf_counter() - started + evidence.seconds
 
     def _weighted(self, method: Method, parts: list[str], folder: Path, seed: int) -> tuple[Result, float]:
         """Write the weights that the rows keep; returns their AUROC, and the time it took."""
@@ -273,8 +273,8 @@ class Runner:
         evidence = Evidence(cli, None, seed, self.results.folder)
         weights = method.weights.write_weights(evidence, folder)
         kinds = self._kinds(cli.datamodule.sets["pool"])
-        found = flat(aurocs(torch.tensor(weights), kinds)) if kinds is not None else {}
-        return found, time.perf_counter() - started + evidence.seconds
+        result = flat(aurocs(torch.tensor(weights), kinds)) if kinds is not None else {}
+        return result, time.perf_counter() - started + evidence.seconds
 
     def _scored(self, cli: BilevelCLI, folder: Path) -> Result:
         """What is measured of a finished fit, whose module holds the monitor-best policy."""

@@ -50,11 +50,11 @@ def permutation_test(difference_n: np.ndarray, rounds: int = ROUNDS, seed: int =
         seed: of the signs.
     """
     random = np.random.default_rng(seed)
-    found = abs(difference_n.sum()) * (1 - 1e-12)  # sums of the same numbers in another order differ by rounding
+    observed = abs(difference_n.sum()) * (1 - 1e-12)  # sums of the same numbers in another order differ by rounding
     extreme, left = 0, rounds
     while left:
         part = min(left, 1000)
         sign = random.integers(0, 2, (part, len(difference_n)), dtype=np.int8) * 2 - 1
-        extreme += int((np.abs(sign @ difference_n) >= found).sum())
+        extreme += int((np.abs(sign @ difference_n) >= observed).sum())
         left -= part
     return (1 + extreme) / (1 + rounds)

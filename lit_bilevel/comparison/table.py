@@ -88,20 +88,20 @@ def averaged(methods: Sequence[str], losses: Losses) -> list[np.ndarray]:
 
 def difference(method: str, losses: Losses) -> str:
     """Paired difference to mixing, with its p."""
-    found = averaged([method, "mixing"], losses)
-    if method == "mixing" or not found:
-        return "0" if found else "–"
-    difference_n = found[0] - found[1]
+    pair = averaged([method, "mixing"], losses)
+    if method == "mixing" or not pair:
+        return "0" if pair else "–"
+    difference_n = pair[0] - pair[1]
     p = permutation_test(difference_n)
     return f"{difference_n.mean():+.4f} ({'<0.001' if p < 0.001 else f'{p:.3f}'})"
 
 
 def gap_closed(method: str, losses: Losses) -> str:
     """Share of the gap between mixing and the oracle; a dash where there is none."""
-    found = [loss_n.mean() for loss_n in averaged([method, "mixing", "oracle"], losses)]
-    if not found or found[1] <= found[2]:
+    means = [loss_n.mean() for loss_n in averaged([method, "mixing", "oracle"], losses)]
+    if not means or means[1] <= means[2]:
         return "–"
-    return f"{(found[1] - found[0]) / (found[1] - found[2]):.2f}"
+    return f"{(means[1] - means[0]) / (means[1] - means[2]):.2f}"
 
 
 def slower(rows: Sequence[Result], others: Sequence[Result]) -> str:
@@ -133,8 +133,8 @@ def cell(rows: Sequence[Result], measure: str) -> str:
 def processor() -> str:
     """The processor, by its trade name."""
     path = Path("/proc/cpuinfo")
-    found = [line for line in path.read_text().splitlines() if line.startswith("model name")] if path.is_file() else []
-    return f"{found[0].partition(': ')[2] if found else platform.machine()} ({os.cpu_count()} cores)"
+    models = [line for line in path.read_text().splitlines() if line.startswith("model name")] if path.is_file() else []
+    return f"{models[0].partition(': ')[2] if models else platform.machine()} ({os.cpu_count()} cores)"
 
 
 def draw(rows: Sequence[Result], path: Path) -> bool:
@@ -144,17 +144,17 @@ def draw(rows: Sequence[Result], path: Path) -> bool:
     from matplotlib.figure import Figure
 
     methods = by_method(rows)
-    found = {name: interval(values(part, "test_loss")) for name, part in methods.items()}
-    order = sorted(found, key=lambda name: -found[name][0])
+    intervals = {name: interval(values(part, "test_loss")) for name, part in methods.items()}
+    order = sorted(intervals, key=lambda name: -intervals[name][0])
     figure = Figure(figsize=(7, 1 + 0.3 * len(order)), dpi=120, layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate(order):
-        mean, half = found[name]
+        mean, half = intervals[name]
         axes.errorbar(mean, place, xerr=None if math.isnan(half) else half, fmt="o", color="tab:blue", capsize=3)
         seen = values(methods[name], "test_loss")
         axes.plot(seen, [place] * len(seen), ".", color="0.6", zorder=0)
-    for name in {"mixing", "oracle"} & found.keys():
-        axes.axvline(found[name][0], color="0.8", linewidth=0.8, zorder=0)
+    for name in {"mixing", "oracle"} & intervals.keys():
+        axes.axvline(intervals[name][0], color="0.8", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(order)), order)
     axes.set(xlabel="test loss (nats a token, mean over rows)")
     figure.savefig(path)

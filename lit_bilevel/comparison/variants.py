@@ -116,12 +116,12 @@ def read_variants(path: str) -> dict[str, Variant]:
     if not Path(path).is_file():
         raise UserError(f"{path} does not exist; check `--variants`.")
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {error}") from error
     names = [field.name for field in fields(Variant)]
     variants = {}
-    for name, settings in found.items() if isinstance(found, dict) else [(path, None)]:
+    for name, settings in content.items() if isinstance(content, dict) else [(path, None)]:
         if not isinstance(settings, dict) or "method" not in settings or set(settings) - set(names):
             raise UserError(
                 f"{path}: {name!r} must have `method` and may have {', '.join(names[1:])}, and nothing else."

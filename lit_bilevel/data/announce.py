@@ -53,22 +53,22 @@ def write_skipped(folder: Path, skipped: Mapping[str, Sequence[str]]) -> None:
 
 def notices(table: Dataset) -> dict[str, tuple[int, str]]:
     """In what rows are rendered otherwise than they say: the kind → how many rows, and place and text of the first."""
-    found: dict[str, tuple[int, str]] = {}
+    kinds: dict[str, tuple[int, str]] = {}
     texts = column(table, "notice")
     for position in range(len(texts)) if texts.null_count < len(texts) else ():
         text = texts[position].as_py()
         if text is not None:
             kind = text.partition(":")[0]
-            count, first = found.get(kind, (0, f"{table[position]['place']}{text.removeprefix(kind)}"))
-            found[kind] = (count + 1, first)
-    return found
+            count, first = kinds.get(kind, (0, f"{table[position]['place']}{text.removeprefix(kind)}"))
+            kinds[kind] = (count + 1, first)
+    return kinds
 
 
-def tell(name: str, unread: Sequence[str], found: Mapping[str, tuple[int, str]]) -> None:
+def tell(name: str, unread: Sequence[str], kinds: Mapping[str, tuple[int, str]]) -> None:
     """Say once which fields of a set are not read, and in what its rows are rendered otherwise than they say."""
     if unread:
         rank_zero_info(f"{name}: fields that are not read: {', '.join(unread)}")
-    for kind, (count, first) in found.items():
+    for kind, (count, first) in kinds.items():
         text = f"{name}: {kind} of {count:,} rows (the first: {first})"
         if "answer" in kind:
             remedy = "give the tokenizer a template that keeps it, or put thoughts into the field `reasoning_content`"

@@ -130,10 +130,12 @@ class Encoder:
             truncated: whether `max_length` cut any row.
         """
         template = self.tokenizer.chat_template or ""
-        found: dict[str, Any] = {"the chat template (digest)": hashlib.sha256(str(template).encode()).hexdigest()[:12]}
+        settings: dict[str, Any] = {
+            "the chat template (digest)": hashlib.sha256(str(template).encode()).hexdigest()[:12]
+        }
         if truncated:
-            found |= {"`data.max_length`": self.max_length, "`data.truncation`": self.truncation}
-        return found
+            settings |= {"`data.max_length`": self.max_length, "`data.truncation`": self.truncation}
+        return settings
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of single questions, ready for a response to follow.
@@ -165,9 +167,9 @@ class Encoder:
 
     def _refuse_special(self, row: Row) -> None:
         for role, text in texts_of(conversation_of(row)):
-            if found := self._special.search(text):
+            if match := self._special.search(text):
                 raise ValueError(
-                    f"the {role} text has {found[0]!r}, which the tokenizer reads as a control token; take it out"
+                    f"the {role} text has {match[0]!r}, which the tokenizer reads as a control token; take it out"
                 )
 
     def _learned(self, talk: Conversation) -> list[int]:
@@ -226,13 +228,13 @@ class Encoder:
         if not texts:
             return [one for one in drafts if isinstance(one, ValueError)]
         tokens = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        found = zip(tokens.input_ids, tokens.offset_mapping, strict=True)
+        rendered = zip(tokens.input_ids, tokens.offset_mapping, strict=True)
         encoded: list[Encoded | ValueError] = []
         for one in drafts:
             if isinstance(one, ValueError):
                 encoded.append(one)
                 continue
-            ids, offsets = next(found)
+            ids, offsets = next(rendered)
             spans = [self._upto_eos(ids, _covering(offsets, span)) for span in one.spans]
             encoded.append(self._finished(ids, spans, one.notice))
         return encoded

@@ -68,9 +68,9 @@ def members(source: str) -> list[str]:
         _tell(f"{folder}: its README.md says which files are what; the split `train` is read (`{folder}::test`)")
         return [source]
     inside = (path for path in folder.rglob("*") if path.is_file())
-    found = sorted(path for path in inside if not any(p[0] in "._" for p in path.relative_to(folder).parts))
-    files = [path for path in found if path.suffix.lower() in SUFFIXES and path.name not in METADATA]
-    if unread := [path for path in found if path.suffix.lower() in UNREAD]:
+    visible = sorted(path for path in inside if not any(p[0] in "._" for p in path.relative_to(folder).parts))
+    files = [path for path in visible if path.suffix.lower() in SUFFIXES and path.name not in METADATA]
+    if unread := [path for path in visible if path.suffix.lower() in UNREAD]:
         raise UserError(
             f"{unread[0]} holds data of a kind that is not read; unpack or export it as one of {', '.join(SUFFIXES)},"
             f" or move it out of {folder}."
@@ -79,7 +79,7 @@ def members(source: str) -> list[str]:
         raise UserError(
             f"{folder} could not be loaded as a folder of data files: there is none of {', '.join(SUFFIXES)} in it."
         )
-    rest = [path.relative_to(folder).as_posix() for path in found if path not in files]
+    rest = [path.relative_to(folder).as_posix() for path in visible if path not in files]
     left = f" (left alone: {', '.join(rest)})" if rest else ""
     names = ", ".join(path.relative_to(folder).as_posix() for path in files)
     _tell(f"{folder}: {len(files)} data file{'' if len(files) == 1 else 's'}, {names}{left}")
@@ -185,11 +185,11 @@ def _parsed(line: bytes) -> Any:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object none of whose keys stands twice; of two values, JSON readers drop one unsaid."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice in an object")
-    return found
+    return record
 
 
 def _object(record: Any) -> Any:

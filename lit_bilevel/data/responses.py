@@ -75,7 +75,7 @@ class ResponseStore:
         """Rounds so far, those that were left out among them."""
         self.source = 0
         """The round that the responses are of."""
-        self.share = 0.0
+        self.offline_share = 0.0
         """κ, what a refined row's offline pair still counts."""
         self.temperature = 1.0
         self.mean_length = 1.0
@@ -99,7 +99,7 @@ class ResponseStore:
         self,
         responses: Mapping[int, Sequence[Response]],
         temperature: float,
-        share: float = 0.0,
+        offline_share: float = 0.0,
         keep_unfinished: bool = False,
     ) -> None:
         """Start a round with these responses; everything of the round before is replaced.
@@ -107,17 +107,17 @@ class ResponseStore:
         Args:
             responses: all responses of every chosen row.
             temperature: at which they were sampled.
-            share: κ in [0, 1).
+            offline_share: κ in [0, 1).
             keep_unfinished: whether responses that were cut at the longest length may be trained on.
         """
-        if not 0 <= share < 1:
-            raise UserError(f"`offline_share` is {share}; it must be in [0, 1).")
+        if not 0 <= offline_share < 1:
+            raise UserError(f"`offline_share` is {offline_share}; it must be in [0, 1).")
         self.chosen = sorted(responses)
         usable = {row: [r for r in responses[row] if is_usable(r, keep_unfinished)] for row in self.chosen}
         every = [response for group in usable.values() for response in group]
         self.round += 1
         self.source = self.round
-        self.share, self.temperature = share, temperature
+        self.offline_share, self.temperature = offline_share, temperature
         self.mean_length = sum(len(response.token_ids) for response in every) / len(every) if every else 1.0
         self.mean_agreement = sum(response.agreement for response in every) / len(every) if every else 1.0
         self._keep({row: group for row, group in usable.items() if group})
@@ -137,7 +137,7 @@ class ResponseStore:
         result = []
         for example in examples:
             position = self._positions.get(example.row)
-            if position is None or self.share > 0:
+            if position is None or self.offline_share > 0:
                 result.append(example)
             if position is not None:
                 own = tuple(self._responses[example.row])
@@ -152,7 +152,7 @@ class ResponseStore:
         return {
             "round": self.round,
             "source": self.source,
-            "share": self.share,
+            "share": self.offline_share,  # the name in checkpoints of schema 6
             "temperature": self.temperature,
             "mean_length": self.mean_length,
             "mean_agreement": self.mean_agreement,
@@ -167,7 +167,7 @@ class ResponseStore:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.round, self.source, self.share = state["round"], state["source"], state["share"]
+        self.round, self.source, self.offline_share = state["round"], state["source"], state["share"]
         self.temperature, self.mean_length = state["temperature"], state["mean_length"]
         self.mean_agreement = state["mean_agreement"]
         self.chosen = state["chosen"].tolist()

@@ -50,8 +50,8 @@ def read_sets(
     for name, path in files.items():
         if path is not None:
             source = Source(path, **settings, pairs=_pairs_in(name, pair_levels))
-            tables[name], skipped[name], found, known = preparation(name, source)
-            formats |= found
+            tables[name], skipped[name], own_formats, known = preparation(name, source)
+            formats |= own_formats
             renamed |= {*known}
     if unknown := sorted(set(settings["columns"]) - renamed):  # one file has a field that another need not have
         raise UserError(

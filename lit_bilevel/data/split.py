@@ -34,14 +34,14 @@ def apart(
     Raises:
         UserError: as `shared_with` and `split` do.
     """
-    found = dict(sets)
+    parts = dict(sets)
     left_out = {}
     for name, others in (("validation", ("test",)), ("pool", ("validation", "test"))):
-        positions, left_out[name] = shared_with(found, name, others, on_bad_row)
+        positions, left_out[name] = shared_with(parts, name, others, on_bad_row)
         if len(positions):
-            found[name] = found[name].select(np.delete(np.arange(len(found[name])), positions))
-    found["upper"], found["monitor"] = split(found.pop("validation"), monitor_fraction)
-    return found, left_out
+            parts[name] = parts[name].select(np.delete(np.arange(len(parts[name])), positions))
+    parts["upper"], parts["monitor"] = split(parts.pop("validation"), monitor_fraction)
+    return parts, left_out
 
 
 def split(table: Dataset, monitor_fraction: float) -> tuple[Dataset, Dataset]:

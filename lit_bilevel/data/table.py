@@ -90,13 +90,13 @@ def write_rows(
             writer.write_batch(pyarrow.RecordBatch.from_pydict(columns, ROWS.arrow_schema))
             counted(len(items))
     table = Dataset.from_file(str(path))
-    found = repeats.found()
-    for position, (what, first) in found.items():
+    repetitions = repeats.find()
+    for position, (what, first) in repetitions.items():
         own, other = table[position], table[first]
         text = what.format(repr(own["id"]))
         problems.append(Problem(own["row"], f"{own['place']}: {text} {other['place']}"))
-    if found:
-        table = table.select(np.setdiff1d(np.arange(len(table)), list(found)))
+    if repetitions:
+        table = table.select(np.setdiff1d(np.arange(len(table)), list(repetitions)))
     return table, [problem.message for problem in sorted(problems)]
 
 
@@ -111,14 +111,14 @@ class Repeats:
         self._ids += _digest(row.id)
         self._words += _digest(row.history, row.prompt, row.response, *_given(row.rejected), *_given(row.details))
 
-    def found(self) -> dict[int, tuple[str, int]]:
+    def find(self) -> dict[int, tuple[str, int]]:
         """Position of each repetition → what it repeats (a text with a place for its id), and the position of that."""
         first = _first_equal(_as_array(self._ids))
         new = (first == np.arange(len(first))).nonzero()[0]  # the words of a repeated id do not count
         same = new[_first_equal(_as_array(self._words)[new])]
         ids, words = np.setdiff1d(np.arange(len(first)), new), (same != new).nonzero()[0]
-        found = {int(i): ("the id {} was already used on", int(first[i])) for i in ids}
-        return found | {int(new[i]): ("the same prompt and response as on", int(same[i])) for i in words}
+        repetitions = {int(i): ("the id {} was already used on", int(first[i])) for i in ids}
+        return repetitions | {int(new[i]): ("the same prompt and response as on", int(same[i])) for i in words}
 
 
 def _first_equal(keys: np.ndarray) -> np.ndarray:
@@ -246,5 +246,5 @@ def source_numbers(table: Dataset, names: Sequence[str]) -> np.ndarray:
     import pyarrow
     import pyarrow.compute
 
-    found = column(table, "source")
-    return pyarrow.compute.index_in(found, value_set=pyarrow.array(names, found.type)).to_numpy().astype(np.int64)
+    sources = column(table, "source")
+    return pyarrow.compute.index_in(sources, value_set=pyarrow.array(names, sources.type)).to_numpy().astype(np.int64)

@@ -1,7 +1,7 @@
 """Other engines behind the generation socket: transformers' continuous batching, and vLLM.
 
 Both are meant for accelerators, and run on a CPU too. vLLM keeps a copy of the base model and is handed the adapter's
-weights at every refresh, so it needs a LoRA policy. Log-probabilities never come from an engine: the trainer scores the
+weights at every round, so it needs a LoRA policy. Log-probabilities never come from an engine: the trainer scores the
 sampled ids itself.
 
 Left out: a vLLM server in another process, and pushing full weights into an engine (its internals change by release).

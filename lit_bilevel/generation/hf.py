@@ -54,8 +54,8 @@ class HFGenerate(GenerationBackend):
         samples: list[Sample | None] = [None] * len(requests)
         with policy.evaluating():
             for batch in self.batches(requests):
-                found = decoded(policy, [requests[i] for i in batch], sampling, end_ids, progress)
-                for index, sample in zip(batch, found, strict=True):
+                drawn = decoded(policy, [requests[i] for i in batch], sampling, end_ids, progress)
+                for index, sample in zip(batch, drawn, strict=True):
                     samples[index] = sample
         return [sample for sample in samples if sample is not None]
 

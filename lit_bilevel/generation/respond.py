@@ -21,7 +21,7 @@ from lit_bilevel.policy.policy import Policy
 from lit_bilevel.types import Example, Group, Response
 
 log = logging.getLogger(__name__)
-Found = list[tuple[int, Response]]
+Numbered = list[tuple[int, Response]]
 SCORED_TOKENS = 1 << 14  # of a pass that scores, as many as `HFGenerate` generates at once
 MEMORY_MESSAGES = ("out of memory", "can't allocate memory")
 
@@ -101,20 +101,20 @@ def gathered_responses(
         UserError: where a backend refuses its settings.
         GenerationFailed: if any process failed otherwise; on all of them alike.
     """
-    found: Found = []
+    answers: Numbered = []
     failure: tuple[bool, str] | None = None
     try:
         for batch in batches[rank::world_size]:
-            found += zip(batch, work(batch), strict=True)
+            answers += zip(batch, work(batch), strict=True)
     except Exception as error:
         mistake = isinstance(error, UserError)
         failure = (mistake, str(error) if mistake else _told(error))
         if not mistake:
             log.warning("generation failed", exc_info=error)  # the run may go on, but where it failed must be known
     # also where this process failed: the others wait for it here
-    parts: list[tuple[Found, tuple[bool, str] | None]] = [(found, failure)] * world_size
+    parts: list[tuple[list[tuple[int, Response]], tuple[bool, str] | None]] = [(answers, failure)] * world_size
     if world_size > 1:
-        torch.distributed.all_gather_object(parts, (found, failure))
+        torch.distributed.all_gather_object(parts, (answers, failure))
     for process, (_, failed) in enumerate(parts):
         if failed is not None:
             mistake, text = failed

@@ -53,13 +53,13 @@ def draw(run: Path, truth: str | None = None) -> dict[str, Figure]:
         "refinement": _refinement,
         "overview": functools.partial(_overview, truth=truth),
     }
-    found = {}
+    figures = {}
     for name, paint in paints.items():
         figure = Figure(figsize=(10, 4) if name == "overview" else (6.4, 4), dpi=120, layout="constrained")
         if paint(figure, run):
             figure.savefig(folder / f"{name}.png")
-            found[name] = figure
-    return found
+            figures[name] = figure
+    return figures
 
 
 def _table(run: Path) -> pyarrow.Table | None:

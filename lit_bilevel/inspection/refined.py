@@ -20,7 +20,7 @@ TRUTH_HEADER = ("round", "rows", "replaced", "old right", "… replaced", "new r
 
 def round_lines(rounds: Sequence[dict[str, Any]]) -> Lines:
     """What each round came to, as cells under `ROUND_HEADER`; shares of right answers are the run's own estimates."""
-    found = []
+    lines = []
     for record in rounds:
         verdict = record["verdict"]
         judged = [f"{verdict[name]:.0%}" if verdict else "" for name in ("new_right", "old_right")]
@@ -29,8 +29,8 @@ def round_lines(rounds: Sequence[dict[str, Any]]) -> Lines:
             outcome += f" from an agreement of {verdict['least']:.0%} on"
         cost = [f"{record['tokens_per_second']:.0f}", f"{record['share_of_time']:.0%}"]
         counts = [str(record["round"]), str(record["step"]), f"{record['rows']:.0f}", f"{record['used']:.0%}"]
-        found.append([*counts, *judged, outcome, *cost])
-    return found
+        lines.append([*counts, *judged, outcome, *cost])
+    return lines
 
 
 def truth_lines(figures: Sequence[RoundFigures]) -> Lines:
@@ -54,11 +54,11 @@ def auroc_lines(figures: Sequence[RoundFigures]) -> tuple[list[str], Lines]:
 
 def row_lines(refinements: Sequence[dict[str, Any]]) -> Lines:
     """Rows under `ROW_HEADER`, in their last round."""
-    found = []
+    lines = []
     for record in refinements:
         old = record["response"] + (f"  (weight {record['weight']:.2g})" if "weight" in record else "")
-        found.append([record["id"], record["prompt"], old, "\n".join(new_answers(record)), counts_now(record)])
-    return found
+        lines.append([record["id"], record["prompt"], old, "\n".join(new_answers(record)), counts_now(record)])
+    return lines
 
 
 def new_answers(record: dict[str, Any]) -> list[str]:
@@ -66,7 +66,7 @@ def new_answers(record: dict[str, Any]) -> list[str]:
     tally: dict[str, Any] = {}
     for answer in record["rounds"][max(record["rounds"])]:
         tally.setdefault(answer["response"], []).append(answer)
-    found = []
+    lines = []
     for text, same in sorted(tally.items(), key=lambda item: -item[1][0].get("agreement", 0)):
         first = same[0]
         notes = [f"×{len(same)}"] if len(same) > 1 else []
@@ -75,8 +75,8 @@ def new_answers(record: dict[str, Any]) -> list[str]:
             notes.append(f"log p {first['logprob'] / len(first['token_ids']):.2f}")
         notes += ["cut off"] if not first.get("finished", True) else []
         notes += ["counts"] if any(answer.get("used") for answer in same) else []
-        found.append(f"{text}  ({', '.join(notes)})" if notes else text)
-    return found
+        lines.append(f"{text}  ({', '.join(notes)})" if notes else text)
+    return lines
 
 
 def counts_now(record: dict[str, Any]) -> str:

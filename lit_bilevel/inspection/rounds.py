@@ -81,7 +81,7 @@ def judge_rounds(run: Path, truth: str, alike: Alike) -> list[RoundFigures]:
     weighed: dict[int, Records] = {}
     for record in Inspection(run / "inspection").response_weights():
         weighed.setdefault(record["round"], []).append(record)
-    return [_figures(number, found, weighed.get(number, [])) for number, found in sorted(rounds.items())]
+    return [_figures(number, answers, weighed.get(number, [])) for number, answers in sorted(rounds.items())]
 
 
 def _figures(number: int, answers: Records, weighed: Records) -> RoundFigures:
@@ -122,15 +122,15 @@ def _auroc(pairs: list[tuple[float, bool]]) -> float | None:
 
 
 def _mean(values: Iterable[bool]) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else float("nan")
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else float("nan")
 
 
 def _answers(truth: str) -> Mapping[str, tuple[str, bool]]:
     """Right answer of every row that has one on file, and whether its offline answer is right."""
     if not Path(truth).is_file():
         raise UserError(f"the truth file {truth} does not exist; check `--truth`.")
-    found = {}
+    answers = {}
     with Path(truth).open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
@@ -138,5 +138,5 @@ def _answers(truth: str) -> Mapping[str, tuple[str, bool]]:
             except json.JSONDecodeError as error:
                 raise UserError(f"{truth} line {number} is not JSON ({error}); it has one object a line.") from error
             if "original_response" in record and "id" in record:
-                found[str(record["id"])] = (str(record["original_response"]), not record.get("corrupted"))
-    return found
+                answers[str(record["id"])] = (str(record["original_response"]), not record.get("corrupted"))
+    return answers

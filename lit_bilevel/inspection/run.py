@@ -57,11 +57,11 @@ class Report:
             return []
         names, number = np.unique(self.weights["source"], return_inverse=True)
         rows, mass = np.bincount(number), np.bincount(number, self.weights["weight"])
-        found = [
+        lines = [
             (str(name) or "(no source)", int(count), float(weight / count), float(weight / max(mass.sum(), 1e-12)))
             for name, count, weight in zip(names, rows, mass, strict=True)
         ]
-        return sorted(found, key=lambda line: -line[2])
+        return sorted(lines, key=lambda line: -line[2])
 
     def first(self) -> dict[str, float]:
         """The metrics as they were before the first step, where they were measured then."""

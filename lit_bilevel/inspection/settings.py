@@ -21,54 +21,54 @@ Plain = str | int | float | bool
 
 def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
     """What a run was set to; call it once optimizers exist."""
-    found: dict[str, Plain] = {"policy": module.policy_settings.path}
+    settings: dict[str, Plain] = {"policy": module.policy_settings.path}
     adapter = adapter_of(module.policy_settings)
     if adapter is not None:
-        found |= {"policy.base": adapter.base, "policy.adapter": module.policy_settings.adapter or "continue"}
+        settings |= {"policy.base": adapter.base, "policy.adapter": module.policy_settings.adapter or "continue"}
     if module.policy_settings.lora is not None:
-        found["policy.lora_r"] = module.policy_settings.lora.r
-    found |= own_settings("solver", module.solver) | own_settings("weights", module.weights)
+        settings["policy.lora_r"] = module.policy_settings.lora.r
+    settings |= own_settings("solver", module.solver) | own_settings("weights", module.weights)
     for level in ("upper_objective", "lower_objective"):
-        found |= own_settings(level, getattr(module, level))
+        settings |= own_settings(level, getattr(module, level))
     own = [] if module.own_optimizer is None else [module.own_optimizer]  # the strategy takes one optimizer
     for name, optimizer in zip(("optimizer", "weight_optimizer"), [*trainer.optimizers, *own], strict=False):
-        found[name] = type(optimizer).__name__
-        found[f"{name}.lr"] = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])
-    found["upper_weight"] = module.initial_upper_weight
+        settings[name] = type(optimizer).__name__
+        settings[f"{name}.lr"] = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])
+    settings["upper_weight"] = module.initial_upper_weight
     if len(module.phases) > 1:
-        found["phases"] = "; ".join(map(in_words, module.phases))
+        settings["phases"] = "; ".join(map(in_words, module.phases))
     for name in ("upper_weight_decay", "warmup_steps", "accumulate_grad_batches"):
-        found[name] = getattr(module, name)
-    found["lr_scheduler"] = module.lr_scheduler_name
+        settings[name] = getattr(module, name)
+    settings["lr_scheduler"] = module.lr_scheduler_name
     for name in ("gradient_clip_val", "upper_weight_decay_every"):
         if getattr(module, name) is not None:
-            found[name] = getattr(module, name)
+            settings[name] = getattr(module, name)
     data = data_of(trainer)
     for name in ("batch_size", "upper_batch_size", "max_length", "seed"):
-        found[f"data.{name}"] = getattr(data, name)
+        settings[f"data.{name}"] = getattr(data, name)
     for callback in refiners(trainer):
-        found |= own_settings("refine", callback.choose) | {"refine.responses": callback.responses}
-        found |= own_settings("response_weights", module.refinement.rule)
-    found["precision"] = str(trainer.precision)
-    found["processes"] = trainer.world_size
-    return found
+        settings |= own_settings("refine", callback.choose) | {"refine.responses": callback.responses}
+        settings |= own_settings("response_weights", module.refinement.rule)
+    settings["precision"] = str(trainer.precision)
+    settings["processes"] = trainer.world_size
+    return settings
 
 
 def own_settings(name: str, thing: object) -> dict[str, Plain]:
     """The class of an object, and the plain ones of its constructor's arguments."""
-    found: dict[str, Plain] = {name: type(thing).__name__}
+    settings: dict[str, Plain] = {name: type(thing).__name__}
     for argument in inspect.signature(type(thing)).parameters:
         value = getattr(thing, argument, None)
         if isinstance(value, str | int | float | bool):
-            found[f"{name}.{argument}"] = value
-    return found
+            settings[f"{name}.{argument}"] = value
+    return settings
 
 
 def in_words(phase: Phase) -> str:
     """A phase and its settings, on one line."""
-    found = [f"{phase.name}: {phase.share:.0%} of the steps"]
-    found += [] if phase.upper_weight is None else [f"λ = {phase.upper_weight:g}"]
-    found += [] if phase.learning_rate is None else [f"learning rate × {phase.learning_rate:g}"]
+    parts = [f"{phase.name}: {phase.share:.0%} of the steps"]
+    parts += [] if phase.upper_weight is None else [f"λ = {phase.upper_weight:g}"]
+    parts += [] if phase.learning_rate is None else [f"learning rate × {phase.learning_rate:g}"]
     if not phase.learn_weights:
-        found.append("weights stay, the solver runs" if phase.prepare_solver else "weights stay")
-    return ", ".join(found)
+        parts.append("weights stay, the solver runs" if phase.prepare_solver else "weights stay")
+    return ", ".join(parts)

@@ -38,9 +38,9 @@ def text(report: Report, rows: int = 5) -> str:
         lines += [f"{name[:23]:<24}{n:>10,}{mean:>13.3f}{share:>8.1%}" for name, n, mean, share in report.sources()]
         parts.append("\n".join(lines))
     for end in ("lowest", "highest"):
-        found = [record for record in report.rows if record["end"] == end][:rows]
-        if found:
-            parts.append(f"{end} weights\n" + "\n".join(_row(record) for record in found))
+        shown = [record for record in report.rows if record["end"] == end][:rows]
+        if shown:
+            parts.append(f"{end} weights\n" + "\n".join(_row(record) for record in shown))
     if report.rounds:
         parts.append("refinement\n" + columns(ROUND_HEADER, round_lines(report.rounds)))
     if report.figures:

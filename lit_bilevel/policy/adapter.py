@@ -123,10 +123,10 @@ def put_on(model: Any, adapter: Adapter, trainable: bool, allow_pickle: bool) ->
     adapter.config.inference_mode = not trainable
     try:
         made = PeftModelForCausalLM(model, adapter.config)
-        found = made.load_adapter(adapter.path, "default", is_trainable=trainable, torch_device="cpu")
+        loaded = made.load_adapter(adapter.path, "default", is_trainable=trainable, torch_device="cpu")
     except (RuntimeError, ValueError, OSError) as error:  # the first where a matrix has another shape
         raise _misfit(adapter, str(error).strip().splitlines()[-1].strip()) from error
-    wrong = [*found.missing_keys, *found.unexpected_keys]
+    wrong = [*loaded.missing_keys, *loaded.unexpected_keys]
     if wrong:  # peft would leave new matrices at their random start
         raise _misfit(adapter, f"{len(wrong)} entries have no counterpart, the first is {wrong[0]!r}")
     return made

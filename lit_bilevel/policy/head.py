@@ -50,8 +50,8 @@ def head_shape(model: Any) -> Shape | None:
                 return None
             factor = LARGE / float(small.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
             _, large, large_logits = _run(model, head, ids, factor)
-            found = (shape for shape in _candidates(model.config) if _holds(shape, small, logits))
-            return next((shape for shape in found if _holds(shape, large, large_logits)), None)
+            fitting = (shape for shape in _candidates(model.config) if _holds(shape, small, logits))
+            return next((shape for shape in fitting if _holds(shape, large, large_logits)), None)
     finally:
         model.train(training)
         model.config._attn_implementation = attention

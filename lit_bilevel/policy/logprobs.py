@@ -2,7 +2,7 @@
 
     log π(y_t | …) = −NLL_t at temperature T        one teacher-forced pass over the sampled ids, dropout off
 
-The same function gives behaviour log-probabilities at a refresh and the policy's own during training, in float32
+The same function gives behaviour log-probabilities when a round begins and the policy's own during training, in float32
 whatever `trainer.precision` is, so an unchanged policy has ratios of 1 to 1e-5. (In bfloat16 they were 0.93 to 1.09.)
 Tokens are drawn in the precision of training, so what is called the law that drew them is that law without rounding.
 Only the generated sequences of a batch go through the pass, padded also where the batch is packed.

@@ -176,8 +176,8 @@ class PolicyProblem(BilevelProblem):
                 with nullcontext() if final else self.engine.unsynchronised():
                     loss_B = self._graph if self._graph is not None else self._lower_losses_of(batch)
                     weight_B = self.weigh(batch.features.with_loss(loss_B.detach())).to(loss_B.dtype)
-                    share = (1 - self.upper_weight) * self.engine.world_size / batch.window_rows
-                    objective = (weight_B * loss_B).sum() * share
+                    factor = (1 - self.upper_weight) * self.engine.world_size / batch.window_rows
+                    objective = (weight_B * loss_B).sum() * factor
                     self.engine.backward(objective if self._waiting is None else objective + self._waiting)
                 losses.append(loss_B.detach())
         self._graph, self._waiting, self._lower_losses = None, None, torch.cat(losses)

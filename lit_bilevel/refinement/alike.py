@@ -84,13 +84,13 @@ def agreement(answers: Sequence[str | None], alike: Alike) -> list[float]:
     others = len(answers) - 1
     if others == 0:
         return [0.0 if answers[0] is None else 1.0]
-    found = [0] * len(answers)
+    counts = [0] * len(answers)
     for i, one in enumerate(answers):
         for j, other in enumerate(answers[:i]):
             if one is not None and other is not None and alike.same(one, other):
-                found[i] += 1
-                found[j] += 1
-    return [count / others for count in found]
+                counts[i] += 1
+                counts[j] += 1
+    return [count / others for count in counts]
 
 
 def final(text: str) -> str:
@@ -101,8 +101,8 @@ def final(text: str) -> str:
 
 def _normalised(text: str) -> tuple[str | float, ...]:
     """Numbers by value, words, and signs that are no punctuation, in their order."""
-    found = [match.group() for match in TOKEN.finditer(text.casefold())]
-    return tuple(_value(part) if NUMBER.fullmatch(part) else part for part in found) or (text.strip(),)
+    parts = [match.group() for match in TOKEN.finditer(text.casefold())]
+    return tuple(_value(part) if NUMBER.fullmatch(part) else part for part in parts) or (text.strip(),)
 
 
 def _value(number: str) -> float:

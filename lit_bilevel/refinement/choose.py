@@ -39,7 +39,7 @@ def _checked(fraction: float) -> float:
 
 
 class LowestFraction(RowChooser):
-    """The lowest-weighted share of the rows, chosen anew at each refresh; equal weights at the cut are drawn by lot.
+    """The lowest-weighted share of the rows, chosen anew in each round; equal weights at the cut are drawn by lot.
 
     Args:
         fraction: share of the rows that have a question.
@@ -54,7 +54,7 @@ class LowestFraction(RowChooser):
 
 
 class RandomFraction(RowChooser):
-    """A random share of the rows, the same at every refresh.
+    """A random share of the rows, the same in every round.
 
     Args:
         fraction: share of the rows that have a question.
@@ -85,28 +85,28 @@ class BelowThreshold(RowChooser):
 
 
 class BelowTypical(RowChooser):
-    """All rows that weigh less than a share of what a good row typically weighs: few in a pool with few bad rows.
+    """All rows that weigh less than a fraction of what a good row typically weighs: few in a pool with few bad rows.
 
-        threshold = share · quantile of the weights
+        threshold = factor · quantile of the weights
 
     While weights differ little no row is chosen. Of equal weights at the cut all or none are.
 
     Args:
-        share: of the typical weight; rows below it are refined.
+        factor: of the typical weight; rows below it are refined.
         quantile: the weight that stands for a good row; a larger share of the rows than one minus it must be good.
         most: largest share of the rows that is refined, the lowest-weighted ones.
     """
 
-    def __init__(self, share: float = 0.3, quantile: float = 0.75, most: float = 0.5):
-        for name, value in (("share", share), ("quantile", quantile)):
+    def __init__(self, factor: float = 0.3, quantile: float = 0.75, most: float = 0.5):
+        for name, value in (("factor", factor), ("quantile", quantile)):
             if not 0 < value < 1:
                 raise UserError(f"`{name}` is {value}; it must lie between 0 and 1.")
         if not 0 < most <= 1:
             raise UserError(f"`most` is {most}; it must be in (0, 1].")
-        self.share, self.quantile, self.most = share, quantile, most
+        self.factor, self.quantile, self.most = factor, quantile, most
 
     def rows(self, weight_N: Tensor, seed: int) -> Tensor:
         ordered, order = weight_N.sort(stable=True)
         typical = ordered[round(self.quantile * (len(ordered) - 1))]
-        below = int((ordered < self.share * typical).sum())
+        below = int((ordered < self.factor * typical).sum())
         return order[: min(below, int(self.most * len(ordered)))]

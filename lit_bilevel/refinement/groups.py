@@ -1,6 +1,6 @@
 """The groups of refined rows during training: their data weights, and how these meet the offline ones.
 
-    a refined row contributes   κ·w_i·ℓ_i + (1−κ)·w̃_i·ℓ̃_i        w̃ mean 1 over the refined rows, 1 at each refresh
+    a refined row contributes   κ·w_i·ℓ_i + (1−κ)·w̃_i·ℓ̃_i        w̃ mean 1 over the refined rows, 1 as a round begins
 
 w̃ is a second set of weights: in closed form (`BMOWeights`: e^{−ℓ̃/τ} over its running mean), or learned by a copy of
 the weight optimizer. The refined rows' offline weights take no more steps, and stay in the pool's normaliser: those of
@@ -31,10 +31,10 @@ from lit_bilevel.weights.undo import Undo
 
 
 class Refinement(nn.Module):
-    """Joins the offline weights with those of the groups; empty until the first refresh.
+    """Joins the offline weights with those of the groups; empty until the first round.
 
     Args:
-        template: weights of the groups that were not built yet, copied at each refresh.
+        template: weights of the groups that were not built yet, copied for each round.
         rule: how responses count inside their group.
         make_optimizer: makes the optimizer of the groups' weights.
     """
@@ -46,7 +46,7 @@ class Refinement(nn.Module):
         self.make_optimizer = make_optimizer
         self.weights: ExampleWeights | None = None
         self.optimizer: Optimizer | None = None
-        self.share = 0.0
+        self.offline_share = 0.0
         self.register_buffer("rows", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("frozen", torch.zeros(0, dtype=torch.bool), persistent=False)
         self._source = torch.zeros(0, dtype=torch.int64)
@@ -58,11 +58,11 @@ class Refinement(nn.Module):
 
     @property
     def template(self) -> ExampleWeights:
-        """Weights of the groups before any refresh."""
+        """Weights of the groups before any round."""
         return self._template[0]
 
     def check(self) -> None:
-        """Refuse, before any refresh, an optimizer that is not safe for the groups' weights.
+        """Refuse, before any round, an optimizer that is not safe for the groups' weights.
 
         Raises:
             UserError: as `check_optimizer` does.
@@ -87,21 +87,23 @@ class Refinement(nn.Module):
         none = torch.zeros(0, dtype=torch.int64)
         self._build(none, none, 0, 0.0, torch.float32)
 
-    def refresh(self, rows_M: Tensor, offline: ExampleWeights, source_N: Tensor, share: float) -> None:
+    def begin_round(self, rows_M: Tensor, offline: ExampleWeights, source_N: Tensor, offline_share: float) -> None:
         """Start a round: these pool rows are refined, and every group weighs 1.
 
         Args:
             rows_M: the refined rows, sorted.
             offline: the weights of the pool.
             source_N: source number of every pool row.
-            share: κ.
+            offline_share: κ.
         """
-        self._build(rows_M, source_N[rows_M], offline.pool_rows, share, offline.dtype)
+        self._build(rows_M, source_N[rows_M], offline.pool_rows, offline_share, offline.dtype)
         self.to(offline.visits.device)
 
-    def _build(self, rows_M: Tensor, source_M: Tensor, pool_rows: int, share: float, dtype: torch.dtype) -> None:
+    def _build(
+        self, rows_M: Tensor, source_M: Tensor, pool_rows: int, offline_share: float, dtype: torch.dtype
+    ) -> None:
         self.weights = self.optimizer = self._optimizer_state = None
-        self.rows, self._source, self.share = rows_M, source_M, share
+        self.rows, self._source, self.offline_share = rows_M, source_M, offline_share
         self.frozen = torch.zeros(pool_rows, dtype=torch.bool)
         self.frozen[rows_M] = True
         if len(rows_M):
@@ -116,11 +118,11 @@ class Refinement(nn.Module):
         own = replace(features, row_B=features.row_B.masked_fill(group_B, PADDING_ROW))
         weight_B = offline(own)
         frozen_B = self.frozen[own.row_B.clamp_min(0)]
-        weight_B = torch.where(frozen_B, self.share * weight_B, weight_B)
+        weight_B = torch.where(frozen_B, self.offline_share * weight_B, weight_B)
         position_B = torch.where(group_B, features.row_B - len(self.frozen), PADDING_ROW)
         source_B = features.source_B.masked_fill(~group_B, 0)  # the groups need not have every source of the pool
         groups = replace(features, row_B=position_B, source_B=source_B)
-        return weight_B + (1 - self.share) * self.weights(groups)
+        return weight_B + (1 - self.offline_share) * self.weights(groups)
 
     def observe(self, offline: ExampleWeights, optimizer: Optimizer | None, features: Features) -> None:
         """Take note of a policy step, before its weight step: its rows and groups, without padding."""
@@ -188,7 +190,7 @@ class Refinement(nn.Module):
         return {
             "rows": self.rows.cpu(),
             "source": self._source.cpu(),
-            "share": self.share,
+            "share": self.offline_share,
             "double": self.weights is not None and self.weights.dtype == torch.float64,
             "optimizer": optimizer,
             "rule": self.rule.state_dict(),

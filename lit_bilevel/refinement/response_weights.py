@@ -120,7 +120,7 @@ def _checked(clip: float) -> float:
 
 
 class UniformRatio(ResponseWeights):
-    """r = 1. In expectation −∇E_{π_old}[log π_θ], which is 0 at the refresh and then holds the policy near π_old."""
+    """r = 1. In expectation −∇E_{π_old}[log π_θ], which is 0 as a round begins and then holds the policy near π_old."""
 
     def weigh(self, ratios: Ratios) -> tuple[Tensor, Tensor]:
         return torch.ones_like(ratios.log_ratio_J), torch.zeros_like(ratios.log_ratio_J, dtype=torch.bool)
@@ -227,7 +227,7 @@ class _Relative(ResponseWeights):
 
 class SelfNormalised(_Relative):
     """r ∝ ρ^{1/τ} over the group, mean 1: BMO online. At τ = 1 the expected update vanishes up to O(1/G); τ < 1 favours
-    what the policy gained on since the refresh (its mode sharpens), τ > 1 approaches `UniformRatio`.
+    what the policy gained on since the round began (its mode sharpens), τ > 1 approaches `UniformRatio`.
 
     Args:
         tau: temperature τ of the weights.
@@ -249,7 +249,7 @@ class SelfNormalised(_Relative):
 
 class Aligned(_Relative):
     """r ∝ max(0, ⟨d, ∇ℓ⟩) over the group, mean 1: the closed form of L2RW (arXiv 1803.09050) on generations, d the
-    running mean of ∇f over the steps since the first refresh, as `OneStep` keeps one. Moves the policy towards those of
+    running mean of ∇f over the steps since the first round, as `OneStep` keeps one. Moves the policy towards those of
     its responses whose imitation lowers the validation loss; a group without one counts 0.
 
     Args:

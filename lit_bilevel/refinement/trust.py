@@ -101,9 +101,9 @@ class Agreed(Trust):
     def judge(self, chosen: Sequence[Answered], monitor: Sequence[Answered]) -> Verdict:
         pool, trusted = ([self._repeated(answered) for answered in side] for side in (chosen, monitor))
         first: Verdict | None = None
-        for least in sorted({share for question in pool for share, _ in question}):
-            a, known = _share(trusted, least, extra=0)
-            b, _ = _share(pool, least, extra=1)
+        for least in sorted({agreed for question in pool for agreed, _ in question}):
+            a, known = _repetition(trusted, least, extra=0)
+            b, _ = _repetition(pool, least, extra=1)
             if known < self.fewest:
                 break  # higher agreement is rarer still
             old = min(1.0, b / a) if a > 0 else 1.0
@@ -124,18 +124,18 @@ class Agreed(Trust):
 
     def _repeated(self, answered: Answered) -> list[tuple[float, bool]]:
         """Agreement of each usable new answer, and whether it says what the known answer says."""
-        shares = self.agreement(answered.new)
-        pairs = zip(shares, answered.new, strict=True)
-        return [(share, self.alike.same(text, answered.known)) for share, text in pairs if text is not None]
+        agreements = self.agreement(answered.new)
+        pairs = zip(agreements, answered.new, strict=True)
+        return [(agreed, self.alike.same(text, answered.known)) for agreed, text in pairs if text is not None]
 
 
-def _share(questions: Sequence[Sequence[tuple[float, bool]]], least: float, extra: int) -> tuple[float, int]:
+def _repetition(questions: Sequence[Sequence[tuple[float, bool]]], least: float, extra: int) -> tuple[float, int]:
     """Mean over questions of how many of their answers, from an agreement on, repeat the known one; and how many
     questions have such answers. One question more has the mean `extra`.
     """
     means = []
     for question in questions:
-        counted = [repeated for share, repeated in question if share >= least]
+        counted = [repeated for agreed, repeated in question if agreed >= least]
         if counted:
             means.append(sum(counted) / len(counted))
     return (sum(means) + extra) / (len(means) + 1), len(means)

@@ -37,10 +37,10 @@ LIMIT = 5.0
 
 def density_features(table_NF: np.ndarray) -> np.ndarray:
     """[N, F] what the regression looks at: the measured features, numbers of tokens by their logarithms."""
-    found = table_NF.astype(np.float64)
+    features_NF = table_NF.astype(np.float64)
     for name in ("length", "prompt_length"):
-        found[:, FEATURES.index(name)] = np.log(found[:, FEATURES.index(name)])
-    return found
+        features_NF[:, FEATURES.index(name)] = np.log(features_NF[:, FEATURES.index(name)])
+    return features_NF
 
 
 def density_ratio(pool_NF: np.ndarray, trusted_MF: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -62,11 +62,11 @@ class Measure:
         """
         examples = [last_response(example) for example in examples]
         prompted = [place for place, example in enumerate(examples) if has_prompt(example)]
-        found: list[dict[str, float]] = [{} for _ in examples]
+        scores: list[dict[str, float]] = [{} for _ in examples]
         with self.policy.evaluating():
             for place, nll, entropy in self._passed(examples, counted):
                 ended = examples[place].input_ids[-1] == self.end_token
-                found[place] = {
+                scores[place] = {
                     "loss": nll.mean(),
                     "end_loss": nll[-1] if ended else math.nan,
                     "entropy": entropy.mean(),
@@ -77,12 +77,12 @@ class Measure:
             alone = [without_prompt(examples[place], self.opening) for place in prompted]
             for number, nll, _ in self._passed(alone, counted):
                 ended = alone[number].input_ids[-1] == self.end_token
-                found[prompted[number]]["loss_without_prompt"] = nll.mean()
-                found[prompted[number]]["loss_before_end_without_prompt"] = _before_end(nll, ended)
-        for own, example, response in zip(found, examples, responses, strict=True):
+                scores[prompted[number]]["loss_without_prompt"] = nll.mean()
+                scores[prompted[number]]["loss_before_end_without_prompt"] = _before_end(nll, ended)
+        for own, example, response in zip(scores, examples, responses, strict=True):
             own |= {"length": example.response_length, "prompt_length": example.response_start}
             own["compressed"] = compressed(response)
-        return np.array([[own.get(name, math.nan) for name in FEATURES] for own in found], dtype=np.float32)
+        return np.array([[own.get(name, math.nan) for name in FEATURES] for own in scores], dtype=np.float32)
 
     def _passed(
         self, examples: Sequence[Example], counted: Callable[[int], object]

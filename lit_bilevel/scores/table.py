@@ -73,18 +73,18 @@ def columns_of(pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0
     Raises:
         UserError: if a loss is not finite.
     """
-    found = {name: pool_NF[:, place] for place, name in enumerate(FEATURES)}
-    if wrong := int((~np.isfinite(found["loss"])).sum()):
+    columns = {name: pool_NF[:, place] for place, name in enumerate(FEATURES)}
+    if wrong := int((~np.isfinite(columns["loss"])).sum()):
         raise UserError(f"the loss of {wrong:,} rows is not finite; check the policy, and `trainer.precision`.")
-    found["pmi"] = found["loss_without_prompt"] - found["loss"]
+    columns["pmi"] = columns["loss_without_prompt"] - columns["loss"]
     with np.errstate(divide="ignore", invalid="ignore"):
-        found["ifd"] = found["loss"] / found["loss_without_prompt"]
+        columns["ifd"] = columns["loss"] / columns["loss_without_prompt"]
     if trusted_MF is None or len(trusted_MF) < LEAST_TRUSTED:
-        found["density_ratio"] = np.full(len(pool_NF), np.nan, dtype=np.float32)
+        columns["density_ratio"] = np.full(len(pool_NF), np.nan, dtype=np.float32)
     else:
         ratio_N = density_ratio(density_features(pool_NF), density_features(trusted_MF), seed)
-        found["density_ratio"] = ratio_N.astype(np.float32)
-    return {name: found[name] for name in dict.fromkeys((*COLUMNS, *FEATURES))}
+        columns["density_ratio"] = ratio_N.astype(np.float32)
+    return {name: columns[name] for name in dict.fromkeys((*COLUMNS, *FEATURES))}
 
 
 def fixed_weights(name: str, directed_N: np.ndarray) -> np.ndarray:

@@ -51,9 +51,9 @@ def restore_own(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
     if "state_dict" in checkpoint:  # a strategy that shards parameters has loaded it already
         state = module.state_dict()
         expected = {name: state[name].shape for name in _kept(module, state)}
-        found = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        if expected != found:
-            raise misfit(expected, found)
+        given = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        if expected != given:
+            raise misfit(expected, given)
     return {name: own[name] for name in ("solver", "optimizer") if name in own}
 
 
@@ -80,11 +80,11 @@ def _own_part(checkpoint: dict[str, Any], trainer: Any) -> dict[str, Any]:
     own = checkpoint.get("lit_bilevel")
     if own is None:
         raise UserError("lit_bilevel did not write this checkpoint; give one from a run's `checkpoints/` folder.")
-    found = own.get("schema", 1)
-    if found != SCHEMA:
+    schema = own.get("schema", 1)
+    if schema != SCHEMA:
         raise UserError(
-            f"the checkpoint has schema {found} and this version of lit_bilevel reads schema {SCHEMA}; continue with"
-            f" the {'older' if found < SCHEMA else 'newer'} version that wrote it, or start a new run"
+            f"the checkpoint has schema {schema} and this version of lit_bilevel reads schema {SCHEMA}; continue with"
+            f" the {'older' if schema < SCHEMA else 'newer'} version that wrote it, or start a new run"
             " (`WarmStart` takes over its weights)."
         )
     data = getattr(trainer, "datamodule", None)

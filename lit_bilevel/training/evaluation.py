@@ -106,8 +106,8 @@ class Evaluation(nn.Module):
         real_B = _real(batch, loss_B)
         self.test_loss.update(loss_B, real_B)
         self.test_loss_per_token.update(loss_B, real_B * batch.length_B)
-        found: dict[str, Metric] = {"test/loss": self.test_loss, "test/loss_per_token": self.test_loss_per_token}
-        return found if ranked is None else found | self._ranked(ranked, nll_K, batch, real_B)
+        metrics: dict[str, Metric] = {"test/loss": self.test_loss, "test/loss_per_token": self.test_loss_per_token}
+        return metrics if ranked is None else metrics | self._ranked(ranked, nll_K, batch, real_B)
 
     def _ranked(self, objective: Objective, nll_K: Tensor, batch: Batch, real_B: Tensor) -> dict[str, Metric]:
         self.preference_loss.update(objective.losses(nll_K, batch), real_B)

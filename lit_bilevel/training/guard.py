@@ -49,16 +49,16 @@ class GuardSettings:
 
     def problems(self) -> list[str]:
         """What is wrong with the settings."""
-        found = []
+        problems = []
         if self.max_skipped_steps < 1:
-            found.append(f"`model.guard.max_skipped_steps` is {self.max_skipped_steps}; it must be at least 1")
+            problems.append(f"`model.guard.max_skipped_steps` is {self.max_skipped_steps}; it must be at least 1")
         if not 0 <= self.min_effective_size < 1:
-            found.append(f"`model.guard.min_effective_size` is {self.min_effective_size}; it must be in [0, 1)")
+            problems.append(f"`model.guard.min_effective_size` is {self.min_effective_size}; it must be in [0, 1)")
         if self.on_limit not in ("warn", "stop"):
-            found.append(f"`model.guard.on_limit` is {self.on_limit!r}; it must be warn or stop")
+            problems.append(f"`model.guard.on_limit` is {self.on_limit!r}; it must be warn or stop")
         if not self.max_ratio > 1:
-            found.append(f"`model.guard.max_ratio` is {self.max_ratio}; it must be above 1")
-        return found
+            problems.append(f"`model.guard.max_ratio` is {self.max_ratio}; it must be above 1")
+        return problems
 
 
 class Guard:
@@ -170,7 +170,7 @@ class Guard:
                 f"{_step(module)}: importance ratios explode: a token of row {named(module, [int(row)])[0]} is"
                 f" {ratio:.3g} times as likely as when it was sampled (`model.guard.max_ratio` is"
                 f" {self.settings.max_ratio:g})",
-                "lower the policy's learning rate, or refresh more often (`every_n_steps` of `SelfRefine`)",
+                "lower the policy's learning rate, or let rounds follow sooner (`every_n_steps` of `SelfRefine`)",
             )
 
     def _is_new(self, what: str) -> bool:

@@ -55,21 +55,23 @@ class Phase:
 
     def problems(self) -> list[str]:
         """What is wrong with its settings."""
-        found = []
+        problems = []
         if not self.name:
-            found.append("a phase of `model.phases` has no `name`; give one")
+            problems.append("a phase of `model.phases` has no `name`; give one")
         if not 0 < self.share <= 1:
-            found.append(f"`share` of the phase {self.name!r} is {self.share}; it must be in (0, 1]")
+            problems.append(f"`share` of the phase {self.name!r} is {self.share}; it must be in (0, 1]")
         if self.upper_weight is not None and not (
             0 <= self.upper_weight < 1 or (self.upper_weight == 1 and not self.runs_solver)
         ):
-            found.append(
+            problems.append(
                 f"`upper_weight` of the phase {self.name!r} is {self.upper_weight}; it must be in [0, 1), or 1 where"
                 " the solver does not run"
             )
         if self.learning_rate is not None and not 0 <= self.learning_rate < math.inf:
-            found.append(f"`learning_rate` of the phase {self.name!r} is {self.learning_rate}; it must be at least 0")
-        return found
+            problems.append(
+                f"`learning_rate` of the phase {self.name!r} is {self.learning_rate}; it must be at least 0"
+            )
+        return problems
 
 
 WHOLE = Phase("fit", 1.0)
@@ -78,20 +80,20 @@ WHOLE = Phase("fit", 1.0)
 
 def problems_of(phases: Sequence[Phase]) -> list[str]:
     """What is wrong with the phases of a run, by themselves and together."""
-    found = [problem for phase in phases for problem in phase.problems()]
+    problems = [problem for phase in phases for problem in phase.problems()]
     names = [phase.name for phase in phases]
     if again := sorted({name for name in names if names.count(name) > 1}):
-        found.append(f"`model.phases` has {', '.join(map(repr, again))} more than once; give each a name of its own")
+        problems.append(f"`model.phases` has {', '.join(map(repr, again))} more than once; give each a name of its own")
     for place, phase in enumerate(phases):
         if phase.prepare_solver and (phase.learn_weights or not any(later.learn_weights for later in phases[place:])):
-            found.append(
+            problems.append(
                 f"`prepare_solver` of the phase {phase.name!r} is for one that learns no weights, before one that does;"
                 " leave it out"
             )
     total = sum(phase.share for phase in phases)
     if not abs(total - 1) <= ROUNDING:
-        found.append(f"the shares of `model.phases` come to {total:g}; they must come to 1")
-    return found
+        problems.append(f"the shares of `model.phases` come to {total:g}; they must come to 1")
+    return problems
 
 
 def borders(phases: Sequence[Phase], steps: float) -> list[float]:

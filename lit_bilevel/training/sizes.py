@@ -36,11 +36,11 @@ def oversized(module: Any, stage: str) -> list[str]:
 def _beyond_context(sets: dict[str, Any], context: int) -> list[str]:
     lengths = {name: column(table, "length").to_numpy() for name, table in sets.items() if len(table)}
     name = max(lengths, key=lambda name: lengths[name].max(), default="")
-    if not lengths or (found := lengths[name].max()) <= context:
+    if not lengths or (longest := lengths[name].max()) <= context:
         return []
     id = sets[name][int(lengths[name].argmax())]["id"]
     return [
-        f"the longest row has {found} tokens and the policy was made for {context}; set `data.max_length` to at most"
+        f"the longest row has {longest} tokens and the policy was made for {context}; set `data.max_length` to at most"
         f" {context} (it is {id!r} of the {name} rows)"
     ]
 

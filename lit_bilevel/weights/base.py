@@ -141,7 +141,7 @@ class ExampleWeights(nn.Module, ABC):
             )
         log_N = (weight_N / weight_N.max()).log().clamp_min(SMALLEST_LOG_WEIGHT)
         self.log_prior_N.copy_(log_N - log_N.exp().mean().log())
-        self.refresh()
+        self.recount()
 
     def set_columns(self, table_NF: Tensor) -> None:
         """Take the scores that are named in `columns`; call it between `build` and the first step.
@@ -158,7 +158,7 @@ class ExampleWeights(nn.Module, ABC):
         """[B] log p of the rows in `features`, float64; p has mean 1 over the pool."""
         return self.log_prior_N[features.row_B.clamp_min(0)].double()
 
-    def refresh(self) -> None:
+    def recount(self) -> None:
         """Recompute running sums exactly; called at epoch ends, may take O(N)."""
 
     def after_step(self) -> None:
@@ -218,10 +218,10 @@ class ExampleWeights(nn.Module, ABC):
         """
         rows = valid_B.sum()
         counts = ((rows > 1) & (s_B != 0).any()).double()
-        share = (1 - DECAY) * counts
+        rate = (1 - DECAY) * counts
         self.updates += counts
-        self.spread_average.lerp_(centred_B.abs().sum() / rows.clamp_min(1), share)
-        self.score_average.lerp_(s_B.abs().sum() / rows.clamp_min(1), share)
+        self.spread_average.lerp_(centred_B.abs().sum() / rows.clamp_min(1), rate)
+        self.score_average.lerp_(s_B.abs().sum() / rows.clamp_min(1), rate)
         average = torch.maximum(self.spread_average, FLOOR * self.score_average)
         return (average / (1 - DECAY**self.updates).clamp_min(TINY)).clamp_min(TINY)
 

@@ -88,8 +88,8 @@ class RunningWeights(ExampleWeights):
         any_valid = valid_B.any()
         log_u_B = log_u_B.masked_fill(~valid_B, -math.inf)
         log_mean = log_u_B.logsumexp(0) - valid_B.sum().log()
-        share = torch.full_like(log_mean, 1 - self.decay)
-        moved = torch.logaddexp((1 - share).log() + self.log_average, share.log() + log_mean)
+        rate = torch.full_like(log_mean, 1 - self.decay)
+        moved = torch.logaddexp((1 - rate).log() + self.log_average, rate.log() + log_mean)
         self.log_average.copy_(torch.where(any_valid, moved, self.log_average))
         self.windows += any_valid
         w_B = (log_u_B - self.log_normaliser).exp()
@@ -108,8 +108,8 @@ class RunningWeights(ExampleWeights):
         """[N] weights from the features last seen; rows not seen yet weigh 1."""
         log_u = torch.cat([self._remembered(start) for start in range(0, self.pool_rows, CHUNK)])
         seen = ~self.loss_N.isnan()
-        share = torch.softmax(log_u.masked_fill(~seen, -math.inf), 0) if seen.any() else torch.zeros_like(log_u)
-        return torch.where(seen, share * seen.sum(), torch.ones_like(share))
+        share_N = torch.softmax(log_u.masked_fill(~seen, -math.inf), 0) if seen.any() else torch.zeros_like(log_u)
+        return torch.where(seen, share_N * seen.sum(), torch.ones_like(share_N))
 
     def _remembered(self, start: int) -> Tensor:
         rows = torch.arange(start, min(start + CHUNK, self.pool_rows), device=self.loss_N.device)

@@ -134,7 +134,7 @@ class TableWeights(ExampleWeights):
     def _sums_once(self, rows: Tensor, again: Tensor) -> Tensor:
         return self._sums(self._log_u(rows).masked_fill(again, -math.inf))
 
-    def refresh(self) -> None:
+    def recount(self) -> None:
         log_u = self._free(slice(None))
         if self.keep < 1:
             gated = len(log_u) - math.ceil(self.keep * len(log_u))
@@ -182,7 +182,7 @@ class TableWeights(ExampleWeights):
         scale = (torch.maximum(centred_N.abs().sum(), FLOOR * s_N.abs().sum()) / rows).clamp_min(TINY)
         with torch.no_grad():
             self.logits.copy_((centred_N / scale).clamp(-CUT, CUT) * (-self.temperature / strength))
-        self.refresh()
+        self.recount()
 
     def statistics(self) -> dict[str, Tensor]:
         total, squares, u_log_u = self.sums

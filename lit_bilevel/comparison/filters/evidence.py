@@ -85,10 +85,10 @@ class Evidence:
         with self.trainer.precision_plugin.forward_context():
             cost = layout_for(self.trainer, packing=False).call_cost
             columns = score_rows(policy, tokenizer, pool, trusted, self.data.eval_batch_size, cost)
-        found = Scores(self.ids, {column: columns[column] for column in COLUMNS})
+        scores = Scores(self.ids, {column: columns[column] for column in COLUMNS})
         if path is not None:
-            write_scores(path, found.ids, found.columns, {"seconds": time.perf_counter() - started})
-        return found
+            write_scores(path, scores.ids, scores.columns, {"seconds": time.perf_counter() - started})
+        return scores
 
     def policy(self, tuned: bool = False, adapter: LoraSettings | None = None) -> Policy:
         """The policy, ready to score.
