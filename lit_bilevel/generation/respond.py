@@ -112,7 +112,7 @@ def gathered_responses(
         if not mistake:
             log.warning("generation failed", exc_info=error)  # the run may go on, but where it failed must be known
     # also where this process failed: the others wait for it here
-    parts: list[tuple[list[tuple[int, Response]], tuple[bool, str] | None]] = [(answers, failure)] * world_size
+    parts: list[tuple[Numbered, tuple[bool, str] | None]] = [(answers, failure)] * world_size
     if world_size > 1:
         torch.distributed.all_gather_object(parts, (answers, failure))
     for process, (_, failed) in enumerate(parts):

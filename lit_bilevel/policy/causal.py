@@ -10,16 +10,19 @@ Left out: models that look ahead over long distances only.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from lit_bilevel.errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 TOLERANCE = 0.1  # of how much an earlier token changes the logits; bfloat16 keeps three digits
 
 
-def check_causal(model: Any) -> None:
+def check_causal(model: PreTrainedModel) -> None:
     """Refuse a model whose tokens see later ones.
 
     Args:

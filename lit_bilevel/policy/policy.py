@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,10 @@ from lit_bilevel.policy.isolation import is_isolated, refusal
 from lit_bilevel.problem import Values
 from lit_bilevel.types import Batch
 
+if TYPE_CHECKING:
+    from peft import PeftModelForCausalLM
+    from transformers import PreTrainedModel
+
 
 class Policy(nn.Module):
     """The model that is tuned.
@@ -41,7 +45,7 @@ class Policy(nn.Module):
         model: a transformers causal LM, or a peft model around one.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: PreTrainedModel | PeftModelForCausalLM):
         super().__init__()
         self.model = model
         self.head_shape: Shape | None = head_shape(self.causal_lm)
@@ -55,7 +59,7 @@ class Policy(nn.Module):
         """How it generates, once that was tried."""
 
     @property
-    def causal_lm(self) -> Any:
+    def causal_lm(self) -> PreTrainedModel:
         """The transformers model, with adapters in place but without peft's wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 

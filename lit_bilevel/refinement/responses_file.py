@@ -10,11 +10,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
 from lit_bilevel.types import Response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ResponseFile:
@@ -46,14 +49,14 @@ class ResponseFile:
             os.fsync(file.fileno())
 
 
-def text_of(response: Response, tokenizer: Any) -> str:
+def text_of(response: Response, tokenizer: PreTrainedTokenizerBase) -> str:
     """What was answered, without control tokens."""
     return tokenizer.decode(response.token_ids, skip_special_tokens=True)
 
 
 def records(
     pool: Dataset,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     responses: Mapping[int, Sequence[Response]],
     used: Mapping[int, Sequence[Response]],
     round: int,

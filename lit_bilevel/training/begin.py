@@ -9,7 +9,7 @@ Left out: a Trainer that goes on by itself; `ckpt_path` continues a run exactly.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,8 +17,12 @@ from lit_bilevel.data.fingerprint import rows_digest
 from lit_bilevel.errors import UserError, gathered
 from lit_bilevel.policy.randomness import part_random_states
 
+if TYPE_CHECKING:
+    from lit_bilevel.data.module import BilevelDataModule
+    from lit_bilevel.module import LitBilevel
 
-def begin(module: Any, stage: str) -> None:
+
+def begin(module: LitBilevel, stage: str) -> None:
     """Give a `LitBilevel` the weights of the pool at hand, and forget an earlier fit.
 
     Args:
@@ -32,7 +36,7 @@ def begin(module: Any, stage: str) -> None:
     weights, fits = module.weights, stage == "fit"
     if weights.pool_rows and not fits:
         return  # a trained policy may be tested on any data
-    data: Any = getattr(module.trainer, "datamodule", None)
+    data: BilevelDataModule | None = getattr(module.trainer, "datamodule", None)
     if getattr(data, "pool_sources", None) is None:
         raise UserError("`LitBilevel` needs a `BilevelDataModule`, to know how many rows to weight; pass one.")
     pool = data.sets["pool"]
@@ -47,7 +51,7 @@ def begin(module: Any, stage: str) -> None:
     module.pool_digest = digest
 
 
-def begin_fit(module: Any) -> None:
+def begin_fit(module: LitBilevel) -> None:
     """What waits until the strategy has set the module up, and comes before a checkpoint is read."""
     part_random_states(module.global_rank)  # after the policy is made; a resumed run takes its own up later
     # under a precision below float32 DeepSpeed casts every parameter, and in bfloat16 small steps of weights are lost
@@ -56,7 +60,7 @@ def begin_fit(module: Any) -> None:
     module.uncast = []
 
 
-def _refuse_used(module: Any, digest: str, rows: int) -> None:
+def _refuse_used(module: LitBilevel, digest: str, rows: int) -> None:
     """Refuse what an earlier fit left a state in that is not of this module and this pool."""
     trainer, problems = module.trainer, []
     if trainer.global_step > 0 and trainer.ckpt_path is None:

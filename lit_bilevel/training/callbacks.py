@@ -8,9 +8,15 @@ Left out: callbacks of others, of which nothing is known.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch import callbacks
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from lit_bilevel.callbacks.refine import SelfRefine
+    from lit_bilevel.callbacks.scored_prior import ScoredPrior
 
 CANNOT: dict[type, str] = {
     callbacks.BaseFinetuning: (
@@ -34,7 +40,7 @@ CANNOT: dict[type, str] = {
 }
 
 
-def unfit_callbacks(trainer: Any) -> list[str]:
+def unfit_callbacks(trainer: Trainer) -> list[str]:
     """What is wrong with those of a Trainer's callbacks that cannot work, one line for each."""
     problems = []
     for callback in trainer.callbacks:
@@ -44,16 +50,16 @@ def unfit_callbacks(trainer: Any) -> list[str]:
     return problems
 
 
-def drop_savers(trainer: Any) -> None:
+def drop_savers(trainer: Trainer) -> None:
     """Take out callbacks that would answer a refusal by saving a model that is not there yet."""
     trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, callbacks.OnExceptionCheckpoint)]
 
 
-def refiners(trainer: Any) -> list[Any]:
+def refiners(trainer: Trainer) -> list[SelfRefine]:
     """The callbacks that generate responses: `SelfRefine`, or made from it."""
     return [callback for callback in trainer.callbacks if getattr(callback, "generates_responses", False)]
 
 
-def scorers(trainer: Any) -> list[Any]:
+def scorers(trainer: Trainer) -> list[ScoredPrior]:
     """The callbacks that score the rows before the first step: `ScoredPrior`, or made from it."""
     return [callback for callback in trainer.callbacks if getattr(callback, "scores_rows", False)]

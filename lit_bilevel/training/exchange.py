@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
@@ -20,8 +20,14 @@ from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.problem import Values
 from lit_bilevel.types import PADDING_ROW, Features
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import Strategy
 
-def lightning_engine(module: Any) -> Engine:
+    from lit_bilevel.module import LitBilevel
+
+
+def lightning_engine(module: LitBilevel) -> Engine:
     """The machinery around a step, from a `LitBilevel`'s strategy and precision."""
     trainer, strategy = module.trainer, module.trainer.strategy
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -46,13 +52,13 @@ def _keeps_digits(precision: str) -> bool:
     return precision == "64-true" or (precision == "32-true" and torch.get_float32_matmul_precision() == "highest")
 
 
-def averaged(values: Values, strategy: Any) -> Values:
+def averaged(values: Values, strategy: Strategy) -> Values:
     """The mean of each tensor over processes."""
     return [strategy.reduce(value, reduce_op="mean") for value in values]
 
 
 def gathered_scores(
-    problem: PolicyProblem, s_B: Tensor | None, strategy: Any, refined: bool
+    problem: PolicyProblem, s_B: Tensor | None, strategy: Strategy, refined: bool
 ) -> tuple[Features, Tensor, dict[str, Tensor]]:
     """Features with losses, scores, and the losses to log, over the global window.
 
@@ -91,7 +97,7 @@ def gathered_scores(
     return Features(row.long(), source.long(), length.long(), loss), s, losses
 
 
-def gathered_responses(found: Tensor | None, trainer: Any) -> Tensor | None:
+def gathered_responses(found: Tensor | None, trainer: Trainer) -> Tensor | None:
     """What was found of the generated responses of a step, over all processes.
 
     Args:

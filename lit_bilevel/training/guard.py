@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -26,7 +26,14 @@ from torch import Tensor
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.problem import norm as total_norm
+from lit_bilevel.training.trainer import data_of
 from lit_bilevel.types import Features
+
+if TYPE_CHECKING:
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+    from torch.amp import GradScaler
+
+    from lit_bilevel.module import LitBilevel
 
 NAMED = 8
 
@@ -79,7 +86,14 @@ class Guard:
         """Forget an earlier run."""
         self.skipped, self.in_a_row, self.reason, self._told = 0, 0, None, set()
 
-    def steps(self, module: Any, optimizer: Any, features: Features, size: Tensor | None, found: Tensor | None) -> bool:
+    def steps(
+        self,
+        module: LitBilevel,
+        optimizer: LightningOptimizer,
+        features: Features,
+        size: Tensor | None,
+        found: Tensor | None,
+    ) -> bool:
         """Clip the policy's gradient and take its step and that of its schedule, unless the gradient is not finite.
 
         Args:
@@ -113,7 +127,7 @@ class Guard:
         self.in_a_row = 0
         return True
 
-    def look(self, module: Any, weight_N: Tensor) -> None:
+    def look(self, module: LitBilevel, weight_N: Tensor) -> None:
         """Look at all weights, where they are at hand: some weightings have only an estimate in a step."""
         self._look_at_weights(module, float(weight_N.sum() ** 2 / (weight_N**2).sum()))
 
@@ -134,7 +148,7 @@ class Guard:
 
     # ---- the rules ----
 
-    def _skip(self, module: Any, features: Features, of_scale: bool) -> None:
+    def _skip(self, module: LitBilevel, features: Features, of_scale: bool) -> None:
         """Count a step that was not taken; an overflow of the loss scale, not of the numbers, is no fault."""
         self.skipped += 1
         module.log("skipped_steps", float(self.skipped))
@@ -151,7 +165,7 @@ class Guard:
                 f" that of its checkpoint (`model.guard.max_skipped_steps` is {self.settings.max_skipped_steps})."
             )
 
-    def _look_at_weights(self, module: Any, rows: float) -> None:
+    def _look_at_weights(self, module: LitBilevel, rows: float) -> None:
         limit = max(2.0, self.settings.min_effective_size * module.weights.pool_rows)
         if rows < limit and self._is_new("weights"):
             heaviest = module.weights.table().topk(min(NAMED, module.weights.pool_rows))
@@ -164,8 +178,8 @@ class Guard:
                 "lower the weight optimizer's learning rate, or set `kl_to_prior` or `cap` of the weights",
             )
 
-    def _look_at_ratios(self, module: Any, ratio: float, row: float) -> None:
-        if ratio > self.settings.max_ratio and self._is_new(f"round {module.trainer.datamodule.responses.round}"):
+    def _look_at_ratios(self, module: LitBilevel, ratio: float, row: float) -> None:
+        if ratio > self.settings.max_ratio and self._is_new(f"round {data_of(module.trainer).responses.round}"):
             self._tell(
                 f"{_step(module)}: importance ratios explode: a token of row {named(module, [int(row)])[0]} is"
                 f" {ratio:.3g} times as likely as when it was sampled (`model.guard.max_ratio` is"
@@ -188,7 +202,7 @@ class Guard:
             )
 
 
-def _clipped(module: Any, scaler: Any) -> Tensor:
+def _clipped(module: LitBilevel, scaler: GradScaler | None) -> Tensor:
     """Norm of the policy's gradient, before it is clipped."""
     if _deepspeed_engine(module) is not None:
         # it keeps the gradients to itself, clips them and skips steps that overflowed
@@ -201,7 +215,7 @@ def _clipped(module: Any, scaler: Any) -> Tensor:
     return norm / scale
 
 
-def _lowered(scaler: Any) -> bool:
+def _lowered(scaler: GradScaler | None) -> bool:
     """Lower the loss scale after an overflow; whether it was above 1, so that the overflow was its own."""
     if scaler is None or scaler.get_scale() <= 1:
         return False
@@ -210,17 +224,17 @@ def _lowered(scaler: Any) -> bool:
     return True
 
 
-def _deepspeed_engine(module: Any) -> Any:
+def _deepspeed_engine(module: LitBilevel) -> Any:
     """DeepSpeed's engine, where that is the strategy."""
     strategy = module.trainer.strategy
     return strategy.model if isinstance(strategy, DeepSpeedStrategy) else None
 
 
-def _step(module: Any) -> str:
+def _step(module: LitBilevel) -> str:
     return f"policy step {module.trainer.fit_loop.epoch_loop.total_batch_idx + 1}"
 
 
-def _culprits(module: Any, features: Features) -> str:
+def _culprits(module: LitBilevel, features: Features) -> str:
     """The rows whose loss is not finite, by id."""
     if features.loss_B is None:
         return "losses are not known"
@@ -231,9 +245,9 @@ def _culprits(module: Any, features: Features) -> str:
     return f"the loss is not finite on rows {', '.join(named(module, rows[:NAMED]))}{more}"
 
 
-def named(module: Any, rows: list[int]) -> list[str]:
+def named(module: LitBilevel, rows: list[int]) -> list[str]:
     """Ids of rows as a step numbers them: pool rows, then the refined ones."""
     refined, pool_rows = module.refinement.rows.tolist(), module.weights.pool_rows
-    ids = module.trainer.datamodule.sets["pool"].select_columns(["id"])
+    ids = data_of(module.trainer).sets["pool"].select_columns(["id"])
     own = [(row, "") if row < pool_rows else (refined[row - pool_rows], " (a generated response)") for row in rows]
     return [f"{ids[row]['id']!r}{what}" for row, what in own]

@@ -5,7 +5,7 @@ Left out: a schedule of the weights' optimizer.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch.optim.lr_scheduler import LambdaLR
@@ -15,8 +15,13 @@ from lit_bilevel.training.schedule import learning_rate_factor
 from lit_bilevel.training.strategies import takes_one_optimizer
 from lit_bilevel.weights.optimizer import check_optimizer
 
+if TYPE_CHECKING:
+    from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
-def made_optimizers(module: Any) -> Any:
+    from lit_bilevel.module import LitBilevel
+
+
+def made_optimizers(module: LitBilevel) -> OptimizerLRScheduler:
     """What Lightning is given by a `LitBilevel`: the inner optimizer and, if it takes two, the outer one; the schedule.
 
     Raises:
@@ -33,7 +38,7 @@ def made_optimizers(module: Any) -> Any:
         ) from error
 
 
-def _made(module: Any) -> Any:
+def _made(module: LitBilevel) -> OptimizerLRScheduler:
     inner = module.make_optimizer(module.policy.trainable())
     parameters = list(module.weights.parameters())
     optimizers = [inner, module.make_weight_optimizer(parameters)] if parameters else [inner]

@@ -18,9 +18,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_bilevel.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_bilevel.module import LitBilevel
 
 ROUNDING = 1e-6
 """What the shares may miss of 1, and a border of a whole step."""
@@ -126,7 +129,7 @@ def place_named(phases: Sequence[Phase], name: str) -> int:
     return names.index(name)
 
 
-def enter_phase(module: Any) -> None:
+def enter_phase(module: LitBilevel) -> None:
     """Begin a policy step of a `LitBilevel`: log its phase, and free what the solver keeps where it runs no more."""
     module.log("phase", float(module.place))
     if not any(phase.runs_solver for phase in module.phases[module.place :]):

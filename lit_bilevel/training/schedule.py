@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,8 +22,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_bilevel.errors import UserError
 from lit_bilevel.training.phases import borders
 
+if TYPE_CHECKING:
+    from lit_bilevel.module import LitBilevel
 
-def upper_weight_of(module: Any) -> float:
+
+def upper_weight_of(module: LitBilevel) -> float:
     """λ in this step of a `LitBilevel`."""
     if module.phase.upper_weight is not None:
         return module.phase.upper_weight
@@ -32,7 +35,7 @@ def upper_weight_of(module: Any) -> float:
     return max(0.0, module.initial_upper_weight - module.upper_weight_decay * falls)
 
 
-def most_falls(module: Any) -> float:
+def most_falls(module: LitBilevel) -> float:
     """How often λ will have fallen in the last step of a fit; infinite where the fit's end is not known."""
     epochs, steps, every = module.trainer.max_epochs, module.trainer.max_steps, module.upper_weight_decay_every
     if every is None:
@@ -40,7 +43,7 @@ def most_falls(module: Any) -> float:
     return (steps - 1) // every if steps > 0 else math.inf
 
 
-def learning_rate_factor(module: Any, steps: float) -> Callable[[int], float]:
+def learning_rate_factor(module: LitBilevel, steps: float) -> Callable[[int], float]:
     """What the policy's learning rate is multiplied with, as a function of the step.
 
     Args:
@@ -66,7 +69,7 @@ def learning_rate_factor(module: Any, steps: float) -> Callable[[int], float]:
     return factor
 
 
-def _schedule(module: Any, steps: float) -> Callable[[int], float]:
+def _schedule(module: LitBilevel, steps: float) -> Callable[[int], float]:
     """The schedule of transformers over so many steps, as a function of the step."""
     from transformers import get_scheduler
 

@@ -8,7 +8,7 @@ Left out: what follows from the settings of the module alone; see `refusals`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -18,10 +18,16 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+    from lit_bilevel.module import LitBilevel
+    from lit_bilevel.refinement.response_weights import ResponseWeights
+
 SHARDING = "configs/strategies/fsdp2.yaml"
 
 
-def takes_one_optimizer(strategy: Any) -> bool:
+def takes_one_optimizer(strategy: Strategy) -> bool:
     """Whether the outer optimizer has to be stepped and checkpointed by the module itself.
 
     DeepSpeed takes one optimizer. FSDP2 takes several, but Lightning cannot load one whose state is empty.
@@ -29,7 +35,7 @@ def takes_one_optimizer(strategy: Any) -> bool:
     return isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy)
 
 
-def of_strategy(module: Any, stage: str) -> list[str]:
+def of_strategy(module: LitBilevel, stage: str) -> list[str]:
     """What the Trainer's strategy does not allow, one line for each.
 
     Args:
@@ -60,7 +66,7 @@ def of_strategy(module: Any, stage: str) -> list[str]:
     return problems
 
 
-def of_kernels(module: Any) -> list[str]:
+def of_kernels(module: LitBilevel) -> list[str]:
     """Derivatives along a direction need forward mode below float32, and fused kernels do not have it."""
     settings = module.policy_settings
     problems: list[str] = []
@@ -84,7 +90,7 @@ def of_kernels(module: Any) -> list[str]:
     return problems
 
 
-def _of_sharding(module: Any, stage: str) -> list[str]:
+def _of_sharding(module: LitBilevel, stage: str) -> list[str]:
     problems = []
     if stage == "predict":
         problems.append(
@@ -105,7 +111,7 @@ def _of_sharding(module: Any, stage: str) -> list[str]:
     return problems
 
 
-def _of_deepspeed(module: Any) -> list[str]:
+def _of_deepspeed(module: LitBilevel) -> list[str]:
     problems = []
     takes_apart = [module.solver] if module.solver.substitutes and module.learns_weights else []
     for part in [*takes_apart, *_aligned(module)]:
@@ -138,6 +144,6 @@ def _of_deepspeed(module: Any) -> list[str]:
     return problems
 
 
-def _aligned(module: Any) -> list[Any]:
+def _aligned(module: LitBilevel) -> list[ResponseWeights]:
     """The rule of the response weights where it asks for ∇f and derivatives along it."""
     return [module.refinement.rule] if module.refinement.rule.needs_alignment else []
