@@ -19,7 +19,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -126,7 +126,7 @@ class BilevelCLI(LightningCLI):
         """A parser that also reads the environment: `LIT_BILEVEL_FIT__DATA__BATCH_SIZE=9`."""
         return super().init_parser(**{"prog": "lit-bilevel", "default_env": True, "env_prefix": PREFIX, **kwargs})
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: list[str] | None) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; unlike Lightning's, without a warning where a program with arguments of its own calls this CLI."""
         self.config = parser.parse_args(args)
 

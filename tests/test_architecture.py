@@ -46,7 +46,7 @@ ROOMS = {
     "__init__": "version",
     "parser": "__init__ errors",
     "cli": "callbacks data errors generation module objectives parser refinement resources solvers training weights",
-    "commands": "cli data errors files inspection policy refinement resources scores",
+    "commands": "cli data errors files inspection policy refinement resources scores training",
     "comparison": "callbacks cli commands data errors files inspection losses objectives policy refinement resources"
     " scores solvers training types weights",
     "__main__": "version",

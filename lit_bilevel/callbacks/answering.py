@@ -18,7 +18,7 @@ from lit_bilevel.generation.ending import end_tokens
 from lit_bilevel.generation.respond import gathered_responses, respond
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.context import context_of, room
-from lit_bilevel.training.trainer import data_of
+from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.types import Response
 
 MARKS = {"pool": (), "monitor": (1,)}
@@ -74,8 +74,7 @@ def _generated(
     trainer: Trainer, module: LitBilevel, backend: GenerationBackend, sampling: Sampling, requests: list[Request]
 ) -> list[Response]:
     """Responses in the order of the requests; batches are dealt out to the processes."""
-    policy = module.policy
-    assert policy is not None
+    policy = policy_of(module)
     ends = end_tokens(policy, module.tokenizer)
     batches = backend.batches(requests)
     rank, world = trainer.global_rank, trainer.world_size

@@ -65,9 +65,9 @@ def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metri
     loader = "PeftModel.from_pretrained(base, …)" if adapter else "AutoModelForCausalLM.from_pretrained(…)"
     sets = {"pool": ("pool",), "validation": ("upper", "monitor"), "test": ("test",)}
     rows = [
-        (name, file_name(data.paths[name]), sum(len(data.sets[part]) for part in sets[name]))
-        for name in sets
-        if data.paths[name]
+        (name, file_name(path), sum(len(data.sets[part]) for part in sets[name]))
+        for name, path in data.paths.items()
+        if path
     ]
     method = f"The solver is `{settings['solver']}`, the weights are `{settings['weights']}`."
     if not module.learns_weights:

@@ -35,7 +35,7 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.training.checkpoint_io import install
 from lit_bilevel.training.place import check_room, try_folder
-from lit_bilevel.training.trainer import find_callbacks
+from lit_bilevel.training.trainer import find_callbacks, policy_of
 
 
 class Stopped(SystemExit):
@@ -261,8 +261,8 @@ class BilevelCheckpoint(ModelCheckpoint):
 
 def _bytes_of(module: LitBilevel) -> int:
     """About what the best and the last checkpoint, the next one beside them and the exported policy take."""
-    assert module.policy is not None
-    trained = sum(parameter.numel() * parameter.element_size() for parameter in module.policy.trainable())
+    policy = policy_of(module)
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in policy.trainable())
     return 3 * trained + trained  # optimizer states, up to twice as much, come with the first step
 
 

@@ -32,7 +32,7 @@ from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.rest import RestingProblem
 from lit_bilevel.training.exchange import lightning_engine
 from lit_bilevel.training.phases import borders, place_named
-from lit_bilevel.training.trainer import data_of
+from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.weights.table import TableWeights
 
 
@@ -129,16 +129,14 @@ def pool_scores(trainer: Trainer, module: LitBilevel, upper_weight: float) -> Te
         module: with its solver's state.
         upper_weight: λ under which rows are scored.
     """
-    assert module.policy is not None
+    policy = policy_of(module)
     inner, _ = module._optimizers()
     score_N = torch.full((module.weights.pool_rows,), math.nan, dtype=torch.float64, device=module.device)
     loader = data_of(trainer).evaluation_loader("pool")
     engine = lightning_engine(module)
     with evaluating(trainer, module) as made:
         for batch in map(made, loader):
-            problem = RestingProblem(
-                module.policy, batch, upper_weight, inner.optimizer, engine, module.lower_objective
-            )
+            problem = RestingProblem(policy, batch, upper_weight, inner.optimizer, engine, module.lower_objective)
             table = torch.stack([batch.row_B.double(), module.solver.scores_at_rest(problem).double()], dim=1)
             if trainer.world_size > 1:
                 table = module.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]

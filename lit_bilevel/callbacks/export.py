@@ -33,7 +33,7 @@ from lit_bilevel.policy.load import load_model
 from lit_bilevel.policy.origin import adapter_of
 from lit_bilevel.policy.shard import whole_state
 from lit_bilevel.resources import located
-from lit_bilevel.training.trainer import data_of
+from lit_bilevel.training.trainer import data_of, policy_of
 
 
 class Export(Callback):
@@ -93,8 +93,8 @@ class Export(Callback):
         own = run_checkpoint(trainer)
         best = Path(own.best_model_path if own is not None else "")
         saved = trainer.strategy.broadcast(best.name != "" and best.exists())
-        assert module.policy is not None
-        state = None if saved or not self.policy else whole_state(module.policy.model)  # on every process
+        policy = policy_of(module)
+        state = None if saved or not self.policy else whole_state(policy.model)  # on every process
         self._write(trainer, module, best if saved else None, state)
 
     @rank_zero_only
@@ -103,9 +103,9 @@ class Export(Callback):
         folder.mkdir(parents=True, exist_ok=True)
         self._write_weights(trainer, module, folder / "weights.parquet")
         if self.policy:
-            assert module.policy is not None
+            policy = policy_of(module)
             if best is not None:
-                state = with_untrained(module.policy.model, saved_state(best))
+                state = with_untrained(policy.model, saved_state(best))
             self._write_policy(module, folder / "policy", state)
 
     @rank_zero_only
@@ -152,12 +152,12 @@ class Export(Callback):
     def _write_policy(self, module: LitBilevel, path: Path, state: dict[str, Any] | None) -> None:
         partial = path.with_name("policy.partial")
         _remove(partial)
-        assert module.policy is not None
-        module.policy.model.save_pretrained(partial, state_dict=state)
-        settings = exported_settings(module.policy, module.tokenizer, module.max_new_tokens)
+        policy = policy_of(module)
+        policy.model.save_pretrained(str(partial), state_dict=state)
+        settings = exported_settings(policy, module.tokenizer, module.max_new_tokens)
         settings.save_pretrained(partial)
         module.tokenizer.save_pretrained(partial)
-        if module.policy.merged and module.policy_settings.lora is not None:
+        if policy.merged and module.policy_settings.lora is not None:
             _add_base(module, partial, path)
         _remove(path)
         os.replace(partial, path)
@@ -168,10 +168,10 @@ def _add_base(module: LitBilevel, partial: Path, place: Path) -> None:
 
     It is loaded and merged once more, for the parameters of the policy may be spread over processes.
     """
-    assert module.policy is not None
+    policy = policy_of(module)
     settings = module.policy_settings
-    base = load_model(settings, adapter_of(settings), module.policy.causal_lm.dtype)
-    base.save_pretrained(partial / BASE)
+    base = load_model(settings, adapter_of(settings), policy.causal_lm.dtype)
+    base.save_pretrained(str(partial / BASE))
     path = partial / "adapter_config.json"
     config = json.loads(path.read_text()) | {"base_model_name_or_path": str((place / BASE).resolve())}
     path.write_text(json.dumps(config, indent=2, sort_keys=True))

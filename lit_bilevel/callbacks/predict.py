@@ -16,7 +16,7 @@ from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_folder
 from lit_bilevel.data.table import column
 from lit_bilevel.files import replace_text
 from lit_bilevel.policy.context import context_of, room
-from lit_bilevel.training.trainer import data_of
+from lit_bilevel.training.trainer import data_of, policy_of
 
 
 class Predictions(Callback):
@@ -28,8 +28,8 @@ class Predictions(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._found = []
         module = module_of(pl_module)
-        assert module.policy is not None
-        context, most = context_of(module.policy.causal_lm.config), module.max_new_tokens
+        policy = policy_of(module)
+        context, most = context_of(policy.causal_lm.config), module.max_new_tokens
         starts = column(data_of(trainer).sets["test"], "response_start").to_pylist()
         short = sum(room(context, start, most) < most for start in starts)
         if short:

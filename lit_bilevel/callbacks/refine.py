@@ -38,7 +38,7 @@ from lit_bilevel.module import LitBilevel
 from lit_bilevel.refinement.choose import LowestFraction, RowChooser
 from lit_bilevel.refinement.responses_file import ResponseFile, records
 from lit_bilevel.refinement.trust import Agreed, Trust
-from lit_bilevel.training.trainer import data_of
+from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.types import Response
 
 
@@ -250,10 +250,10 @@ class SelfRefine(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = module_of(pl_module)
-        assert module.policy is not None
+        policy = policy_of(module)
         self._began, self._spent = time.monotonic(), 0.0
         with trainer.precision_plugin.forward_context():
-            self.backend.check(module.policy)  # now, and not after the first epochs
+            self.backend.check(policy)  # now, and not after the first epochs
         if self._pending:
             self._pending = False
             self.refine(trainer, module)

@@ -19,7 +19,7 @@ from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.logprobs import response_logprobs
 from lit_bilevel.refinement.consensus import Agreement
 from lit_bilevel.refinement.response_weights import LengthNormalised, Ratios, SelfNormalised, SequenceRatio, TokenRatio
-from lit_bilevel.training.trainer import data_of
+from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.types import Example
 
 if TYPE_CHECKING:
@@ -52,8 +52,8 @@ def _records(module: LitBilevel, data: BilevelDataModule) -> Iterator[dict[str, 
         batch = collate(groups, len(groups)).to(module.device)
         generated = batch.generated
         assert generated is not None
-        assert module.policy is not None
-        log_ratio_J = (response_logprobs(module.policy, batch) - generated.logprob_J).double()
+        policy = policy_of(module)
+        log_ratio_J = (response_logprobs(policy, batch) - generated.logprob_J).double()
         places = (generated.response_J, generated.example_R, batch.size)
         ratios = Ratios(log_ratio_J, *places, agreement_R=generated.agreement_R)
         weights = {

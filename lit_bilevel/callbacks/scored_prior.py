@@ -35,7 +35,7 @@ from lit_bilevel.scores.columns import COLUMNS, DIRECTION
 from lit_bilevel.scores.combination import combined, normal_scores, prior_weights
 from lit_bilevel.scores.sweep import Sweep, score_rows, sweep_for
 from lit_bilevel.scores.table import Scores, read_scores, write_scores
-from lit_bilevel.training.trainer import data_of
+from lit_bilevel.training.trainer import data_of, policy_of
 
 FILE = "scores.parquet"
 
@@ -99,8 +99,7 @@ class ScoredPrior(Callback):
     def _found(self, trainer: Trainer, module: LitBilevel) -> dict[str, np.ndarray]:
         """All columns of the pool rows, on every process."""
         data = data_of(trainer)
-        policy = module.policy
-        assert policy is not None
+        policy = policy_of(module)
         if self.scores is not None:
             return _joined(read_scores(self.scores), column(data.sets["pool"], "id").to_pylist(), self.scores)
         with trainer.precision_plugin.forward_context():

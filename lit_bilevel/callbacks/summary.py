@@ -18,7 +18,7 @@ from lit_bilevel.data.table import column
 from lit_bilevel.inspection.settings import Plain, in_words, run_settings
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of, origin
-from lit_bilevel.training.trainer import data_of
+from lit_bilevel.training.trainer import data_of, policy_of
 
 
 class Summary(Callback):
@@ -115,9 +115,9 @@ def _validation(trainer: Trainer) -> str:
 
 
 def _policy(module: LitBilevel) -> str:
-    assert module.policy is not None
-    trained = sum(parameter.numel() for parameter in module.policy.trainable())
-    total = module.policy.causal_lm.num_parameters()  # which knows that four-bit ones are packed
+    policy = policy_of(module)
+    trained = sum(parameter.numel() for parameter in policy.trainable())
+    total = policy.causal_lm.num_parameters()  # which knows that four-bit ones are packed
     settings = module.policy_settings
     adapter = adapter_of(settings)
     lora = "" if settings.lora is None else f" (LoRA, rank {settings.lora.r})"

@@ -34,6 +34,7 @@ from lit_bilevel.scores.columns import COLUMNS
 from lit_bilevel.scores.density import LEAST_TRUSTED
 from lit_bilevel.scores.sweep import sweep_for
 from lit_bilevel.scores.table import Scores, write_scores
+from lit_bilevel.training.trainer import callbacks_of
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy
@@ -106,6 +107,7 @@ class Scoring(LightningModule):
     def predict_dataloader(self) -> list[int]:
         """Numbers of the parts that this process has to do; the policy is there by now."""
         trainer, data = self.trainer, self.data
+        assert self.policy is not None
         folder = self.output.with_name(self.output.name + ".parts")
         self.sweep = sweep_for(trainer, self.policy, self.tokenizer, data, folder)
         if trainer.is_global_zero and (known := self.sweep.files.open()):
@@ -137,7 +139,8 @@ def _score(options: argparse.Namespace, shared: list[str]) -> None:
     cli = Settings(["fit", *configs, *shared])
     trainer = cli.trainer
     _check(trainer.strategy)
-    trainer.callbacks, trainer.loggers = [], []  # those of a fit
+    callbacks_of(trainer).clear()  # those of a fit
+    trainer.loggers = []
     scoring = Scoring(_as_it_is(cli.model.policy_settings), cli.datamodule, output)
     trainer.predict(scoring, return_predictions=False)
     trainer.strategy.barrier("scored")

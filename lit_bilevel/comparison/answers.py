@@ -76,7 +76,7 @@ def answer(cli: BilevelCLI, folder: Path) -> dict[str, float]:
     test, path = cli.datamodule.sets["test"], cli.datamodule.paths["test"]
     cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     answers = [record["response"] for record in read_lines(folder / "predictions.jsonl")]
-    paths = [path] if isinstance(path, str) else path
+    paths = [path] if isinstance(path, str) else path or []
     files = [file for one in paths for file in members(located(one))]
     raw = [record for file in files for _, record in records(file)]
     expected = [raw[row].get("expected") for row in test["row"][:]]

@@ -106,6 +106,7 @@ class Results:
             if table is None:
                 table = run_losses.select(["id", "tokens"])
             losses.setdefault(row["method"], {})[row["seed"]] = run_losses["loss"].to_numpy()
+        assert table is not None  # there is a row, or there would be nothing to write down
         for method, parts in losses.items():
             table = table.append_column(method, pyarrow.array(np.mean(list(parts.values()), axis=0)))
         with replacing(self.folder / "test_losses.parquet") as partial:

@@ -60,7 +60,9 @@ def _line(record: dict[str, Any], columns: Mapping[str, str], key: str) -> str:
     return json.dumps(record, ensure_ascii=False, default=plain) + "\n"
 
 
-def stratified(strata: Sequence[object], count: int, seed: int, what: str = "`--subset`") -> np.ndarray:
+def stratified(
+    strata: Sequence[str] | Sequence[tuple[str, str]], count: int, seed: int, what: str = "`--subset`"
+) -> np.ndarray:
     """[count] positions in order, from every stratum its share of the whole, drawn without replacement.
 
     Args:

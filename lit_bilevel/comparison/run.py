@@ -33,7 +33,7 @@ from lit_bilevel.comparison.stopwatch import Stopwatch
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
-from lit_bilevel.training.trainer import find_callbacks
+from lit_bilevel.training.trainer import find_callbacks, policy_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -291,7 +291,7 @@ class Runner:
         row["steps"], row["seconds"] = cli.trainer.global_step, stopwatch.seconds
         if cli.model.learns_weights or cli.model.weights.needs_scoring:
             row |= {key: value for key, value in metrics.items() if key.startswith("auroc/")}
-        policy = cli.model.policy.to(cli.trainer.strategy.root_device)  # Lightning moved it away at the end
+        policy = policy_of(cli.model).to(cli.trainer.strategy.root_device)  # Lightning moved it away at the end
         with cli.trainer.precision_plugin.forward_context():
             objective = cli.model.evaluation.upper
             losses = {

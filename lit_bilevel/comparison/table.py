@@ -38,9 +38,11 @@ def markdown(rows: Sequence[Result], losses: Losses, monitor: Losses, command: s
     mean = {name: interval(values(part, "test_loss"))[0] for name, part in methods.items()}
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in HIDDEN]
     names.sort(key=lambda name: (name != "test_loss", name.startswith("auroc/")))
-    shown: list[tuple[str, Callable[[str], str]]] = [
-        (name, lambda method, name=name: cell(methods[method], name)) for name in names
-    ]
+
+    def measured(name: str) -> Callable[[str], str]:
+        return lambda method: cell(methods[method], name)
+
+    shown: list[tuple[str, Callable[[str], str]]] = [(name, measured(name)) for name in names]
     if "mixing" in methods:
         extra = [("Δ mixing (p)", lambda method: difference(method, losses))]
         if "oracle" in methods:

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
@@ -105,7 +105,7 @@ def shown(
         if not pieces or pieces[-1][0] != (position in learned):
             pieces.append((position in learned, []))
         pieces[-1][1].append(token)
-    texts = [(known, _printable(tokenizer.decode(part))) for known, part in pieces]
+    texts = [(known, _printable(cast("str", tokenizer.decode(part)))) for known, part in pieces]
     return "".join(text if known else f"{marks[0]}{text}{marks[1]}" for known, text in texts)
 
 

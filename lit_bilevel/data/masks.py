@@ -8,7 +8,7 @@ rendered up to the question, ends. What is learned is then compared with what th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from lit_bilevel.data.template import Conversation, Template, says
 
@@ -93,7 +93,7 @@ def by_blocks(
         )
     else:
         spans = spans if every else spans[-1:]
-    said = [template.tokenizer.decode(ids[start:stop]) for start, stop in spans]
+    said = [cast("str", template.tokenizer.decode(ids[start:stop])) for start, stop in spans]
     return ids, spans, _notice(template, talk, template.render(talk.messages, talk.tools), said, learned)
 
 

@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from datasets import Dataset
@@ -39,6 +39,8 @@ from lit_bilevel.types import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lit_bilevel.module import LitBilevel
 
 
 class BilevelDataModule(LightningDataModule):
@@ -169,7 +171,7 @@ class BilevelDataModule(LightningDataModule):
             return self._given_tokenizer
         if self.trainer is None:
             raise UserError("`data.tokenizer` is not set and there is no policy to take it from; give a folder or id.")
-        return self.trainer.lightning_module.tokenizer
+        return cast("LitBilevel", self.trainer.lightning_module).tokenizer
 
     @functools.cached_property
     def _given_tokenizer(self) -> PreTrainedTokenizerBase:

@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from jinja2 import TemplateError
 
@@ -99,13 +99,14 @@ class Template:
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] = (), prompt: bool = False) -> str:
         """The text of a conversation, with the beginning of an answer after it where it is a prompt."""
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             list(messages),
             chat_template=self._still(tools),
             tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=prompt,
         )
+        return cast("str", text)
 
     def masked(self, messages: Sequence[Message], tools: Sequence[Any]) -> Any:
         """Token ids (`input_ids`) and what the template's generation blocks hold (`assistant_masks`)."""

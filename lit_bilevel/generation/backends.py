@@ -13,19 +13,20 @@ import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.generation.base import GenerationBackend, Request, Sample, Sampling, ended
 from lit_bilevel.generation.ending import without_settings
+from lit_bilevel.policy.causal import embeddings_of
 from lit_bilevel.policy.policy import Policy
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from transformers import ContinuousBatchingConfig
+    from transformers import ContinuousBatchingConfig, GenerationMixin
 
 VLLM_OLDEST, VLLM_NEWEST = (0, 10), (1, 0)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the largest ranks it can be made for
@@ -69,7 +70,7 @@ class ContinuousBatching(GenerationBackend):
         """
         from transformers import GenerationConfig
 
-        device = policy.causal_lm.get_input_embeddings().weight.device
+        device = embeddings_of(policy.causal_lm).device
         limit = max(request.max_new_tokens for request in requests)
         config = GenerationConfig(
             max_new_tokens=min(limit, sampling.max_new_tokens),
@@ -85,7 +86,12 @@ class ContinuousBatching(GenerationBackend):
         with policy.evaluating(), without_settings(policy.causal_lm), forked:
             torch.manual_seed(requests[0].seed)
             prompts = [request.prompt_ids for request in requests]
-            outputs = list(policy.causal_lm.generate_batch(prompts, generation_config=config, **further).values())
+            engine = cast("GenerationMixin", policy.causal_lm)
+            outputs = list(
+                cast("GenerationMixin", policy.causal_lm)
+                .generate_batch(prompts, generation_config=config, **further)
+                .values()
+            )
         failed = [output.error for output in outputs if output.error]
         if failed or len(outputs) != len(requests):
             raise RuntimeError(

@@ -22,6 +22,7 @@ from lit_bilevel.generation.base import Request, Sample, Sampling, ended
 from lit_bilevel.generation.padded import decode_padded
 from lit_bilevel.generation.sampling import draw, uniforms
 from lit_bilevel.generation.unpadded import decode_singly, decode_unpadded
+from lit_bilevel.policy.causal import embeddings_of
 from lit_bilevel.policy.policy import Policy
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def decoded(
         decode = decode_unpadded
     if sampling.temperature > 0:
         # all numbers of a request at once, from its own stream: what it draws does not depend on who shares its batch
-        uniform = uniforms(requests, max(limits)).to(model.get_input_embeddings().weight.device)
+        uniform = uniforms(requests, max(limits)).to(embeddings_of(model).device)
 
     def choose(row_B: Tensor, step: int, logits_BV: Tensor) -> Tensor:
         if sampling.temperature == 0:
@@ -73,7 +74,7 @@ def decoder_for(policy: Policy) -> Decoder:
     if policy.decoder is None:  # kept with the policy: a round asks once a batch, and trying costs several passes
         model = policy.causal_lm
         # under autocast logits are rounded whatever the parameters are, and two right ways differ by that
-        exact = policy.precise and not torch.is_autocast_enabled(model.get_input_embeddings().weight.device.type)
+        exact = policy.precise and not torch.is_autocast_enabled(embeddings_of(model).device.type)
         tolerance = EXACT if exact else ROUNDED
         ways = [decode_padded] if _holds_keys_and_values(model) else []
         for way in (*ways, decode_unpadded, decode_singly):
@@ -94,8 +95,8 @@ def _holds_keys_and_values(model: PreTrainedModel) -> bool:
 
 def _deviation(model: PreTrainedModel, decode: Decoder) -> float:
     """The largest deviation of logits from those of one pass, as a share of how much rows differ; inf on an error."""
-    device = model.get_input_embeddings().weight.device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    device = embeddings_of(model).device
+    vocabulary = embeddings_of(model).shape[0]
     # not the first ids, which are padding and ends of text in many vocabularies and may be treated apart
     ids = torch.arange(3, 3 + sum(LENGTHS)) % vocabulary
     prompts = [part.tolist() for part in ids.split(LENGTHS)]

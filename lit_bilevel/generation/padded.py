@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_bilevel.policy.causal import embeddings_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -60,7 +62,7 @@ class _Padded:
         from transformers import DynamicCache
 
         self.model, self.limits, self.end_ids = model, list(limits), frozenset(end_ids)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = embeddings_of(model).device
         self.tokens: list[list[int]] = [[] for _ in prompts]
         accepted = inspect.signature(model.forward).parameters
         self.positions = "position_ids" in accepted  # models without rotary or learned positions take none

@@ -10,7 +10,7 @@ Left out: batches of prompts of different lengths; where lengths are all differe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from torch import Tensor
 from lit_bilevel.generation.base import ended
 from lit_bilevel.generation.ending import without_settings
 from lit_bilevel.generation.padded import Choose
+from lit_bilevel.policy.causal import embeddings_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationMixin, PreTrainedModel
 
 
 def decode_unpadded(
@@ -35,7 +36,7 @@ def decode_unpadded(
     from transformers import GenerationConfig
 
     tokens: list[list[int]] = [[] for _ in prompts]
-    device = model.get_input_embeddings().weight.device
+    device = embeddings_of(model).device
     for length in sorted({len(prompt) for prompt in prompts}):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
         row_B, limit_B = (torch.tensor(x, device=device) for x in (rows, [limits[row] for row in rows]))
@@ -47,7 +48,7 @@ def decode_unpadded(
         )
         input_ids = torch.tensor([prompts[row] for row in rows], device=device)
         with without_settings(model):
-            output = model.generate(
+            output = cast("GenerationMixin", model).generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=config,

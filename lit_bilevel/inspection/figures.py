@@ -87,7 +87,7 @@ def _kinds(figure: Figure | SubFigure, run: Path, truth: str | None) -> bool:
 
 
 def _overview(figure: Figure | SubFigure, run: Path, truth: str | None) -> bool:
-    left, right = figure.subfigures(1, 2)
+    left, right = figure.subfigures(1, 2, squeeze=False)[0]
     return (_kinds(left, run, truth) or _weights(left, run)) and _losses(right, run)
 
 

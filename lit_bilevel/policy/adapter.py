@@ -170,7 +170,7 @@ def _targets(config: LoraConfig) -> tuple[str, ...]:
 
 def differences(config: LoraConfig, lora: LoraSettings) -> list[str]:
     """What `model.policy.lora` says that an adapter is not: `["r is 16 and the adapter has 4"]`."""
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
         "r": (lora.r, config.r),
         "alpha": (lora.alpha, config.lora_alpha),
         "dropout": (lora.dropout, config.lora_dropout),

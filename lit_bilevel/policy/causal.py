@@ -10,9 +10,10 @@ Left out: models that look ahead over long distances only.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor, nn
 
 from lit_bilevel.errors import UserError
 
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 TOLERANCE = 0.1  # of how much an earlier token changes the logits; bfloat16 keeps three digits
+
+
+def embeddings_of(model: PreTrainedModel) -> Tensor:
+    """[V, D] the input embeddings of a model, whose device and number of tokens are the model's."""
+    return cast("nn.Embedding", model.get_input_embeddings()).weight
 
 
 def check_causal(model: PreTrainedModel) -> None:
@@ -31,7 +37,7 @@ def check_causal(model: PreTrainedModel) -> None:
     Raises:
         UserError: naming it.
     """
-    embeddings = model.get_input_embeddings().weight
+    embeddings = embeddings_of(model)
     if embeddings.is_meta:
         return
     ids = torch.arange(3, 10, device=embeddings.device)[None] % embeddings.shape[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -88,7 +88,7 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
         if continues:
             model.enable_input_require_grads()
     if settings.lora is not None and not continues:
-        model = _with_lora(model, settings)
+        model = _with_lora(cast("PreTrainedModel", model), settings)
     policy = Policy(model)
     policy.merged = adapter is not None and not continues
     return policy.train()  # `from_pretrained` returns eval mode, and Lightning keeps what it finds
@@ -112,7 +112,7 @@ def load_model(
 
     path = settings.path if adapter is None else adapter.base
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             located(path),
             dtype=dtype,
             attn_implementation=settings.attn_implementation,
@@ -133,8 +133,8 @@ def load_model(
     if adapter is None:
         return model
     continues = settings.adapter != "merge"
-    model = put_on(model, adapter, continues, settings.allow_pickle)
-    return model if continues else merge(model, adapter)
+    adapted = put_on(model, adapter, continues, settings.allow_pickle)
+    return adapted if continues else merge(adapted, adapter)
 
 
 def checkpoint_activations(model: PreTrainedModel | PeftModelForCausalLM) -> None:
@@ -191,7 +191,7 @@ def _with_lora(model: PreTrainedModel, settings: PolicySettings) -> PeftModelFor
     if settings.activation_checkpointing:
         model.enable_input_require_grads()
     try:
-        return get_peft_model(model, config)
+        return cast("PeftModelForCausalLM", get_peft_model(model, config))
     except ValueError as error:
         raise UserError(f"LoRA does not fit {settings.path}: {error}") from error
 

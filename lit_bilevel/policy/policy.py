@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +61,9 @@ class Policy(nn.Module):
     @property
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model, with adapters in place but without peft's wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if hasattr(self.model, "get_base_model"):
+            return cast("PeftModelForCausalLM", self.model).get_base_model()
+        return cast("PreTrainedModel", self.model)
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that are tuned, in a fixed order."""
@@ -184,7 +186,9 @@ class Policy(nn.Module):
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """The model that the adapter was put on, also while the tuned values are substituted."""
-        adapted = self.model.base_model  # peft's; `model.disable_adapter()` would look at every parameter each time
+        adapted = cast(
+            "PeftModelForCausalLM", self.model
+        ).base_model  # peft's; `model.disable_adapter()` would look at every parameter each time
         adapted.disable_adapter_layers()
         try:
             yield

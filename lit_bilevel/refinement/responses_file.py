@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset
 
@@ -51,7 +51,8 @@ class ResponseFile:
 
 def text_of(response: Response, tokenizer: PreTrainedTokenizerBase) -> str:
     """What was answered, without control tokens."""
-    return tokenizer.decode(response.token_ids, skip_special_tokens=True)
+    text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
+    return cast("str", text)  # one of one list of ids
 
 
 def records(

@@ -37,7 +37,7 @@ def begin(module: LitBilevel, stage: str) -> None:
     if weights.pool_rows and not fits:
         return  # a trained policy may be tested on any data
     data: BilevelDataModule | None = getattr(module.trainer, "datamodule", None)
-    if getattr(data, "pool_sources", None) is None:
+    if data is None or getattr(data, "pool_sources", None) is None:
         raise UserError("`LitBilevel` needs a `BilevelDataModule`, to know how many rows to weight; pass one.")
     pool = data.sets["pool"]
     digest = rows_digest(pool)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from lightning.pytorch import callbacks
 
+from lit_bilevel.training.trainer import callbacks_of, find_callbacks
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -43,7 +45,7 @@ CANNOT: dict[type, str] = {
 def unfit_callbacks(trainer: Trainer) -> list[str]:
     """What is wrong with those of a Trainer's callbacks that cannot work, one line for each."""
     problems = []
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         for kind, reason in CANNOT.items():
             if isinstance(callback, kind):
                 problems.append(f"the callback `{type(callback).__name__}` cannot be used: {reason}")
@@ -52,14 +54,15 @@ def unfit_callbacks(trainer: Trainer) -> list[str]:
 
 def drop_savers(trainer: Trainer) -> None:
     """Take out callbacks that would answer a refusal by saving a model that is not there yet."""
-    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, callbacks.OnExceptionCheckpoint)]
+    for saver in find_callbacks(trainer, callbacks.OnExceptionCheckpoint):
+        callbacks_of(trainer).remove(saver)
 
 
 def refiners(trainer: Trainer) -> list[SelfRefine]:
     """The callbacks that generate responses: `SelfRefine`, or made from it."""
-    return [callback for callback in trainer.callbacks if getattr(callback, "generates_responses", False)]
+    return [callback for callback in callbacks_of(trainer) if getattr(callback, "generates_responses", False)]
 
 
 def scorers(trainer: Trainer) -> list[ScoredPrior]:
     """The callbacks that score the rows before the first step: `ScoredPrior`, or made from it."""
-    return [callback for callback in trainer.callbacks if getattr(callback, "scores_rows", False)]
+    return [callback for callback in callbacks_of(trainer) if getattr(callback, "scores_rows", False)]

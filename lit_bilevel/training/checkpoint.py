@@ -20,6 +20,7 @@ from torch import Tensor
 from lit_bilevel.errors import UserError, misfit
 from lit_bilevel.policy.shard import spread
 from lit_bilevel.problem import whole
+from lit_bilevel.training.trainer import policy_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -65,7 +66,7 @@ def restore_own(module: LitBilevel, checkpoint: dict[str, Any]) -> dict[str, Any
 def restore_late(module: LitBilevel, own: dict[str, Any]) -> None:
     """Give solver and outer optimizer their states, once the policy is on its device; the solver's as the policy is."""
     if "solver" in own:
-        parameters: list[Tensor] = list(module.policy.trainable())
+        parameters: list[Tensor] = list(policy_of(module).trainable())
         state = move_data_to_device(own["solver"], parameters[0].device)
         module.solver.load_state_dict(apply_to_collection(state, Tensor, spread, parameters=parameters))
     if "optimizer" in own and module.own_optimizer is not None:
@@ -93,7 +94,7 @@ def _own_part(checkpoint: dict[str, Any], trainer: Trainer | None) -> dict[str, 
             " (`WarmStart` takes over its weights)."
         )
     data = getattr(trainer, "datamodule", None)
-    if data is not None and trainer.state.fn == "fit" and type(data).__qualname__ in checkpoint:
+    if trainer is not None and data is not None and trainer.state.fn == "fit" and type(data).__qualname__ in checkpoint:
         data.refuse_changes(checkpoint[type(data).__qualname__])
     return own
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.problem import Values
+from lit_bilevel.training.trainer import policy_of
 from lit_bilevel.types import PADDING_ROW, Features
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def lightning_engine(module: LitBilevel) -> Engine:
         average=(lambda values: values) if sharded else functools.partial(averaged, strategy=strategy),
         world_size=trainer.world_size,
         loss_scale=1.0 if scaler is None else scaler.get_scale(),
-        differences=_keeps_digits(trainer.precision) and module.policy.precise,
+        differences=_keeps_digits(trainer.precision) and policy_of(module).precise,
         sharded=sharded,
         one_backward=one_backward,
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -26,12 +26,13 @@ from torch import Tensor
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.problem import norm as total_norm
-from lit_bilevel.training.trainer import data_of
+from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.types import Features
 
 if TYPE_CHECKING:
     from lightning.pytorch.core.optimizer import LightningOptimizer
     from torch.amp import GradScaler
+    from torch.optim.lr_scheduler import LambdaLR
 
     from lit_bilevel.module import LitBilevel
 
@@ -122,7 +123,7 @@ class Guard:
         if engine is not None and not engine.was_step_applied():  # it looks at gradients by itself
             self._skip(module, features, getattr(engine.optimizer, "loss_scale", 1) > 1)
             return False
-        module.lr_schedulers().step()
+        cast("LambdaLR", module.lr_schedulers()).step()
         self._look_at_weights(module, rows)
         self.in_a_row = 0
         return True
@@ -208,7 +209,7 @@ def _clipped(module: LitBilevel, scaler: GradScaler | None) -> Tensor:
         # it keeps the gradients to itself, clips them and skips steps that overflowed
         return torch.zeros((), device=module.device)
     scale = 1.0 if scaler is None else scaler.get_scale()  # Lightning unscales in the step, and may do so once only
-    parameters = module.policy.trainable()
+    parameters = policy_of(module).trainable()
     norm = total_norm([p.grad for p in parameters if p.grad is not None])
     if module.gradient_clip_val is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, module.gradient_clip_val * scale, norm)

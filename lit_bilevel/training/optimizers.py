@@ -13,15 +13,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_bilevel.errors import UserError
 from lit_bilevel.training.schedule import learning_rate_factor
 from lit_bilevel.training.strategies import takes_one_optimizer
+from lit_bilevel.training.trainer import policy_of
 from lit_bilevel.weights.optimizer import check_optimizer
 
 if TYPE_CHECKING:
-    from lightning.pytorch.utilities.types import OptimizerLRScheduler
+    from torch.optim import Optimizer
 
     from lit_bilevel.module import LitBilevel
 
 
-def made_optimizers(module: LitBilevel) -> OptimizerLRScheduler:
+def made_optimizers(module: LitBilevel) -> tuple[list[Optimizer], list[dict[str, object]]]:
     """What Lightning is given by a `LitBilevel`: the inner optimizer and, if it takes two, the outer one; the schedule.
 
     Raises:
@@ -38,8 +39,8 @@ def made_optimizers(module: LitBilevel) -> OptimizerLRScheduler:
         ) from error
 
 
-def _made(module: LitBilevel) -> OptimizerLRScheduler:
-    inner = module.make_optimizer(module.policy.trainable())
+def _made(module: LitBilevel) -> tuple[list[Optimizer], list[dict[str, object]]]:
+    inner = module.make_optimizer(policy_of(module).trainable())
     parameters = list(module.weights.parameters())
     optimizers = [inner, module.make_weight_optimizer(parameters)] if parameters else [inner]
     if module.learns_weights:

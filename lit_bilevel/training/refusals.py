@@ -153,7 +153,7 @@ def _of_decay(module: LitBilevel) -> list[str]:
     if not names or decay == 0 or decay * most_falls(module) < module.initial_upper_weight:
         return []
     falls, every = math.ceil(module.initial_upper_weight / decay - 1e-9), module.upper_weight_decay_every
-    last = f"in epoch {falls + 1}" if module.trainer.max_epochs > 0 else "after some epochs"
+    last = f"in epoch {falls + 1}" if (module.trainer.max_epochs or -1) > 0 else "after some epochs"
     last = last if every is None else f"after {falls * every} policy steps"
     return [
         f"`model.upper_weight_decay` is {decay}, so λ is 0 {last}, where `{names[0]}` has no meaning; lower it, set"

@@ -39,7 +39,7 @@ def most_falls(module: LitBilevel) -> float:
     """How often λ will have fallen in the last step of a fit; infinite where the fit's end is not known."""
     epochs, steps, every = module.trainer.max_epochs, module.trainer.max_steps, module.upper_weight_decay_every
     if every is None:
-        return epochs - 1 if epochs > 0 else math.inf
+        return epochs - 1 if epochs is not None and epochs > 0 else math.inf
     return (steps - 1) // every if steps > 0 else math.inf
 
 

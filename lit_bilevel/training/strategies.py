@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from lit_bilevel.module import LitBilevel
     from lit_bilevel.refinement.response_weights import ResponseWeights
+    from lit_bilevel.solvers.base import BilevelSolver
 
 SHARDING = "configs/strategies/fsdp2.yaml"
 
@@ -62,7 +63,7 @@ def of_strategy(module: LitBilevel, stage: str) -> list[str]:
     if isinstance(strategy, ModelParallelStrategy):
         problems += _of_sharding(module, stage)
     if isinstance(strategy, DeepSpeedStrategy):
-        problems += _of_deepspeed(module)
+        problems += _of_deepspeed(module, strategy)
     return problems
 
 
@@ -70,7 +71,7 @@ def of_kernels(module: LitBilevel) -> list[str]:
     """Derivatives along a direction need forward mode below float32, and fused kernels do not have it."""
     settings = module.policy_settings
     problems: list[str] = []
-    directional = _aligned(module)
+    directional: list[BilevelSolver | ResponseWeights] = [*_aligned(module)]
     if module.solver.directional and module.learns_weights:
         directional.insert(0, module.solver)
     if not directional:
@@ -111,20 +112,20 @@ def _of_sharding(module: LitBilevel, stage: str) -> list[str]:
     return problems
 
 
-def _of_deepspeed(module: LitBilevel) -> list[str]:
+def _of_deepspeed(module: LitBilevel, strategy: DeepSpeedStrategy) -> list[str]:
     problems = []
-    takes_apart = [module.solver] if module.solver.substitutes and module.learns_weights else []
+    takes_apart: list[BilevelSolver] = [module.solver] if module.solver.substitutes and module.learns_weights else []
     for part in [*takes_apart, *_aligned(module)]:
         problems.append(
             f"`{type(part).__name__}` evaluates the policy at other parameter values or takes gradients apart, which"
             f" DeepSpeed does not allow; use `Penalty`, or FSDP2 ({SHARDING})"
         )
-    if module.trainer.strategy.zero_stage_3:
+    if strategy.zero_stage_3:
         problems.append(
             "DeepSpeed stage 3 would split the output layer, which the policy reads directly, and learnable weights;"
             f" use stage 2, or FSDP2 ({SHARDING})"
         )
-    if not (module.trainer.strategy.config.get("zero_optimization") or {}).get("stage"):
+    if not ((strategy.config or {}).get("zero_optimization") or {}).get("stage"):
         problems.append(
             "DeepSpeed without ZeRO does not look at its gradients in float32, so one that is not finite would be"
             " stepped on, and it shares nothing out; use stage 1 or 2, or `trainer.strategy: ddp`"

@@ -1,10 +1,10 @@
-"""What a Trainer holds, under its types: the data module, and the callbacks of a class.
+"""What a Trainer and a module hold in a run, under its type: data, policy, the callbacks of a class.
 
     data_of(trainer).sets["pool"]
     find_callbacks(trainer, ModelCheckpoint)
 
-Lightning sets both on a Trainer without declaring them, so a type checker knows neither. Left out: what the callbacks
-are for; see `callbacks.py`.
+Lightning sets data and callbacks on a Trainer without declaring them, and a module has no policy before it is set up;
+here it is said once what they are in a run. Left out: what the callbacks are for; see `callbacks.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
 
     from lit_bilevel.data.module import BilevelDataModule
+    from lit_bilevel.module import LitBilevel
+    from lit_bilevel.policy.policy import Policy
 
 Kind = TypeVar("Kind", bound="Callback")
 
@@ -22,6 +24,12 @@ Kind = TypeVar("Kind", bound="Callback")
 def data_of(trainer: Trainer) -> BilevelDataModule:
     """The data module of a run; `begin` has refused a run without one."""
     return cast("BilevelDataModule", trainer.datamodule)  # type: ignore[attr-defined]
+
+
+def policy_of(module: LitBilevel) -> Policy:
+    """The policy of a module that was set up: Lightning calls `configure_model` before any hook that asks for it."""
+    assert module.policy is not None
+    return module.policy
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
