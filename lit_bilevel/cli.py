@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
@@ -128,7 +128,7 @@ class BilevelCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; unlike Lightning's, without a warning where a program with arguments of its own calls this CLI."""
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(cast("list[str] | None", args))
 
     def _parse_ckpt_path(self) -> None:
         """Leave settings as they are; Lightning's would take them from a checkpoint that has any, unasked."""

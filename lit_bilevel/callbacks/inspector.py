@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from lit_bilevel.data.module import BilevelDataModule
 
 BANDS = {"median, middle half of the rows": ("25", "75"), "median, middle 90 % of the rows": ("05", "95")}
-LAYOUT: dict[str, dict[str, Sequence[str | list[str]]]] = {
+LAYOUT: dict[str, dict[str, list[Any]]] = {
     "losses": {"upper, lower and monitor loss": ["Multiline", ["upper/loss", "lower/loss", "monitor/loss"]]},
     "weights": {
         name: ["Margin", [f"weights_quantile/{q}" for q in ("50", low, high)]] for name, (low, high) in BANDS.items()

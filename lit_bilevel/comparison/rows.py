@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from lit_bilevel.data.files import members, records
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replacing
 from lit_bilevel.resources import located
+
+Stratum = TypeVar("Stratum", str, tuple[str, str])
 
 
 def copy_records(
@@ -60,9 +62,7 @@ def _line(record: dict[str, Any], columns: Mapping[str, str], key: str) -> str:
     return json.dumps(record, ensure_ascii=False, default=plain) + "\n"
 
 
-def stratified(
-    strata: Sequence[str] | Sequence[tuple[str, str]], count: int, seed: int, what: str = "`--subset`"
-) -> np.ndarray:
+def stratified(strata: Sequence[Stratum], count: int, seed: int, what: str = "`--subset`") -> np.ndarray:
     """[count] positions in order, from every stratum its share of the whole, drawn without replacement.
 
     Args:

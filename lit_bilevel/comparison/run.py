@@ -14,11 +14,14 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from datasets import Dataset
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
 
 from lit_bilevel.callbacks.run import run_checkpoint
+from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.comparison.answers import answer
 from lit_bilevel.comparison.filters import CleanRows
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
@@ -34,13 +37,6 @@ from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.training.trainer import find_callbacks, policy_of
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from jsonargparse import Namespace
-    from lightning.pytorch import Trainer
-
-    from lit_bilevel.cli import BilevelCLI
 
 
 class Runner:

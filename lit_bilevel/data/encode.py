@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from lit_bilevel.data.masks import Draft, Span, by_blocks, draft
+from lit_bilevel.data.masks import Draft, Span, by_blocks, covering, draft
 from lit_bilevel.data.template import (
     ERRORS,
     Conversation,
@@ -235,7 +235,7 @@ class Encoder:
                 encoded.append(one)
                 continue
             ids, offsets = next(rendered)
-            spans = [self._upto_eos(ids, _covering(offsets, span)) for span in one.spans]
+            spans = [self._upto_eos(ids, covering(offsets, span)) for span in one.spans]
             encoded.append(self._finished(ids, spans, one.notice))
         return encoded
 
@@ -296,10 +296,3 @@ class Encoder:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False).input_ids
-
-
-def _covering(offsets: list[Span], span: Span) -> Span:
-    """The tokens that reach into a span of characters."""
-    start = next((i for i, (_, end) in enumerate(offsets) if end > span[0]), len(offsets))
-    stop = next((i for i in range(start, len(offsets)) if offsets[i][0] >= span[1]), len(offsets))
-    return start, stop

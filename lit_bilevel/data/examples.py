@@ -5,6 +5,7 @@ Left out: the order of training, which is the stream's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -108,6 +109,13 @@ class EvaluationWindows:
         missing = min(stop, len(self.rows) + self.fillers) - start - len(own)
         filler = [replace(self.examples([self.shortest])[0], row=PADDING_ROW)] * missing if missing else []
         return Window(own + filler, self.total)
+
+
+def question_batches(questions: list[Question], size: int, rank: int, world_size: int) -> Batches[list[Question]]:
+    """This process's share of questions, in as many batches as every other has; the last ones may be empty."""
+    own = questions[rank::world_size]
+    count = math.ceil(math.ceil(len(questions) / world_size) / size)
+    return Batches(lambda number: own[number * size : (number + 1) * size], count)
 
 
 def questions_of(table: Dataset, max_length: int) -> list[Question]:

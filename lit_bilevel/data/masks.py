@@ -115,3 +115,10 @@ def _notice(
         if len(said) == len(learned):
             return f"the chat template rewrites the answer: {left[:60]!r} is learned of {message['content'][:60]!r}"
     return template.left_out(talk, text)
+
+
+def covering(offsets: list[Span], span: Span) -> Span:
+    """The tokens that reach into a span of characters."""
+    start = next((i for i, (_, end) in enumerate(offsets) if end > span[0]), len(offsets))
+    stop = next((i for i in range(start, len(offsets)) if offsets[i][0] >= span[1]), len(offsets))
+    return start, stop

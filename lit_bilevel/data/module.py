@@ -10,7 +10,6 @@ result independent of the number of processes.
 from __future__ import annotations
 
 import functools
-import math
 import os
 import sys
 from collections.abc import Collection, Mapping
@@ -24,7 +23,7 @@ from lightning.pytorch import LightningDataModule
 from lit_bilevel.data.announce import announce, write_skipped
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
-from lit_bilevel.data.examples import Batches, EvaluationWindows, Examples, Window, questions_of
+from lit_bilevel.data.examples import Batches, EvaluationWindows, Examples, Window, question_batches, questions_of
 from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
 from lit_bilevel.data.layout import layout_for
 from lit_bilevel.data.prepare import Preparation, cache_folder, load_tokenizer
@@ -39,8 +38,6 @@ from lit_bilevel.types import Batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from lit_bilevel.module import LitBilevel
 
 
 class BilevelDataModule(LightningDataModule):
@@ -171,7 +168,7 @@ class BilevelDataModule(LightningDataModule):
             return self._given_tokenizer
         if self.trainer is None:
             raise UserError("`data.tokenizer` is not set and there is no policy to take it from; give a folder or id.")
-        return cast("LitBilevel", self.trainer.lightning_module).tokenizer
+        return cast("PreTrainedTokenizerBase", self.trainer.lightning_module.tokenizer)
 
     @functools.cached_property
     def _given_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -236,11 +233,8 @@ class BilevelDataModule(LightningDataModule):
         """The test prompts, dealt out to the processes: lists of `Question`, the last of which may be empty."""
         if "test" not in self.sets:
             raise UserError("`data.test` is not set, so there are no prompts to answer; give a file of held-out rows.")
-        rank, world_size = self._process
-        questions, size = questions_of(self.sets["test"], self.max_length), self.eval_batch_size
-        own = questions[rank::world_size]
-        count = math.ceil(math.ceil(len(questions) / world_size) / size)
-        return Batches(lambda number: own[number * size : (number + 1) * size], count)
+        questions = questions_of(self.sets["test"], self.max_length)
+        return question_batches(questions, self.eval_batch_size, *self._process)
 
     def evaluation_loader(self, name: str) -> Batches:
         """Every row of a set once, dealt out to the processes."""

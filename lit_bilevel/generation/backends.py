@@ -13,7 +13,7 @@ import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +26,7 @@ from lit_bilevel.policy.policy import Policy
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from transformers import ContinuousBatchingConfig, GenerationMixin
+    from transformers import ContinuousBatchingConfig
 
 VLLM_OLDEST, VLLM_NEWEST = (0, 10), (1, 0)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the largest ranks it can be made for
@@ -86,12 +86,8 @@ class ContinuousBatching(GenerationBackend):
         with policy.evaluating(), without_settings(policy.causal_lm), forked:
             torch.manual_seed(requests[0].seed)
             prompts = [request.prompt_ids for request in requests]
-            engine = cast("GenerationMixin", policy.causal_lm)
-            outputs = list(
-                cast("GenerationMixin", policy.causal_lm)
-                .generate_batch(prompts, generation_config=config, **further)
-                .values()
-            )
+            library: Any = policy.causal_lm  # it mixes `generate_batch` into models without telling their types
+            outputs = list(library.generate_batch(prompts, generation_config=config, **further).values())
         failed = [output.error for output in outputs if output.error]
         if failed or len(outputs) != len(requests):
             raise RuntimeError(

@@ -10,7 +10,7 @@ Left out: batches of prompts of different lengths; where lengths are all differe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from lit_bilevel.generation.padded import Choose
 from lit_bilevel.policy.causal import embeddings_of
 
 if TYPE_CHECKING:
-    from transformers import GenerationMixin, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def decode_unpadded(
@@ -47,8 +47,9 @@ def decode_unpadded(
             pad_token_id=next(iter(end_ids), 0),  # of rows that have ended; cut off below
         )
         input_ids = torch.tensor([prompts[row] for row in rows], device=device)
+        library: Any = model  # it mixes `generate` into models without telling their types
         with without_settings(model):
-            output = cast("GenerationMixin", model).generate(
+            output = library.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=config,

@@ -34,7 +34,7 @@ from lit_bilevel.problem import Values
 from lit_bilevel.types import Batch
 
 if TYPE_CHECKING:
-    from peft import PeftModelForCausalLM
+    from peft import LoraModel, PeftModelForCausalLM
     from transformers import PreTrainedModel
 
 
@@ -62,7 +62,7 @@ class Policy(nn.Module):
     def causal_lm(self) -> PreTrainedModel:
         """The transformers model, with adapters in place but without peft's wrapper."""
         if hasattr(self.model, "get_base_model"):
-            return cast("PeftModelForCausalLM", self.model).get_base_model()
+            return cast("PreTrainedModel", cast("PeftModelForCausalLM", self.model).get_base_model())
         return cast("PreTrainedModel", self.model)
 
     def trainable(self) -> list[nn.Parameter]:
@@ -186,9 +186,8 @@ class Policy(nn.Module):
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """The model that the adapter was put on, also while the tuned values are substituted."""
-        adapted = cast(
-            "PeftModelForCausalLM", self.model
-        ).base_model  # peft's; `model.disable_adapter()` would look at every parameter each time
+        # peft's own layers; `model.disable_adapter()` would look at every parameter each time
+        adapted = cast("LoraModel", cast("PeftModelForCausalLM", self.model).base_model)
         adapted.disable_adapter_layers()
         try:
             yield

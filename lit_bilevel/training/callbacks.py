@@ -8,7 +8,7 @@ Left out: callbacks of others, of which nothing is known.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch import callbacks
 
@@ -60,9 +60,15 @@ def drop_savers(trainer: Trainer) -> None:
 
 def refiners(trainer: Trainer) -> list[SelfRefine]:
     """The callbacks that generate responses: `SelfRefine`, or made from it."""
-    return [callback for callback in callbacks_of(trainer) if getattr(callback, "generates_responses", False)]
+    return [
+        cast("SelfRefine", callback)
+        for callback in callbacks_of(trainer)
+        if getattr(callback, "generates_responses", False)
+    ]
 
 
 def scorers(trainer: Trainer) -> list[ScoredPrior]:
     """The callbacks that score the rows before the first step: `ScoredPrior`, or made from it."""
-    return [callback for callback in callbacks_of(trainer) if getattr(callback, "scores_rows", False)]
+    return [
+        cast("ScoredPrior", callback) for callback in callbacks_of(trainer) if getattr(callback, "scores_rows", False)
+    ]
