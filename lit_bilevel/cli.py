@@ -48,7 +48,7 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.parser import NOTE, Parser
 from lit_bilevel.resources import with_own_configs
-from lit_bilevel.training.place import of_place, try_folder
+from lit_bilevel.training.folder import try_folder, write_error
 from lit_bilevel.training.refusals import check_flags, check_precision
 from lit_bilevel.training.trainer import find_callbacks
 
@@ -257,7 +257,7 @@ def told(run: Callable[[], object], program: str, again: str) -> int:
         sys.stderr.write(f"{program}: {error}\n")
         return 2
     except OSError as error:
-        told = of_place(error)
+        told = write_error(error)
         if told is None:
             raise
         sys.stderr.write(f"lit-bilevel: {told}\n")

@@ -36,18 +36,21 @@ from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.policy.shard import shard
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import ResponseWeights, UniformRatio
-from lit_bilevel.refinement.weighing import measures, weigh_responses
+from lit_bilevel.refinement.tally import measures
+from lit_bilevel.refinement.weighing import weigh_responses
 from lit_bilevel.solvers.base import BilevelSolver
 from lit_bilevel.training.begin import begin, begin_fit
 from lit_bilevel.training.checkpoint import restore_late, restore_own, save_own
+from lit_bilevel.training.engine import make_problem
 from lit_bilevel.training.evaluation import Evaluation
-from lit_bilevel.training.exchange import gathered_responses, gathered_scores, lightning_engine
+from lit_bilevel.training.exchange import gather_scores, gather_tally
 from lit_bilevel.training.guard import Guard, GuardSettings
-from lit_bilevel.training.optimizers import made_optimizers
-from lit_bilevel.training.phases import WHOLE, Phase, enter_phase, place_of
+from lit_bilevel.training.optimizers import make_optimizers
+from lit_bilevel.training.phases import WHOLE, Phase, current_index, enter_phase
+from lit_bilevel.training.policy_step import step_policy
 from lit_bilevel.training.refusals import check_flags, check_run, check_settings
 from lit_bilevel.training.schedule import upper_weight_of
-from lit_bilevel.types import Batch, Question
+from lit_bilevel.types import Batch, Features, Question
 from lit_bilevel.weights.base import ExampleWeights
 from lit_bilevel.weights.optimizer import ExponentiatedGradient
 
@@ -85,10 +88,14 @@ class LitBilevel(LightningModule):
         policy: PolicySettings,
         weights: ExampleWeights,
         solver: BilevelSolver,
+        *,
+        upper_objective: Objective | None = None,
+        lower_objective: Objective | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         weight_optimizer: OptimizerCallable = ExponentiatedGradient,
         upper_weight: float = 0.5,
         upper_weight_decay: float = 0.0,
+        upper_weight_decay_every: int | None = None,
         phases: list[Phase] | None = None,
         lr_scheduler: str = "constant",
         lr_scheduler_kwargs: dict[str, Any] | None = None,
@@ -99,30 +106,25 @@ class LitBilevel(LightningModule):
         refined_weights: ExampleWeights | None = None,
         max_new_tokens: int = 256,
         guard: GuardSettings | None = None,
-        upper_objective: Objective | None = None,
-        lower_objective: Objective | None = None,
-        upper_weight_decay_every: int | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False  # frozen parameters are not in checkpoints; `on_load_checkpoint` checks the rest
         self.policy_settings = policy
         self.policy: Policy | None = None
-        self.weights = weights
-        self.of_responses = {"response_weights": response_weights, "refined_weights": refined_weights}
-        self.refinement = Refinement(refined_weights or weights, response_weights or UniformRatio(), weight_optimizer)
-        self.solver = solver
-        self.max_new_tokens = max_new_tokens
-        self.make_optimizer, self.make_weight_optimizer = optimizer, weight_optimizer
-        self.initial_upper_weight = upper_weight
-        self.upper_weight_decay = upper_weight_decay
+        self.weights, self.solver = weights, solver
+        self.upper_objective, self.lower_objective = upper_objective or SFT(), lower_objective or SFT()
+        self.optimizer, self.weight_optimizer = optimizer, weight_optimizer
+        self.upper_weight, self.upper_weight_decay = upper_weight, upper_weight_decay
         self.upper_weight_decay_every = upper_weight_decay_every
         self.phases = tuple(phases or [WHOLE])
-        self.lr_scheduler_name, self.lr_scheduler_kwargs = lr_scheduler, lr_scheduler_kwargs
-        self.warmup_steps = warmup_steps
+        self.lr_scheduler, self.lr_scheduler_kwargs, self.warmup_steps = lr_scheduler, lr_scheduler_kwargs, warmup_steps
         self.gradient_clip_val, self.accumulate_grad_batches = gradient_clip_val, accumulate_grad_batches
+        self.response_weights = response_weights
+        self._refined_weights = (refined_weights,)  # in a tuple, so that they are no submodule
+        self.refinement = Refinement(refined_weights or weights, response_weights or UniformRatio(), weight_optimizer)
+        self.max_new_tokens = max_new_tokens
         self.guard = Guard(guard or GuardSettings())
-        self.upper_objective, self.lower_objective = upper_objective or SFT(), lower_objective or SFT()
         self.evaluation = Evaluation(self.lower_objective, self.upper_objective)
         self.own_optimizer: Optimizer | None = None  # the outer one, where the strategy takes one only
         self.uncast: list[tuple[Tensor, Tensor]] = []  # the weights' parameters as they were before DeepSpeed took them
@@ -130,14 +132,18 @@ class LitBilevel(LightningModule):
         self._own_state: dict[str, Any] = {}
         check_settings(self)
 
+    @property
+    def refined_weights(self) -> ExampleWeights | None:
+        """What was given as such; the refinement works on copies."""
+        return self._refined_weights[0]
+
     # ---- building ----
 
     @functools.cached_property
     def tokenizer(self) -> Any:
         """The one that makes the rows: `data.tokenizer` where that is set, else the policy's."""
-        return load_tokenizer(
-            self.policy_settings, getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
-        )
+        data = getattr(self._trainer, "datamodule", None)
+        return load_tokenizer(self.policy_settings, getattr(data, "tokenizer", None))
 
     def setup(self, stage: str) -> None:
         check_run(self, stage)
@@ -166,22 +172,17 @@ class LitBilevel(LightningModule):
         return [name for name, _ in named if name.startswith(("weights.", "refinement."))]
 
     def configure_optimizers(self) -> Any:
-        return made_optimizers(self)
+        return make_optimizers(self)
 
     # ---- training ----
 
     @property
-    def place(self) -> int:
-        """Which of the phases this step is in."""
-        return place_of(self.phases, self.global_step, self.trainer.estimated_stepping_batches)
-
-    @property
     def phase(self) -> Phase:
         """The phase that this step is in."""
-        return self.phases[self.place]
+        return self.phases[current_index(self)]
 
     @property
-    def upper_weight(self) -> float:
+    def current_upper_weight(self) -> float:
         """λ in this step."""
         return upper_weight_of(self)
 
@@ -199,25 +200,33 @@ class LitBilevel(LightningModule):
     def training_step(self, batch: dict[str, list[Batch]], batch_idx: int) -> None:
         inner, outer = self._optimizers()
         inner.optimizer.zero_grad(set_to_none=True)
-        problem = self._problem(batch, inner.optimizer)
-        found = weigh_responses(problem, self.refinement.rule) if self.refinement.active else None
-        phase = self.phase  # before the step, which may be its last
-        s_B = self.solver(problem) if self.learns_weights and phase.runs_solver else None
-        if s_B is None:
-            problem.complete()
-        features, s_B, losses = gathered_scores(problem, s_B, self.trainer.strategy, self.refinement.active)
-        self.refinement.observe(self.weights, outer, features)
-        if self.learns_weights and phase.learn_weights:
-            self.refinement.step(self.weights, outer, features, s_B)
-        problem.complete()  # with the new weights: a row's first score counts at its first visit
+        problem = make_problem(self, batch, inner.optimizer)
+        tally = weigh_responses(problem, self.refinement.rule) if self.refinement.active else None
+        s_B = self._ask_solver(problem)
+        features, s_B, losses = gather_scores(problem, s_B, self.trainer.strategy, self.refinement.active)
+        self._step_weights(outer, features, s_B)
+        problem.backward()
         statistics = self.weights.statistics()
-        found = gathered_responses(found, self.trainer)
-        if self.guard.steps(self, inner, features, statistics.get("effective_size"), found):
-            self.refinement.follow(found)
+        tally = gather_tally(tally, self.trainer)
+        if step_policy(self, inner, features, statistics.get("effective_size"), tally):
+            self.refinement.follow(tally)
         else:
             self.refinement.take_back()
             statistics = {}
-        self._log_step(losses | measures(found) | {f"weights/{name}": value for name, value in statistics.items()})
+        self._log_step(losses | measures(tally) | {f"weights/{name}": value for name, value in statistics.items()})
+
+    def _ask_solver(self, problem: PolicyProblem) -> Tensor | None:
+        """[B] scores of this process's rows, or `None` in a step that the solver has no part in."""
+        if self.learns_weights and self.phase.runs_solver:
+            return self.solver(problem)
+        problem.backward()  # no weight step will come first, so the pass that trains gives the losses too
+        return None
+
+    def _step_weights(self, optimizer: Optimizer | None, features: Features, s_B: Tensor) -> None:
+        """Show the weights the rows of the global window and, in a phase that learns weights, take their step."""
+        self.refinement.observe(self.weights, optimizer, features)
+        if self.learns_weights and self.phase.learn_weights:
+            self.refinement.step(self.weights, optimizer, features, s_B)
 
     def _optimizers(self) -> tuple[Any, Optimizer | None]:
         """The inner optimizer as Lightning wraps it (its steps count), and the outer one raw (its steps do not)."""
@@ -225,16 +234,6 @@ class LitBilevel(LightningModule):
         if isinstance(optimizers, list):
             return optimizers[0], optimizers[1].optimizer
         return optimizers, self.own_optimizer
-
-    def _problem(self, batch: dict[str, list[Batch]], optimizer: Optimizer) -> PolicyProblem:
-        assert self.policy is not None
-        weigh = functools.partial(self.refinement.weigh, self.weights)
-        needs_loss = self.weights.needs_loss or self.refinement.needs_loss
-        engine, objectives = lightning_engine(self), (self.lower_objective, self.upper_objective)
-        lower, upper = batch["lower"], batch["upper"]
-        return PolicyProblem(
-            self.policy, lower, upper, weigh, needs_loss, self.upper_weight, optimizer, engine, objectives
-        )
 
     def _log_step(self, values: dict[str, Tensor]) -> None:
         shown = {name: value.float() for name, value in values.items()}
@@ -258,7 +257,7 @@ class LitBilevel(LightningModule):
         if self.refinement.weights is not None:
             self.refinement.weights.recount()
         table = self.weights.table()
-        self.guard.look(self, table)
+        self.guard.watch_table(self, table)
         self.log_dict({"weights/max": table.max().float(), "weights/min": table.min().float()})
         self.log("skipped_steps", float(self.guard.skipped))
 

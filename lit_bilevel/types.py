@@ -120,13 +120,12 @@ class Example:
 
 
 class Question(NamedTuple):
-    """A prompt to answer: its position, id and text, its token ids, and how many more tokens the context has."""
+    """A prompt to answer: its position, id and text, and its token ids."""
 
     row: int
     id: str
     prompt: str
     prompt_ids: list[int]
-    room: int
 
 
 @dataclass(frozen=True)

@@ -188,7 +188,7 @@ def test_a_run_folder_that_cannot_be_made_is_named_at_the_start(flags, tmp_path,
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lit_bilevel.training.place.os.fsync", full)
+        patch.setattr("lit_bilevel.training.folder.os.fsync", full)
         assert "(No space left on device)" in refused(flags, tmp_path / "new" / "run", capsys)
     assert not list(tmp_path.rglob(".tried-*"))
     assert not (tmp_path / "new").exists()  # or processes of a run would take it away from each other
@@ -205,7 +205,7 @@ def test_checkpoints_that_cannot_be_written_are_named_at_the_start(flags, tmp_pa
     assert "`checkpoint.dirpath` is" in capsys.readouterr().err
     (tmp_path / "run" / "checkpoints").unlink()
     usage = namedtuple("usage", "free")(1000)
-    monkeypatch.setattr("lit_bilevel.training.place.shutil.disk_usage", lambda place: usage)
+    monkeypatch.setattr("lit_bilevel.training.folder.shutil.disk_usage", lambda place: usage)
     assert main(["fit", *flags]) == 2
     assert "0.00 GB are free, and the checkpoints and the policy of this run need about" in capsys.readouterr().err
 

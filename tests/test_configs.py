@@ -15,7 +15,7 @@ from support.files import ROOT, TOY, read_jsonl, write_jsonl
 from lit_bilevel.cli import BilevelCLI, main
 from lit_bilevel.training import strategies
 from lit_bilevel.training.callbacks import refiners
-from lit_bilevel.training.optimizers import made_optimizers
+from lit_bilevel.training.optimizers import make_optimizers
 from lit_bilevel.training.refusals import check_run
 
 COMPLETE = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
@@ -65,11 +65,11 @@ def test_complete_configurations_build(name, tmp_path):
     model.weights.build(torch.tensor([0, 1, 0, 1]))
     model.policy = SimpleNamespace(trainable=lambda: [torch.nn.Parameter(torch.ones(2))])
     model._trainer = SimpleNamespace(estimated_stepping_batches=100, strategy=cli.trainer.strategy)
-    optimizers, (schedule,) = made_optimizers(model)
+    optimizers, (schedule,) = make_optimizers(model)
     first = schedule["scheduler"].get_last_lr()[0]
     rates = [first, *(_next_rate(optimizers[0], schedule["scheduler"]) for _ in range(99))]
     assert max(rates) == optimizers[0].defaults["lr"] > 0
-    assert min(rates) < max(rates) or model.lr_scheduler_name == "constant"
+    assert min(rates) < max(rates) or model.lr_scheduler == "constant"
 
 
 def _next_rate(optimizer, schedule) -> float:

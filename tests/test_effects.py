@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support.files import TOY
 
+import lit_bilevel
 from lit_bilevel import (
+    SFT,
     BelowThreshold,
     BilevelDataModule,
+    BilevelSolver,
     BMOWeights,
+    ExampleWeights,
     Implicit,
     LitBilevel,
     Mixing,
+    Objective,
     OneStep,
     Phase,
     PolicySettings,
+    Product,
+    ResponseWeights,
+    RowChooser,
     Sampling,
     SelfRefine,
     SoftmaxWeights,
     TokenRatio,
+    UniformRatio,
     UniformWeights,
 )
 from lit_bilevel.errors import UserError
 from lit_bilevel.training.guard import GuardSettings
-from lit_bilevel.training.optimizers import made_optimizers
+from lit_bilevel.training.optimizers import make_optimizers
 from lit_bilevel.training.refusals import check_run
 
 PATH = str(TOY / "model")
@@ -119,10 +129,57 @@ def test_every_schedule_rises_from_0_over_the_warmup(name):
     made.trainer = SimpleNamespace(estimated_stepping_batches=20, strategy=None)
     made.policy = SimpleNamespace(trainable=lambda: [torch.zeros(1, requires_grad=True)])
     made.weights.build(torch.zeros(4, dtype=torch.int64))
-    (inner, _), (schedule,) = made_optimizers(made)
+    (inner, _), (schedule,) = make_optimizers(made)
     rates = []
     for _ in range(5):
         rates.append(inner.param_groups[0]["lr"])
         inner.step()
         schedule["scheduler"].step()
     assert rates == pytest.approx([0.0, 0.25, 0.5, 0.75, 1.0])
+
+
+# ---- settings stay where a class's signature says ----
+
+KINDS = (BilevelSolver, ExampleWeights, Objective, RowChooser, ResponseWeights)
+PUBLIC = [thing for name in lit_bilevel.__all__ if inspect.isclass(thing := getattr(lit_bilevel, name))]
+CONCRETE = [kind for kind in PUBLIC if issubclass(kind, KINDS) and not inspect.isabstract(kind)]
+REQUIRED = {Product: {"rules": [TokenRatio(), UniformRatio()]}, BelowThreshold: {"threshold": 0.3}}
+
+
+@pytest.mark.parametrize("kind", CONCRETE, ids=lambda kind: kind.__name__)
+def test_arguments_stay_attributes_of_their_name(kind):
+    given = REQUIRED.get(kind, {})
+    thing = kind(**given)
+    for name, parameter in inspect.signature(kind).parameters.items():
+        assert getattr(thing, name) == given.get(name, parameter.default), name
+
+
+def test_arguments_of_the_module_stay_attributes_of_their_name():
+    given = {
+        "weights": SoftmaxWeights(),
+        "solver": OneStep(),
+        "upper_objective": SFT(),
+        "lower_objective": SFT(),
+        "optimizer": torch.optim.SGD,
+        "weight_optimizer": torch.optim.SGD,
+        "upper_weight": 0.25,
+        "upper_weight_decay": 0.125,
+        "upper_weight_decay_every": 7,
+        "lr_scheduler": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        "warmup_steps": 3,
+        "gradient_clip_val": 0.5,
+        "accumulate_grad_batches": 2,
+        "response_weights": TokenRatio(),
+        "refined_weights": UniformWeights(),
+        "max_new_tokens": 9,
+    }
+    settings = GuardSettings(max_skipped_steps=3)
+    made = module(**given, phases=[Phase("only", 1.0)], guard=settings)
+    for name, value in given.items():
+        assert getattr(made, name) is value, name
+    assert made.phases == (Phase("only", 1.0),)
+    assert (made.policy_settings.path, made.guard.settings) == (PATH, settings)
+    names = {*given, "phases", "policy", "guard"}
+    assert names == inspect.signature(LitBilevel).parameters.keys()
+    assert not [name for name in made.state_dict() if name.startswith("refined_weights")]

@@ -55,7 +55,7 @@ def most_likely(policy, tokenizer, prompt: str) -> int:
 
 
 def predicted(policy, tokenizer) -> list[str]:
-    questions = [Question(i, str(i), p, tokenizer(p + "\n").input_ids, 99) for i, p in enumerate(PROMPTS)]
+    questions = [Question(i, str(i), p, tokenizer(p + "\n").input_ids) for i, p in enumerate(PROMPTS)]
     return [answer["response"] for answer in answers(policy, tokenizer, questions, 12)]
 
 

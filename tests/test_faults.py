@@ -28,6 +28,7 @@ from lit_bilevel.policy.load import load_policy
 from lit_bilevel.refinement.choose import LowestFraction
 from lit_bilevel.refinement.response_weights import SelfNormalised, TokenRatio
 from lit_bilevel.training.guard import Guard, GuardSettings
+from lit_bilevel.training.policy_step import step_policy
 from lit_bilevel.types import Features
 from lit_bilevel.weights import BMOWeights, NetworkWeights
 
@@ -418,6 +419,7 @@ def test_a_step_that_deepspeed_skipped_by_itself_is_none():
     )
     features = Features(*torch.zeros(3, 2, dtype=torch.long), loss_B=torch.ones(2))
     guard, optimizer = Guard(GuardSettings(max_skipped_steps=2)), SimpleNamespace(step=lambda: taken.append(1))
+    module.guard = guard
     for applied, scale, in_a_row in (
         (False, 2.0, 0),
         (False, 1.0, 1),
@@ -428,7 +430,7 @@ def test_a_step_that_deepspeed_skipped_by_itself_is_none():
         strategy._model = Engine(applied, scale)
         told = nullcontext() if applied or scale > 1 else pytest.warns(UserWarning, match="policy step 5 was skipped")
         with told:
-            assert guard.steps(module, optimizer, features, None, None) is applied
+            assert step_policy(module, optimizer, features, None, None) is applied
         assert guard.in_a_row == in_a_row
     assert (len(taken), len(rates), guard.skipped) == (5, 1, 4)
     with pytest.raises(UserError, match="2 policy steps in a row had a gradient that is not finite"):

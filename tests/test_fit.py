@@ -316,7 +316,7 @@ def test_bad_data_is_refused(flags, small, capsys, tmp_path):
 def test_lambda_that_falls_by_steps_is_the_same_whatever_an_epoch_is(small, tmp_path):
     class Lambda(Callback):
         def on_train_batch_start(self, trainer, pl_module, *rest):
-            seen.append(pl_module.upper_weight)
+            seen.append(pl_module.current_upper_weight)
 
     found = []
     for size, every in ((30, 4), (10, 4), (30, None)):

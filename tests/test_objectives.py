@@ -262,7 +262,7 @@ def test_the_reference_costs_one_pass_a_batch_and_step(model):
         problem = problem_of(policy, LEVELS["both"], 3)
         if solver.learns:
             solver(problem)
-        problem.complete()
+        problem.backward()
         assert len(calls) == 4  # two micro-batches at each level
         calls.clear()
 

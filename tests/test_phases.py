@@ -23,8 +23,8 @@ from lit_bilevel.inspection.page import page
 from lit_bilevel.inspection.run import read
 from lit_bilevel.inspection.terminal import text
 from lit_bilevel.solvers import ValueFunction
-from lit_bilevel.training.optimizers import made_optimizers
-from lit_bilevel.training.phases import borders, place_named, place_of
+from lit_bilevel.training.optimizers import make_optimizers
+from lit_bilevel.training.phases import borders, index_at, index_of
 from lit_bilevel.training.refusals import check_run
 
 LEARN = Phase("weights", 0.4, upper_weight=0.95, learning_rate=0.02)
@@ -37,9 +37,9 @@ TRAIN = Phase("policy", 0.6, upper_weight=0.25, learning_rate=1.0, learn_weights
 @pytest.mark.parametrize("steps", [1, 2, 3, 10, 97, 1000])
 def test_every_step_is_in_one_phase_and_none_is_longer_than_its_share_by_a_step(steps):
     phases = [Phase("a", 0.1), Phase("b", 0.83), Phase("c", 0.07)]
-    places = [place_of(phases, step, steps) for step in range(steps)]
-    assert places == sorted(places)
-    counts = [places.count(place) for place in range(3)]
+    indices = [index_at(phases, step, steps) for step in range(steps)]
+    assert indices == sorted(indices)
+    counts = [indices.count(index) for index in range(3)]
     assert sum(counts) == steps
     assert all(abs(count - phase.share * steps) < 1 + 1e-6 for count, phase in zip(counts, phases, strict=True))
     assert [sum(counts[: i + 1]) for i in range(3)] == borders(phases, steps)
@@ -52,7 +52,7 @@ def test_a_border_is_the_first_step_at_or_after_its_share():
 
 
 def test_a_run_without_an_end_has_one_phase():
-    assert place_of([Phase("a", 1.0)], 10**9, float("inf")) == 0
+    assert index_at([Phase("a", 1.0)], 10**9, float("inf")) == 0
 
 
 BAD = {
@@ -85,7 +85,7 @@ def test_a_solver_needs_the_upper_level_in_the_phases_in_which_it_runs():
 
 def test_a_name_that_no_phase_has_is_told_with_those_there_are():
     with pytest.raises(UserError, match=r"no phase 'weigths' in `model.phases`; there are: weights, policy"):
-        place_named([LEARN, TRAIN], "weigths")
+        index_of([LEARN, TRAIN], "weigths")
 
 
 def made(phases, solver=None, weights=None, steps=0, **settings):
@@ -115,7 +115,7 @@ def rates(phases, steps, **settings) -> list[float]:
     value = torch.nn.Parameter(torch.zeros(1))
     module.policy = SimpleNamespace(trainable=lambda: [value])  # type: ignore[assignment]
     module.weights.build(torch.zeros(4, dtype=torch.int64))
-    (inner, _), (made_schedule,) = made_optimizers(module)
+    (inner, _), (made_schedule,) = make_optimizers(module)
     scheduler = made_schedule["scheduler"]
     found = []
     for _ in range(steps):
@@ -168,10 +168,10 @@ def test_recipes_with_phases_are_what_they_were_with_starts(name, first, last):
     module = made(phases, steps=1255, upper_weight=config["upper_weight"])
     for step in range(1255):
         module._trainer.global_step = step
-        place = place_of(phases, step, 1255)
-        assert phases[place].runs_solver
-        assert phases[place].learn_weights == (step / 1255 >= first)
-        assert (phases[place].upper_weight is None) == (step / 1255 >= last)
+        index = index_at(phases, step, 1255)
+        assert phases[index].runs_solver
+        assert phases[index].learn_weights == (step / 1255 >= first)
+        assert (phases[index].upper_weight is None) == (step / 1255 >= last)
     assert rates(phases, 1255, **schedule) == rates(None, 1255, **schedule)
 
 
@@ -191,7 +191,7 @@ class Watch(Callback):
         return self._solve(problem)
 
     def on_train_batch_start(self, trainer, pl_module, *rest):
-        self.upper.append(pl_module.upper_weight)
+        self.upper.append(pl_module.current_upper_weight)
         self.before = pl_module.weights.table().clone()
         self._count = 0
 

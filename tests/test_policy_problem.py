@@ -47,7 +47,7 @@ def test_losses_and_gradients(size):
     weighted = (WEIGHTS[:, None] * lower).mean(0)
     assert distance(at, loss_B) < 1e-12
     assert distance(flat(gradient), weighted) < 1e-12
-    problem.complete()
+    problem.backward()
     left = flat([parameter.grad for parameter in policy.trainable()])
     assert distance(left, UPPER_WEIGHT * upper.mean(0) + (1 - UPPER_WEIGHT) * weighted) < 1e-12
 
@@ -60,8 +60,8 @@ def test_the_policy_gradient_does_not_depend_on_what_was_asked(asked, upper_weig
     problem = made(policy, 3, upper_weight)
     if asked:
         problem.upper_gradient()
-    problem.complete()
-    problem.complete()  # once is enough
+    problem.backward()
+    problem.backward()  # once is enough
     left = flat([parameter.grad for parameter in policy.trainable()])
     expected = upper_weight * upper.mean(0) + (1 - upper_weight) * (WEIGHTS[:, None] * lower).mean(0)
     assert distance(left, expected) < 1e-12
@@ -91,7 +91,7 @@ def test_one_step_preconditioned_by_the_next_step_of_the_policy_optimizer(steps)
     policy = tiny_policy()
     optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-3)
     for _ in range(steps):
-        made(policy, optimizer=optimizer).complete()
+        made(policy, optimizer=optimizer).backward()
         optimizer.step()
     upper, lower = reference(policy, 2)[1].mean(0), reference(policy, 1)[1]
     past = flat([optimizer.state[p]["exp_avg_sq"] for p in policy.trainable()]) if steps else torch.zeros_like(upper)
@@ -128,7 +128,7 @@ def test_a_scaled_loss_changes_no_answer():
         upper, (_, gradient) = flat(problem.upper_gradient()), problem.lower_gradient_at(problem.values())
         product = flat(problem.hessian_vector_product(direction))
         found.append([upper, flat(gradient), problem.lower_jvp(direction), product])
-        problem.complete()
+        problem.backward()
         found[-1].append(flat([parameter.grad / scale for parameter in policy.trainable()]))
         assert torch.equal(problem.lower_jvp([0 * part for part in direction]), torch.zeros(ROWS).double())
     for plain, scaled in zip(*found, strict=True):
@@ -164,7 +164,7 @@ def test_a_parameter_without_influence_has_zero_gradient():
     assert torch.isfinite(ValueFunction()(problem)).all()
     problem = made(policy)
     assert torch.isfinite(Implicit(iterations=2, damping=1.0)(problem)).all()
-    problem.complete()
+    problem.backward()
     assert torch.equal(policy.unused.grad, torch.zeros(3).double())
 
 
@@ -173,11 +173,11 @@ def test_solvers_leave_the_policy_bit_for_bit_and_do_not_change_its_gradient(sol
     policy = tiny_policy()
     before = [parameter.detach().clone() for parameter in policy.trainable()]
     plain = made(policy)
-    plain.complete()
+    plain.backward()
     expected = flat([parameter.grad for parameter in policy.trainable()])
     problem = made(policy)
     solver()(problem)
-    problem.complete()
+    problem.backward()
     assert all(torch.equal(x, y) for x, y in zip(before, policy.trainable(), strict=True))
     assert distance(flat([parameter.grad for parameter in policy.trainable()]), expected) < 1e-12
 
@@ -248,7 +248,7 @@ def test_passes_over_other_rows_leave_the_masks_of_the_step_alone(size):
         problem.lower_losses()
         if other:
             derivatives_along(problem, batches(3, 2), direction_of(policy))
-        problem.complete()
+        problem.backward()
         found.append(problem.lower_losses())
     assert distance(*found) < 1e-12
     problem = made(policy, size, 0.0)
@@ -316,7 +316,7 @@ def test_every_step_draws_masks_of_its_own(solver, size, upper_weight):
             problem = made(policy, size, upper_weight)
             problem.upper_gradient()
             used(problem)
-            problem.complete()
+            problem.backward()
             gradients.append(flat([parameter.grad for parameter in policy.trainable()]))
         assert torch.equal(torch.get_rng_state(), drawn)
     mixing, asked = gradients[:3], gradients[3:]
@@ -330,7 +330,7 @@ def same_answers(policy: Policy, solver: str, size: int, tolerance: float) -> No
     for one in (policy, tiny_policy()):
         problem = made(one, size)
         score_B = EVERY_SOLVER[solver]()(problem)
-        problem.complete()
+        problem.backward()
         found.append((score_B, flat([parameter.grad for parameter in one.trainable()])))
     for a, b in zip(*found, strict=True):
         assert distance(a, b) < tolerance * b.abs().max()
@@ -372,7 +372,7 @@ def test_passes_of_a_step(solver, weights, passes, backward):
     used = solver()
     if used.learns:
         used(problem)
-    problem.complete()
+    problem.backward()
     problem.weights()
     assert len(calls) == passes
     assert len(losses_seen) == backward
@@ -391,7 +391,7 @@ def test_weights_that_need_losses_do_not_depend_on_accumulation():
         for size in (ROWS, 4):
             policy = tiny_policy()
             problem = made(policy, size, weigh=weights, needs_loss=True)
-            problem.complete()
+            problem.backward()
             gradients.append(flat([parameter.grad for parameter in policy.trainable()]))
         assert distance(gradients[-2], gradients[-1]) < 1e-12
         if step == 0:

@@ -30,7 +30,8 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.generation.base import Sampling
 from lit_bilevel.refinement.groups import Refinement
 from lit_bilevel.refinement.response_weights import SelfNormalised, TokenRatio, UniformRatio
-from lit_bilevel.training.exchange import gathered_responses
+from lit_bilevel.refinement.tally import ResponseTally
+from lit_bilevel.training.exchange import gather_tally
 
 
 class SavedBeforeTheLastStep(Callback):
@@ -96,14 +97,28 @@ def test_a_lone_row_or_group_takes_no_step():
     assert len(steps) == 1
 
 
+def test_tallies_of_micro_batches_and_of_processes_are_joined_alike():
+    """The row goes with the largest ratio, whichever side has it; all else is added."""
+    one, other = torch.tensor([1.0, 7, 4, 4, 0, 1, 1, 1, 3, 2]).double(), torch.arange(2.0, 12).double()
+    expected = torch.cat([other[:2], (one + other)[2:]])
+    tallies = [ResponseTally.unpack(numbers) for numbers in (one, other)]
+    for first, second in (tallies, tallies[::-1]):
+        assert torch.equal(first.merge(second).pack(), expected)
+        assert torch.equal(ResponseTally.over(torch.stack([first.pack(), second.pack()])).pack(), expected)
+    joined = ResponseTally.empty(2).merge(tallies[0])
+    assert torch.equal(joined.pack(), one)
+    assert (joined.max_ratio, joined.max_row, joined.tokens) == (1, 7, 4)
+    assert joined.singles.tolist() == [3, 2]
+
+
 def test_a_step_without_responses_is_not_followed():
     rule, trainer = SelfNormalised(), SimpleNamespace(world_size=1)
     refinement = Refinement(SoftmaxWeights(), rule, ExponentiatedGradient)
-    refinement.follow(gathered_responses(torch.zeros(10).double(), trainer))
+    refinement.follow(gather_tally(ResponseTally.empty(2), trainer))
     before = rule.state_dict()
-    found = torch.tensor([1.0, 0, 4, 4, 0, 1, 1, 1, 3, 2]).double()
-    assert torch.equal(gathered_responses(found, trainer), found)
-    refinement.follow(gathered_responses(found, trainer))
+    tally = ResponseTally.unpack(torch.tensor([1.0, 0, 4, 4, 0, 1, 1, 1, 3, 2]).double())
+    assert gather_tally(tally, trainer) is tally
+    refinement.follow(gather_tally(tally, trainer))
     assert rule.mean == 1.5
     assert rule.state_dict() != before
 

@@ -37,7 +37,7 @@ from lit_bilevel.policy import load
 from lit_bilevel.policy.compile import compile_layers
 from lit_bilevel.policy.load import load_policy
 from lit_bilevel.refinement.response_weights import Aligned
-from lit_bilevel.training.exchange import _keeps_digits
+from lit_bilevel.training.engine import _keeps_digits
 from lit_bilevel.training.refusals import check_flags, check_precision, check_run
 
 PATH = str(TOY / "model")

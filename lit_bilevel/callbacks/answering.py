@@ -60,7 +60,7 @@ def _requests(
     trainer: Trainer, module: LitBilevel, sampling: Sampling, name: str, rows: Sequence[int], count: int, round: int
 ) -> list[Request]:
     data = data_of(trainer)
-    context = context_of(module.policy.causal_lm.config)  # type: ignore[union-attr]
+    context = context_of(policy_of(module).causal_lm.config)
     table = data.sets[name].select_columns(["row", "input_ids", "response_start"])[list(rows)]
     requests = []
     for number, ids, start in zip(*(table[column] for column in table), strict=True):

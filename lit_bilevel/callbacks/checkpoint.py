@@ -34,7 +34,7 @@ from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_folder
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.training.checkpoint_io import install
-from lit_bilevel.training.place import check_room, try_folder
+from lit_bilevel.training.folder import check_room, try_folder
 from lit_bilevel.training.trainer import find_callbacks, policy_of
 
 

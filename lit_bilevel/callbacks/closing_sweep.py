@@ -30,8 +30,8 @@ from lit_bilevel.callbacks.run import module_of
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.rest import RestingProblem
-from lit_bilevel.training.exchange import lightning_engine
-from lit_bilevel.training.phases import borders, place_named
+from lit_bilevel.training.engine import lightning_engine
+from lit_bilevel.training.phases import borders, index_of
 from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.weights.table import TableWeights
 
@@ -73,14 +73,14 @@ class ClosingSweep(Callback):
                 f" `{type(module.solver).__name__}` with `{type(module.weights).__name__}`; use `ValueFunction`"
                 " with `SigmoidWeights`, for example, or leave the callback out."
             )
-        place = self._place(module)
-        if not module.phases[place].learn_weights:
+        index = self._phase_index(module)
+        if not module.phases[index].learn_weights:
             raise UserError(f"`ClosingSweep` names the phase {self.phase!r}, which learns no weights; name another.")
 
-    def _place(self, module: LitBilevel) -> int:
+    def _phase_index(self, module: LitBilevel) -> int:
         if self.phase is not None:
-            return place_named(module.phases, self.phase)
-        learning = [place for place, phase in enumerate(module.phases) if phase.learn_weights]
+            return index_of(module.phases, self.phase)
+        learning = [index for index, phase in enumerate(module.phases) if phase.learn_weights]
         if not learning:
             raise UserError("no phase of `model.phases` learns weights, so `ClosingSweep` has no end to wait for.")
         return learning[-1]
@@ -89,23 +89,23 @@ class ClosingSweep(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         module = module_of(pl_module)
-        place = self._place(module)
-        border = borders(module.phases, trainer.estimated_stepping_batches)[place]
+        index = self._phase_index(module)
+        border = borders(module.phases, trainer.estimated_stepping_batches)[index]
         if not self._done and trainer.global_step >= border:
-            self.sweep(trainer, module, self._upper_weight(module, place))
+            self.sweep(trainer, module, self._upper_weight(module, index))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where steps were skipped, or the run has no length: at the end of the last epoch."""
         module = module_of(pl_module)
-        place = self._place(module)
+        index = self._phase_index(module)
         last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        if not self._done and last and place == len(module.phases) - 1:
-            self.sweep(trainer, module, self._upper_weight(module, place))
+        if not self._done and last and index == len(module.phases) - 1:
+            self.sweep(trainer, module, self._upper_weight(module, index))
 
     @staticmethod
-    def _upper_weight(module: LitBilevel, place: int) -> float:
-        own = module.phases[place].upper_weight
-        return own if own is not None else module.initial_upper_weight  # scores are scaled, so its decay says nothing
+    def _upper_weight(module: LitBilevel, index: int) -> float:
+        own = module.phases[index].upper_weight
+        return own if own is not None else module.upper_weight  # scores are scaled, so its decay says nothing
 
     # ---- what ----
 

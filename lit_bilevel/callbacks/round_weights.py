@@ -52,10 +52,9 @@ def _records(module: LitBilevel, data: BilevelDataModule) -> Iterator[dict[str, 
         batch = collate(groups, len(groups)).to(module.device)
         generated = batch.generated
         assert generated is not None
-        policy = policy_of(module)
-        log_ratio_J = (response_logprobs(policy, batch) - generated.logprob_J).double()
-        places = (generated.response_J, generated.example_R, batch.size)
-        ratios = Ratios(log_ratio_J, *places, agreement_R=generated.agreement_R)
+        log_ratio_J = (response_logprobs(policy_of(module), batch) - generated.logprob_J).double()
+        grouping = (generated.response_J, generated.example_R, batch.size)
+        ratios = Ratios(log_ratio_J, *grouping, agreement_R=generated.agreement_R)
         weights = {
             type(rule).__name__: (ratios.sums(rule.weigh(ratios)[0].double()) / ratios.length_R).tolist()
             for rule in rules

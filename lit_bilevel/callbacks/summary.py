@@ -18,6 +18,7 @@ from lit_bilevel.data.table import column
 from lit_bilevel.inspection.settings import Plain, in_words, run_settings
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of, origin
+from lit_bilevel.training.phases import current_index
 from lit_bilevel.training.trainer import data_of, policy_of
 
 
@@ -35,7 +36,7 @@ class Summary(Callback):
         self.monitor_losses: list[float] = []
         self.monitor_errors: list[float] = []
         """Standard errors of these losses."""
-        self._place = -1
+        self._phase_index = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # or what an earlier one showed would be taken for this one's
@@ -51,18 +52,18 @@ class Summary(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Say the phase where a new one begins, and where a run is continued."""
         module = module_of(pl_module)
-        place, phases = module.place, module.phases
-        if len(phases) == 1 or place == self._place:
+        index, phases = current_index(module), module.phases
+        if len(phases) == 1 or index == self._phase_index:
             return
-        self._place = place
-        text = f"phase {place + 1} of {len(phases)}, {in_words(phases[place])}"
+        self._phase_index = index
+        text = f"phase {index + 1} of {len(phases)}, {in_words(phases[index])}"
         say(text)
         for logger in boards(trainer):
             logger.experiment.add_text("phase", text, trainer.global_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = module_of(pl_module)
-        self._place = -1
+        self._phase_index = -1
         self._say(trainer, module)
         begins = trainer.global_step == 0 and not is_rehearsal(trainer)
         if self.test_first and begins and "test" in data_of(trainer).sets:

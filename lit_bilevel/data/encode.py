@@ -130,12 +130,10 @@ class Encoder:
             truncated: whether `max_length` cut any row.
         """
         template = self.tokenizer.chat_template or ""
-        settings: dict[str, Any] = {
-            "the chat template (digest)": hashlib.sha256(str(template).encode()).hexdigest()[:12]
-        }
+        facts: dict[str, Any] = {"the chat template (digest)": hashlib.sha256(str(template).encode()).hexdigest()[:12]}
         if truncated:
-            settings |= {"`data.max_length`": self.max_length, "`data.truncation`": self.truncation}
-        return settings
+            facts |= {"`data.max_length`": self.max_length, "`data.truncation`": self.truncation}
+        return facts
 
     def prompts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of single questions, ready for a response to follow.

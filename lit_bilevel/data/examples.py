@@ -118,11 +118,11 @@ def question_batches(questions: list[Question], size: int, rank: int, world_size
     return Batches(lambda number: own[number * size : (number + 1) * size], count)
 
 
-def questions_of(table: Dataset, max_length: int) -> list[Question]:
+def questions_of(table: Dataset) -> list[Question]:
     """The prompts of a set, the shortest first, with their ids as they are in training."""
     columns = [table[name][:] for name in ("id", "prompt", "input_ids", "response_start")]
     questions = [
-        Question(position, id, prompt, ids[:start], max_length - start)
+        Question(position, id, prompt, ids[:start])
         for position, (id, prompt, ids, start) in enumerate(zip(*columns, strict=True))
     ]
     return sorted(questions, key=lambda question: (len(question.prompt_ids), question.row))

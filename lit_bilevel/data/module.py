@@ -233,7 +233,7 @@ class BilevelDataModule(LightningDataModule):
         """The test prompts, dealt out to the processes: lists of `Question`, the last of which may be empty."""
         if "test" not in self.sets:
             raise UserError("`data.test` is not set, so there are no prompts to answer; give a file of held-out rows.")
-        questions = questions_of(self.sets["test"], self.max_length)
+        questions = questions_of(self.sets["test"])
         return question_batches(questions, self.eval_batch_size, *self._process)
 
     def evaluation_loader(self, name: str) -> Batches:

@@ -74,8 +74,8 @@ class Report:
         curve = self.curves.get("phase")
         if len(phases) < 2 or not curve:
             return ""
-        place = min(int(curve[-1][1]), len(phases) - 1)
-        return f"phase {place + 1} of {len(phases)}, {phases[place]}"
+        index = min(int(curve[-1][1]), len(phases) - 1)
+        return f"phase {index + 1} of {len(phases)}, {phases[index]}"
 
     def effective_share(self) -> float:
         """(Σw)² / (N·Σw²)."""

@@ -1,7 +1,10 @@
 """The settings of a run as a flat table of names and plain values: for the HParams tab, the model card, the summary.
 
-Objects keep their constructor arguments as attributes of the same name, so a class's signature says what to read.
-Left out: settings that are neither numbers nor strings; `config.yaml` has everything.
+Solvers, weightings, objectives, choosers of rows, response weights and `LitBilevel` keep the arguments of their
+constructors as attributes of the same name, so a class's signature says what to read. Two arguments of `LitBilevel` are
+kept elsewhere, for their names are those of what they make: `policy`, the model, is made of `policy_settings`, and
+`guard`, the watcher, has its limits in `guard.settings`. Left out: settings that are neither numbers nor strings;
+`config.yaml` has everything.
 """
 
 from __future__ import annotations
@@ -34,12 +37,12 @@ def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
     for name, optimizer in zip(("optimizer", "weight_optimizer"), [*trainer.optimizers, *own], strict=False):
         settings[name] = type(optimizer).__name__
         settings[f"{name}.lr"] = optimizer.param_groups[0].get("initial_lr", optimizer.param_groups[0]["lr"])
-    settings["upper_weight"] = module.initial_upper_weight
+    settings["upper_weight"] = module.upper_weight
     if len(module.phases) > 1:
         settings["phases"] = "; ".join(map(in_words, module.phases))
     for name in ("upper_weight_decay", "warmup_steps", "accumulate_grad_batches"):
         settings[name] = getattr(module, name)
-    settings["lr_scheduler"] = module.lr_scheduler_name
+    settings["lr_scheduler"] = module.lr_scheduler
     for name in ("gradient_clip_val", "upper_weight_decay_every"):
         if getattr(module, name) is not None:
             settings[name] = getattr(module, name)

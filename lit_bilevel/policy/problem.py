@@ -69,7 +69,7 @@ class PolicyProblem(BilevelProblem):
         self._weights: Tensor | None = None
         self._lower_losses: Tensor | None = None
         self._graph: Tensor | None = None
-        self._completed = False
+        self._done = False
         self._upper_gradient: Values | None = None
         self._waiting: Tensor | None = None
         self._lower_masks, self._upper_masks = self._masks(), self._masks()
@@ -153,7 +153,7 @@ class PolicyProblem(BilevelProblem):
     def lower_losses(self) -> Tensor:
         if self._lower_losses is None:
             self._finish_upper()
-            single = len(self.lower) == 1 and self.upper_weight < 1  # its graph waits for `complete`
+            single = len(self.lower) == 1 and self.upper_weight < 1  # its graph waits for `backward`
             with self._lower_pass(), nullcontext() if single else torch.no_grad():
                 losses = [self._lower_losses_of(batch) for batch in self.lower]
             if not single:  # or autocast gives its casts, which know no gradient, to the passes that follow
@@ -265,9 +265,9 @@ class PolicyProblem(BilevelProblem):
 
     # ---- the policy's step ----
 
-    def complete(self) -> None:
+    def backward(self) -> None:
         """Leave the policy's gradient on its parameters, with the weights as they are now; once."""
-        if self._completed:
+        if self._done:
             return
         self._finish_upper()
         if self.upper_weight == 1:
@@ -277,7 +277,7 @@ class PolicyProblem(BilevelProblem):
         if self._upper_gradient is not None and self.upper_weight > 0:
             gradients = [_gradient(parameter) for parameter in self.parameters]
             torch._foreach_add_(gradients, self._upper_gradient, alpha=self.upper_weight * self.engine.loss_scale)
-        self._completed = True
+        self._done = True
 
     def preconditioned(self, direction: Values) -> Values:
         return preconditioned(self.optimizer, self.parameters, direction)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_bilevel.refinement.response_weights import ResponseWeights
+from lit_bilevel.refinement.tally import ResponseTally
 from lit_bilevel.types import PADDING_ROW, Features
 from lit_bilevel.weights.base import ExampleWeights
 from lit_bilevel.weights.optimizer import check_optimizer
@@ -149,14 +150,14 @@ class Refinement(nn.Module):
             if weights.learnable and len(chosen) > 1:  # one row has no baseline to be compared with
                 _step(weights, stepped, _taken(features, chosen, first), s_B[chosen])
 
-    def follow(self, found: Tensor | None) -> None:
+    def follow(self, tally: ResponseTally | None) -> None:
         """Let the rule take in the generated responses of a policy step that was taken.
 
         Args:
-            found: what `weigh_responses` returned, over all processes, if there were any.
+            tally: of all processes, if there were any responses.
         """
-        if found is not None:
-            self.rule.follow(found[8:])
+        if tally is not None:
+            self.rule.follow(tally.singles)
 
     def take_back(self) -> None:
         """Leave no trace in the weights of the step that was last observed, because the policy's was skipped."""

@@ -264,7 +264,7 @@ class Aligned(_Relative):
         super().__init__(_checked(clip))
         if not 0 <= direction_decay < 1:
             raise UserError(f"`direction_decay` is {direction_decay}; it must be in [0, 1).")
-        self.clip = clip
+        self.clip, self.direction_decay, self.preconditioned = clip, direction_decay, preconditioned
         self._running = RunningDirection(direction_decay, preconditioned)
 
     def direction(self, problem: BilevelProblem) -> Values:

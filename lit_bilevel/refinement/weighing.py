@@ -21,49 +21,43 @@ from lit_bilevel.policy.logprobs import generated_only, response_logprobs
 from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.problem import Values, added, norm, scaled
 from lit_bilevel.refinement.response_weights import Ratios, ResponseWeights
+from lit_bilevel.refinement.tally import ResponseTally
 from lit_bilevel.types import Batch
 
 
-def weigh_responses(problem: PolicyProblem, rule: ResponseWeights) -> Tensor:
+def weigh_responses(problem: PolicyProblem, rule: ResponseWeights) -> ResponseTally:
     """Multiply the scale of generated tokens by their weights, before anything is computed on the lower batches.
 
     Returns:
-        [8 + n] the largest ratio and its row, then sums that `measures` and `ResponseWeights.follow` read, to be added
-        over processes.
+        What was measured on this process's responses.
     """
-    found = torch.zeros(8 + rule.counted, dtype=torch.float64, device=problem.parameters[0].device)
+    tally = ResponseTally.empty(rule.counted, problem.parameters[0].device)
     alignments = _alignments(problem, rule) if rule.needs_alignment else [None] * len(problem.lower)
     for index, (batch, alignment_R) in enumerate(zip(problem.lower, alignments, strict=True)):
         generated = batch.generated
         if generated is None:
             continue
         log_ratio_J = (response_logprobs(problem.policy, batch) - generated.logprob_J).double()
-        places = (generated.response_J, generated.example_R, batch.size)
-        ratios = Ratios(log_ratio_J, *places, alignment_R, generated.agreement_R)
+        grouping = (generated.response_J, generated.example_R, batch.size)
+        ratios = Ratios(log_ratio_J, *grouping, alignment_R, generated.agreement_R)
         weight_J, clipped_J = rule.weigh(ratios)
         scale_J = batch.scale_K[generated.token_J] * weight_J.to(batch.scale_K.dtype)
         problem.lower[index] = replace(batch, scale_K=batch.scale_K.index_copy(0, generated.token_J, scale_J))
         ratio_J, weight_R = log_ratio_J.exp(), ratios.sums(weight_J.double()) / ratios.length_R
-        sums = [ratio_J.sum(), ratios.length_R.sum(), clipped_J.sum(), weight_R.sum(), (weight_R**2).sum()]
-        counts = torch.stack([*(value.double() for value in sums), torch.ones_like(weight_R).sum()])
-        found[2:] += torch.cat([counts, rule.singles(ratios).double()])
         largest = ratio_J.argmax()
-        row = batch.row_B[generated.example_R[generated.response_J[largest]]]
-        found[:2] = torch.where(ratio_J[largest] > found[0], torch.stack([ratio_J[largest], row.double()]), found[:2])
-    return found
-
-
-def measures(found: Tensor | None) -> dict[str, Tensor]:
-    """What is logged of the generated responses of a policy step, from `weigh_responses` of all processes."""
-    if found is None:
-        return {}
-    largest, _, total, tokens, clipped, weight, squares, responses = found[:8]
-    return {
-        "refine/ratio_mean": total / tokens,
-        "refine/ratio_max": largest,
-        "refine/clipped": clipped / tokens,
-        "refine/effective_size": weight**2 / (squares * responses).clamp_min(torch.finfo(found.dtype).tiny),
-    }
+        own = ResponseTally(
+            max_ratio=ratio_J[largest],
+            max_row=batch.row_B[generated.example_R[generated.response_J[largest]]].double(),
+            ratio_sum=ratio_J.sum(),
+            tokens=ratios.length_R.sum(),
+            clipped=clipped_J.sum().double(),
+            weight_sum=weight_R.sum(),
+            weight_square_sum=(weight_R**2).sum(),
+            responses=torch.ones_like(weight_R).sum(),
+            singles=rule.singles(ratios).double(),
+        )
+        tally = tally.merge(own)
+    return tally
 
 
 def _alignments(problem: PolicyProblem, rule: ResponseWeights) -> list[Tensor | None]:

@@ -51,7 +51,7 @@ class ValueFunction(BilevelSolver):
             raise UserError(f"`inner_steps` is {inner_steps}; it must be at least 1.")
         self.inner_steps = inner_steps
         self.learning_rate = learning_rate
-        self.make_optimizer = optimizer
+        self.optimizer = optimizer
         self._values: Values = []
         self._optimizer: Optimizer | None = None
 
@@ -69,7 +69,7 @@ class ValueFunction(BilevelSolver):
 
     def _begin(self, values: Values) -> None:
         self._values = [value.detach().clone() for value in values]
-        self._optimizer = self.make_optimizer(self._values)
+        self._optimizer = self.optimizer(self._values)
 
     def _inner_step(self, problem: BilevelProblem) -> Tensor:
         """One step of φ; returns the losses before it, from the same forward pass."""

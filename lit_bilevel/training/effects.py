@@ -20,13 +20,13 @@ TYPES = {"16-true": "float16", "bf16-true": "bfloat16", "64-true": "float64"}
 def without_effect(module: LitBilevel) -> list[str]:
     """Settings of a `LitBilevel` that others of its settings leave without effect, and what to do."""
     problems = []
-    if module.lr_scheduler_kwargs and module.lr_scheduler_name in FLAT:
+    if module.lr_scheduler_kwargs and module.lr_scheduler in FLAT:
         problems.append(
             f"`model.lr_scheduler_kwargs` is {module.lr_scheduler_kwargs}, and the schedule"
-            f" {module.lr_scheduler_name!r} takes none; leave it out, or choose another `model.lr_scheduler`"
+            f" {module.lr_scheduler!r} takes none; leave it out, or choose another `model.lr_scheduler`"
         )
     own = [phase for phase in module.phases if phase.upper_weight is None]
-    if module.upper_weight_decay > 0 and (module.initial_upper_weight == 0 or not own):
+    if module.upper_weight_decay > 0 and (module.upper_weight == 0 or not own):
         why = "λ is 0 (`model.upper_weight`)" if own else "every phase has an `upper_weight` of its own, which stays"
         problems.append(f"`model.upper_weight_decay` is {module.upper_weight_decay}, but {why}; set it to 0")
     return problems
@@ -42,8 +42,8 @@ def without_callbacks(module: LitBilevel, refines: bool) -> list[str]:
     problems = [
         f"`model.{name}` is `{type(value).__name__}`, but nothing is generated without the callback `SelfRefine`; add"
         f" it to `trainer.callbacks`, or set `model.{name}` to null"
-        for name, value in module.of_responses.items()
-        if value is not None and not refines
+        for name in ("response_weights", "refined_weights")
+        if (value := getattr(module, name)) is not None and not refines
     ]
     return problems + _without_scores(module)
 

@@ -17,23 +17,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.problem import norm as total_norm
-from lit_bilevel.training.trainer import data_of, policy_of
+from lit_bilevel.refinement.tally import ResponseTally
+from lit_bilevel.training.trainer import data_of
 from lit_bilevel.types import Features
 
 if TYPE_CHECKING:
-    from lightning.pytorch.core.optimizer import LightningOptimizer
-    from torch.amp import GradScaler
-    from torch.optim.lr_scheduler import LambdaLR
-
     from lit_bilevel.module import LitBilevel
 
 NAMED = 8
@@ -69,8 +64,17 @@ class GuardSettings:
         return problems
 
 
+class Vitals(NamedTuple):
+    """What a policy step is judged by; NaN where it is not known."""
+
+    gradient_norm: float
+    effective_size: float
+    max_ratio: float
+    max_row: float
+
+
 class Guard:
-    """Counts skipped steps, and holds the reason why a run must end, if there is one.
+    """Watches the steps of a run, counts those that were skipped, and holds the reason why the run must end, if any.
 
     Args:
         settings: the limits.
@@ -87,50 +91,70 @@ class Guard:
         """Forget an earlier run."""
         self.skipped, self.in_a_row, self.reason, self._told = 0, 0, None, set()
 
-    def steps(
-        self,
-        module: LitBilevel,
-        optimizer: LightningOptimizer,
-        features: Features,
-        size: Tensor | None,
-        found: Tensor | None,
-    ) -> bool:
-        """Clip the policy's gradient and take its step and that of its schedule, unless the gradient is not finite.
+    @staticmethod
+    def read(norm: Tensor, effective_size: Tensor | None, tally: ResponseTally | None) -> Vitals:
+        """Read from the device, all together, what a policy step is judged by."""
+        unknown = norm.new_full((), math.nan)
+        worst = [unknown, unknown] if tally is None else [tally.max_ratio, tally.max_row]
+        numbers = [norm, unknown if effective_size is None else effective_size, *worst]
+        return Vitals(*torch.stack([number.double() for number in numbers]).tolist())
+
+    def watch_ratios(self, module: LitBilevel, vitals: Vitals) -> None:
+        """Look at the largest importance ratio of a policy step."""
+        ratio = vitals.max_ratio
+        if ratio > self.settings.max_ratio and self._is_new(f"round {data_of(module.trainer).responses.round}"):
+            row = name_rows(module, [int(vitals.max_row)])[0]
+            self._tell(
+                f"{_step(module)}: importance ratios explode: a token of row {row} is"
+                f" {ratio:.3g} times as likely as when it was sampled (`model.guard.max_ratio` is"
+                f" {self.settings.max_ratio:g})",
+                "lower the policy's learning rate, or let rounds follow sooner (`every_n_steps` of `SelfRefine`)",
+            )
+
+    def watch_weights(self, module: LitBilevel, effective_size: float) -> None:
+        """Look at how many rows the weights are spread over."""
+        limit = max(2.0, self.settings.min_effective_size * module.weights.pool_rows)
+        if effective_size < limit and self._is_new("weights"):
+            heaviest = module.weights.table().topk(min(NAMED, module.weights.pool_rows))
+            pairs = zip(name_rows(module, heaviest.indices.tolist()), heaviest.values.tolist(), strict=True)
+            self._tell(
+                f"{_step(module)}: the weights have collapsed on a few rows: their effective size is"
+                f" {effective_size:.3g} of {module.weights.pool_rows} rows, the limit {limit:.3g}"
+                f" (`model.guard.min_effective_size` is {self.settings.min_effective_size}); the heaviest are"
+                f" {', '.join(f'{name} ({weight:.3g})' for name, weight in pairs)}",
+                "lower the weight optimizer's learning rate, or set `kl_to_prior` or `cap` of the weights",
+            )
+
+    def watch_table(self, module: LitBilevel, weight_N: Tensor) -> None:
+        """The same where all weights are at hand: some weightings have only an estimate in a step."""
+        self.watch_weights(module, float(weight_N.sum() ** 2 / (weight_N**2).sum()))
+
+    def count_taken(self) -> None:
+        """Take note of a policy step that was taken."""
+        self.in_a_row = 0
+
+    def count_skipped(self, module: LitBilevel, features: Features, of_scale: bool) -> None:
+        """Count a policy step that was not taken, and stop the run after many in a row.
 
         Args:
             module: the `LitBilevel`.
-            optimizer: the policy's, as Lightning wraps it.
             features: rows of the global window, with their losses.
-            size: effective size of the weights, where they know it.
-            found: what was measured on the generated responses of all processes, if there were any.
-
-        Returns:
-            Whether the step was taken, on every process alike.
+            of_scale: whether the loss scale overflowed, and not the numbers, which is no fault.
         """
-        scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-        norm = _clipped(module, scaler)
-        unknown = norm.new_full((), math.nan)
-        worst = [unknown, unknown] if found is None else [found[0], found[1]]
-        numbers = [value.double() for value in (norm, unknown if size is None else size, *worst)]
-        length, rows, ratio, row = torch.stack(numbers).tolist()
-        if found is not None:
-            self._look_at_ratios(module, ratio, row)
-        if not math.isfinite(length):
-            self._skip(module, features, _lowered(scaler))
-            return False
-        optimizer.step()
-        engine = _deepspeed_engine(module)
-        if engine is not None and not engine.was_step_applied():  # it looks at gradients by itself
-            self._skip(module, features, getattr(engine.optimizer, "loss_scale", 1) > 1)
-            return False
-        cast("LambdaLR", module.lr_schedulers()).step()
-        self._look_at_weights(module, rows)
-        self.in_a_row = 0
-        return True
-
-    def look(self, module: LitBilevel, weight_N: Tensor) -> None:
-        """Look at all weights, where they are at hand: some weightings have only an estimate in a step."""
-        self._look_at_weights(module, float(weight_N.sum() ** 2 / (weight_N**2).sum()))
+        self.skipped += 1
+        module.log("skipped_steps", float(self.skipped))
+        if of_scale:
+            return
+        self.in_a_row += 1
+        where = _step(module)
+        rank_zero_warn(f"{where} was skipped, because its gradient is not finite: {_culprits(module, features)}.")
+        if self.in_a_row >= self.settings.max_skipped_steps:
+            self.reason = (
+                f"{self.in_a_row} policy steps in a row had a gradient that is not finite (the last is {where}), so the"
+                " run was stopped; look at the rows named in the warnings above, or set `model.gradient_clip_val`, and"
+                " continue from the last checkpoint; or start anew with a lower learning rate, as a continued run keeps"
+                f" that of its checkpoint (`model.guard.max_skipped_steps` is {self.settings.max_skipped_steps})."
+            )
 
     def stop_if_asked(self) -> None:
         """End the run if there is a reason to.
@@ -147,47 +171,6 @@ class Guard:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped, self._told = state["skipped"], set(state["told"])
 
-    # ---- the rules ----
-
-    def _skip(self, module: LitBilevel, features: Features, of_scale: bool) -> None:
-        """Count a step that was not taken; an overflow of the loss scale, not of the numbers, is no fault."""
-        self.skipped += 1
-        module.log("skipped_steps", float(self.skipped))
-        if of_scale:
-            return
-        self.in_a_row += 1
-        where = _step(module)
-        rank_zero_warn(f"{where} was skipped, because its gradient is not finite: {_culprits(module, features)}.")
-        if self.in_a_row >= self.settings.max_skipped_steps:
-            self.reason = (
-                f"{self.in_a_row} policy steps in a row had a gradient that is not finite (the last is {where}), so the"
-                " run was stopped; look at the rows named in the warnings above, or set `model.gradient_clip_val`, and"
-                " continue from the last checkpoint; or start anew with a lower learning rate, as a continued run keeps"
-                f" that of its checkpoint (`model.guard.max_skipped_steps` is {self.settings.max_skipped_steps})."
-            )
-
-    def _look_at_weights(self, module: LitBilevel, rows: float) -> None:
-        limit = max(2.0, self.settings.min_effective_size * module.weights.pool_rows)
-        if rows < limit and self._is_new("weights"):
-            heaviest = module.weights.table().topk(min(NAMED, module.weights.pool_rows))
-            pairs = zip(named(module, heaviest.indices.tolist()), heaviest.values.tolist(), strict=True)
-            self._tell(
-                f"{_step(module)}: the weights have collapsed on a few rows: their effective size is {rows:.3g} of"
-                f" {module.weights.pool_rows} rows, the limit {limit:.3g} (`model.guard.min_effective_size` is"
-                f" {self.settings.min_effective_size}); the heaviest are"
-                f" {', '.join(f'{name} ({weight:.3g})' for name, weight in pairs)}",
-                "lower the weight optimizer's learning rate, or set `kl_to_prior` or `cap` of the weights",
-            )
-
-    def _look_at_ratios(self, module: LitBilevel, ratio: float, row: float) -> None:
-        if ratio > self.settings.max_ratio and self._is_new(f"round {data_of(module.trainer).responses.round}"):
-            self._tell(
-                f"{_step(module)}: importance ratios explode: a token of row {named(module, [int(row)])[0]} is"
-                f" {ratio:.3g} times as likely as when it was sampled (`model.guard.max_ratio` is"
-                f" {self.settings.max_ratio:g})",
-                "lower the policy's learning rate, or let rounds follow sooner (`every_n_steps` of `SelfRefine`)",
-            )
-
     def _is_new(self, what: str) -> bool:
         new = what not in self._told
         self._told.add(what)
@@ -203,34 +186,6 @@ class Guard:
             )
 
 
-def _clipped(module: LitBilevel, scaler: GradScaler | None) -> Tensor:
-    """Norm of the policy's gradient, before it is clipped."""
-    if _deepspeed_engine(module) is not None:
-        # it keeps the gradients to itself, clips them and skips steps that overflowed
-        return torch.zeros((), device=module.device)
-    scale = 1.0 if scaler is None else scaler.get_scale()  # Lightning unscales in the step, and may do so once only
-    parameters = policy_of(module).trainable()
-    norm = total_norm([p.grad for p in parameters if p.grad is not None])
-    if module.gradient_clip_val is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, module.gradient_clip_val * scale, norm)
-    return norm / scale
-
-
-def _lowered(scaler: GradScaler | None) -> bool:
-    """Lower the loss scale after an overflow; whether it was above 1, so that the overflow was its own."""
-    if scaler is None or scaler.get_scale() <= 1:
-        return False
-    lower = scaler.get_scale() * scaler.get_backoff_factor()
-    scaler.load_state_dict({**scaler.state_dict(), "scale": lower, "_growth_tracker": 0})
-    return True
-
-
-def _deepspeed_engine(module: LitBilevel) -> Any:
-    """DeepSpeed's engine, where that is the strategy."""
-    strategy = module.trainer.strategy
-    return strategy.model if isinstance(strategy, DeepSpeedStrategy) else None
-
-
 def _step(module: LitBilevel) -> str:
     return f"policy step {module.trainer.fit_loop.epoch_loop.total_batch_idx + 1}"
 
@@ -243,10 +198,10 @@ def _culprits(module: LitBilevel, features: Features) -> str:
     if not rows:
         return "every row of the pool has a finite loss, so it is the validation rows or the backward pass"
     more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
-    return f"the loss is not finite on rows {', '.join(named(module, rows[:NAMED]))}{more}"
+    return f"the loss is not finite on rows {', '.join(name_rows(module, rows[:NAMED]))}{more}"
 
 
-def named(module: LitBilevel, rows: list[int]) -> list[str]:
+def name_rows(module: LitBilevel, rows: list[int]) -> list[str]:
     """Ids of rows as a step numbers them: pool rows, then the refined ones."""
     refined, pool_rows = module.refinement.rows.tolist(), module.weights.pool_rows
     ids = data_of(module.trainer).sets["pool"].select_columns(["id"])

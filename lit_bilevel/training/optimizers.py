@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from lit_bilevel.module import LitBilevel
 
 
-def made_optimizers(module: LitBilevel) -> tuple[list[Optimizer], list[dict[str, object]]]:
+def make_optimizers(module: LitBilevel) -> tuple[list[Optimizer], list[dict[str, object]]]:
     """What Lightning is given by a `LitBilevel`: the inner optimizer and, if it takes two, the outer one; the schedule.
 
     Raises:
         UserError: for settings that an optimizer or the schedule does not take.
     """
     try:
-        return _made(module)
+        return _make(module)
     except (ValueError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -39,10 +39,10 @@ def made_optimizers(module: LitBilevel) -> tuple[list[Optimizer], list[dict[str,
         ) from error
 
 
-def _made(module: LitBilevel) -> tuple[list[Optimizer], list[dict[str, object]]]:
-    inner = module.make_optimizer(policy_of(module).trainable())
+def _make(module: LitBilevel) -> tuple[list[Optimizer], list[dict[str, object]]]:
+    inner = module.optimizer(policy_of(module).trainable())
     parameters = list(module.weights.parameters())
-    optimizers = [inner, module.make_weight_optimizer(parameters)] if parameters else [inner]
+    optimizers = [inner, module.weight_optimizer(parameters)] if parameters else [inner]
     if module.learns_weights:
         check_optimizer(module.weights, optimizers[-1])
         module.refinement.check()

@@ -87,8 +87,8 @@ def problems_of(phases: Sequence[Phase]) -> list[str]:
     names = [phase.name for phase in phases]
     if again := sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"`model.phases` has {', '.join(map(repr, again))} more than once; give each a name of its own")
-    for place, phase in enumerate(phases):
-        if phase.prepare_solver and (phase.learn_weights or not any(later.learn_weights for later in phases[place:])):
+    for index, phase in enumerate(phases):
+        if phase.prepare_solver and (phase.learn_weights or not any(later.learn_weights for later in phases[index:])):
             problems.append(
                 f"`prepare_solver` of the phase {phase.name!r} is for one that learns no weights, before one that does;"
                 " leave it out"
@@ -112,12 +112,17 @@ def borders(phases: Sequence[Phase], steps: float) -> list[float]:
     return [min(steps, math.ceil(steps * share - ROUNDING)) for share in shares]
 
 
-def place_of(phases: Sequence[Phase], step: int, steps: float) -> int:
+def index_at(phases: Sequence[Phase], step: int, steps: float) -> int:
     """Which of the phases a step is in; after the last step, the last one."""
     return min(bisect.bisect_right(borders(phases, steps), step), len(phases) - 1)
 
 
-def place_named(phases: Sequence[Phase], name: str) -> int:
+def current_index(module: LitBilevel) -> int:
+    """Which of its phases the step of a `LitBilevel` is in."""
+    return index_at(module.phases, module.global_step, module.trainer.estimated_stepping_batches)
+
+
+def index_of(phases: Sequence[Phase], name: str) -> int:
     """Which of the phases has a name.
 
     Raises:
@@ -131,6 +136,7 @@ def place_named(phases: Sequence[Phase], name: str) -> int:
 
 def enter_phase(module: LitBilevel) -> None:
     """Begin a policy step of a `LitBilevel`: log its phase, and free what the solver keeps where it runs no more."""
-    module.log("phase", float(module.place))
-    if not any(phase.runs_solver for phase in module.phases[module.place :]):
+    index = current_index(module)
+    module.log("phase", float(index))
+    if not any(phase.runs_solver for phase in module.phases[index:]):
         module.solver.release()

@@ -35,9 +35,9 @@ def check_settings(module: LitBilevel) -> None:
         UserError: naming each of them.
     """
     problems = problems_of(module.phases)
-    if not (0 <= module.initial_upper_weight < 1 or (module.initial_upper_weight == 1 and not module.learns_weights)):
+    if not (0 <= module.upper_weight < 1 or (module.upper_weight == 1 and not module.learns_weights)):
         problems.append(
-            f"`model.upper_weight` is {module.initial_upper_weight}; it must be in [0, 1), or 1 with the `Mixing`"
+            f"`model.upper_weight` is {module.upper_weight}; it must be in [0, 1), or 1 with the `Mixing`"
             " solver, for training on validation rows alone"
         )
     if module.upper_weight_decay < 0:
@@ -52,7 +52,7 @@ def check_settings(module: LitBilevel) -> None:
             f" {type(module.solver).__name__}` would do nothing; use `Mixing`, or weights that learn"
         )
     for phase in module.phases:
-        name, value = "`model.upper_weight`", module.initial_upper_weight
+        name, value = "`model.upper_weight`", module.upper_weight
         if phase.upper_weight is not None:
             name, value = f"`upper_weight` of the phase {phase.name!r}", phase.upper_weight
         for part in _need_upper_weight(module.weights, *([module.solver] if phase.runs_solver else [])):
@@ -101,8 +101,8 @@ def _out_of_range(module: LitBilevel) -> list[str]:
         problems.append(
             f"`model.gradient_clip_val` is {module.gradient_clip_val}; it must be above 0, or null for none"
         )
-    if module.lr_scheduler_name in ("reduce_lr_on_plateau", "greedy"):
-        problems.append(f"`model.lr_scheduler` is {module.lr_scheduler_name}, which follows a metric; use one of steps")
+    if module.lr_scheduler in ("reduce_lr_on_plateau", "greedy"):
+        problems.append(f"`model.lr_scheduler` is {module.lr_scheduler}, which follows a metric; use one of steps")
     return problems
 
 
@@ -148,11 +148,11 @@ def _of_decay(module: LitBilevel) -> list[str]:
     solvers = [module.solver] if any(phase.runs_solver for phase in own) else []
     names = [type(part).__name__ for part in _need_upper_weight(*solvers, module.weights, *groups)] if own else []
     decay = module.upper_weight_decay
-    if names and module.initial_upper_weight == 0:
+    if names and module.upper_weight == 0:
         return [f"`model.upper_weight` is 0, where `{names[0]}` for refined rows has no meaning; set it above 0"]
-    if not names or decay == 0 or decay * most_falls(module) < module.initial_upper_weight:
+    if not names or decay == 0 or decay * most_falls(module) < module.upper_weight:
         return []
-    falls, every = math.ceil(module.initial_upper_weight / decay - 1e-9), module.upper_weight_decay_every
+    falls, every = math.ceil(module.upper_weight / decay - 1e-9), module.upper_weight_decay_every
     last = f"in epoch {falls + 1}" if (module.trainer.max_epochs or -1) > 0 else "after some epochs"
     last = last if every is None else f"after {falls * every} policy steps"
     return [

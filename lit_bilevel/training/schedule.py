@@ -32,7 +32,7 @@ def upper_weight_of(module: LitBilevel) -> float:
         return module.phase.upper_weight
     every = module.upper_weight_decay_every
     falls = module.current_epoch if every is None else module.global_step // every
-    return max(0.0, module.initial_upper_weight - module.upper_weight_decay * falls)
+    return max(0.0, module.upper_weight - module.upper_weight_decay * falls)
 
 
 def most_falls(module: LitBilevel) -> float:
@@ -63,8 +63,8 @@ def learning_rate_factor(module: LitBilevel, steps: float) -> Callable[[int], fl
     schedules = [_schedule(module, end - start) for start, end in zip(starts, ends, strict=True)]
 
     def factor(step: int) -> float:
-        place = bisect.bisect_right(starts, step) - 1
-        return factors[place] * schedules[place](step - int(starts[place]))
+        index = bisect.bisect_right(starts, step) - 1
+        return factors[index] * schedules[index](step - int(starts[index]))
 
     return factor
 
@@ -75,7 +75,7 @@ def _schedule(module: LitBilevel, steps: float) -> Callable[[int], float]:
 
     length = None if math.isinf(steps) else max(1, int(steps))
     unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    settings, name = module.lr_scheduler_kwargs, module.lr_scheduler_name
+    settings, name = module.lr_scheduler_kwargs, module.lr_scheduler
     if name == "constant" and module.warmup_steps:
         name = "constant_with_warmup"  # transformers' `constant` would leave them out without a word
     made = get_scheduler(name, unused, module.warmup_steps, length, scheduler_specific_kwargs=settings)

@@ -97,7 +97,7 @@ def replays_dropout(size: int, upper_weight: float) -> None:
     assert policy.has_dropout
     earlier = made(policy, size, upper_weight)
     earlier.lower_losses()  # as a solver would
-    earlier.complete()
+    earlier.backward()
     problem = made(policy, size, upper_weight)
     losses = problem.lower_losses()
     assert distance(losses, earlier.lower_losses()) > 1e-3  # another step draws other masks
@@ -111,7 +111,7 @@ def replays_dropout(size: int, upper_weight: float) -> None:
     assert distance(problem.lower_jvp(direction), difference) < 1e-5 * max(1, float(difference.abs().max()))
     twice = [flat(problem.hessian_vector_product(direction)) for _ in range(2)]
     assert torch.equal(*twice)
-    problem.complete()
+    problem.backward()
     assert distance(problem.lower_losses(), losses) < 1e-12
 
 

@@ -1,7 +1,7 @@
 """Tries whether a run folder can be made and written, before anything is read.
 
-Example: `trainer.default_root_dir: runs/a` where `runs` is a file, or lies in a read-only place, ends at once, and not
-at the first checkpoint. Left out: remote storage.
+Example: `trainer.default_root_dir: runs/a` where `runs` is a file, or lies where nothing can be written, ends at once,
+and not at the first checkpoint. Left out: remote storage.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from lit_bilevel.errors import UserError
 
 WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
-"""Errors of a place, and not of the program."""
+"""Errors of the folder, and not of the program."""
 
 
 def try_folder(folder: str | Path, what: str = "trainer.default_root_dir") -> None:
@@ -55,7 +55,7 @@ def _nearest(path: Path) -> Path:
 
 
 def check_room(folder: str | Path, needed: int) -> None:
-    """Refuse a place without room for what a run writes at least.
+    """Refuse a folder without room for what a run writes at least.
 
     Args:
         folder: of the run.
@@ -72,7 +72,7 @@ def check_room(folder: str | Path, needed: int) -> None:
         )
 
 
-def of_place(error: OSError) -> UserError | None:
+def write_error(error: OSError) -> UserError | None:
     """The message for a write that failed in the middle of a run; `None` where something else was wrong."""
     if error.errno not in WRITING:
         return None
