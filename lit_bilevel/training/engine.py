@@ -57,6 +57,7 @@ def lightning_engine(module: LitBilevel) -> Engine:
     return Engine(
         backward=module.manual_backward,
         unsynchronised=unsynchronised,
+        # FSDP2 averages in its backward passes, through which all gradients go there
         average=(lambda values: values) if sharded else functools.partial(average, strategy=strategy),
         world_size=trainer.world_size,
         loss_scale=1.0 if scaler is None else scaler.get_scale(),

@@ -42,6 +42,7 @@ def gather_scores(
         problem.weights(),
         torch.zeros_like(loss_B) if s_B is None else s_B,
     ]
+    # one table and one exchange; float64, for float32 counts rows up to 2^24 only
     table = torch.stack([column.double() for column in columns], dim=1)
     upper, rows = problem.upper_loss, problem.lower[0].window_rows
     if problem.engine.world_size > 1:
@@ -49,10 +50,12 @@ def gather_scores(
             most = 2 * -(-rows // problem.engine.world_size)
             table = torch.nn.functional.pad(table, (0, 0, 0, most - len(table)), value=PADDING_ROW)
         table = strategy.all_gather(table).flatten(0, 1)
+        # each process's part of f is a sum over its own rows times the number of processes
         upper = None if upper is None else strategy.reduce(upper, reduce_op="mean")
     if refined:
         table = table[table[:, 0] >= 0]
-    ordered = table[:, 0].argsort(descending=True)  # padding comes last
+    # by row and not by process, for float sums depend on their order; padding comes last
+    ordered = table[:, 0].argsort(descending=True)
     row, source, length, loss, weight, s = table[ordered if refined else ordered[:rows]].unbind(1)
     # the weights are those before the weight step
     losses = {"lower/loss": loss.mean(), "lower/weighted_loss": (weight * loss).sum() / rows}
