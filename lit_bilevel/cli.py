@@ -1,4 +1,4 @@
-"""LightningCLI with this project's module, data and callbacks.
+"""The command line: LightningCLI with this project's module, data and callbacks.
 
 `fit` ends by testing the monitor-best checkpoint. Mistakes of the user end in one message and status 2, without a
 traceback; SIGTERM and Ctrl-C in a checkpoint and status 143 or 130; the end of another process of the run in a message

@@ -1,4 +1,4 @@
-"""Answers of the current policy to questions of a set, G to each, the same on every process.
+"""Generates G answers of the current policy to each of some questions, the same on every process.
 
     questions of the pool and of the monitor → requests, each with random numbers of its own → batches, dealt out →
     responses with their log-probabilities, gathered

@@ -1,4 +1,4 @@
-"""The model card `policy/README.md`: data, method, settings, results.
+"""Writes the model card `policy/README.md`: data, method, settings, results.
 
 Written with the policy at the end of fit, and once more with the results after the test that ends a run. Left out:
 what a card cannot know, such as intended use and licence.

@@ -1,4 +1,4 @@
-"""Checkpoints: `best.ckpt` by the monitor loss, `last.ckpt` to continue from.
+"""Saves checkpoints: `best.ckpt` by the monitor loss, `last.ckpt` to continue from.
 
 Lightning's own class skips time-based saving under manual optimization and warns at every save; this one decides when
 to save by itself and leaves the saving to Lightning. `last.ckpt` is saved after every validation and epoch, and after

@@ -1,4 +1,4 @@
-"""Weights from one look at all rows, where the phase in which they were learned is over.
+"""Sets the weights of all rows from one pass over the pool, at the end of the phase in which they were learned.
 
     ω_i = −T·(s_i − b) / (strength·c)          s_i the solver's score of row i, all of them at the same θ and φ
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: `weights.parquet`, `policy/` and `metrics.json`.
+"""Writes the results of a run: `weights.parquet`, `policy/` and `metrics.json`.
 
 Every file is written beside its place and then moved there, so a file that exists is complete; files of an earlier run
 in the same folder are removed when a new one starts. `policy/` is the monitor-best state, `weights.parquet` is from the

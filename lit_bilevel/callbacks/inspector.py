@@ -1,4 +1,4 @@
-"""The weights made visible after every epoch: in every logger what it can show, and as files in `inspection/`.
+"""Shows the weights after every epoch: in every logger what it can show, and as files in `inspection/`.
 
     scalars     weights/rank_correlation (Spearman's, with the epoch before), weights_quantile/05 … 95,
                 weights_share/<source> (of all weight), auroc/<kind> where `data.truth` is given

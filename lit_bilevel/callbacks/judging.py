@@ -1,4 +1,4 @@
-"""The new answers of a round with their agreement, and what a `Trust` says of them.
+"""Measures how far the new answers of a round agree, and keeps those that a `Trust` lets through.
 
 Left out: which rows were chosen and what is done with a verdict; `SelfRefine` says that.
 """

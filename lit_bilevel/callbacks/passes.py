@@ -1,4 +1,4 @@
-"""Passes over a set outside Lightning's loops: what callbacks measure with the policy as it is.
+"""Passes over a set outside Lightning's loops, for callbacks that measure the policy as it is.
 
     with evaluating(trainer, module) as made:
         for batch in map(made, loader):

@@ -1,4 +1,4 @@
-"""`predictions.jsonl`: the policy's greedy answers to the test prompts, from `lit-bilevel predict`.
+"""Writes `predictions.jsonl`: the policy's greedy answers to the test prompts, from `lit-bilevel predict`.
 
 Left out: sampling; one answer a prompt that is the same at every run.
 """

@@ -1,4 +1,4 @@
-"""What a run says while it goes: a bar on a terminal, plain lines everywhere else.
+"""Shows the progress of a run: a bar on a terminal, plain lines everywhere else.
 
 Both show the upper and the lower loss, the effective share of the pool, the last monitor loss, tokens a second and the
 time left in the fit. Tokens are those that the policy computes, padding of its parts

@@ -1,4 +1,4 @@
-"""Random states in the checkpoint, per process, so that a resumed run draws the same numbers.
+"""Saves random states in the checkpoint, per process, so that a resumed run draws the same numbers.
 
 Lightning saves none. Left out: NumPy's and Python's generators of worker processes; collating draws nothing.
 """

@@ -1,4 +1,4 @@
-"""Online self-refining generation: keep the question of a badly weighted row, let the policy answer it anew.
+"""Online self-refining generation: keeps the question of a badly weighted row and lets the policy answer it anew.
 
     choose rows → sample G responses each with the current policy → score them once → store them       (every round)
 

@@ -1,4 +1,4 @@
-"""What is said and shown of a refinement round: a line, figures for the loggers, a table of rows, a file for `inspect`.
+"""Reports a refinement round: a line, figures for the loggers, a table of rows, a file for `lit-bilevel inspect`.
 
     refine/finished, usable, used    shares of the responses: ended by themselves, with content, trained on
     refine/agreement                 mean share of the other answers to the question that say the same

@@ -1,4 +1,4 @@
-"""What every response of a round weighs when the round ends, by each rule, for `lit-bilevel inspect` to judge them.
+"""Writes what every response of a round weighs at its end, under each rule, for `lit-bilevel inspect` to judge them.
 
 When a round begins all ratios are 1, so rules of ratios differ only after some steps. One pass over the responses that
 are trained on tells what they have come to, under the run's own rule and under the others. On the first process,

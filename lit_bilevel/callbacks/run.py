@@ -1,4 +1,4 @@
-"""What callbacks ask about a run: its module, its folder, whether it leaves files, its checkpoint, its loggers.
+"""Answers what callbacks ask about a run: its module, folder, checkpoint and loggers, and whether it leaves files.
 
 Left out: settings of the run; see `inspection/settings.py`.
 """

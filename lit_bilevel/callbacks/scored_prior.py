@@ -1,4 +1,4 @@
-"""Weights that begin where a scoring pass leaves off.
+"""Begins the weights at the scores of one pass of the policy over the pool, before the first step.
 
 Before the first step of a run the policy, which nothing was trained on yet, is asked once about every row (as
 `lit-bilevel score` does), the columns are added to one score, and the weights begin at σ of it. `scores.parquet` of the

@@ -1,4 +1,4 @@
-"""Start the weights from an earlier run's `weights.parquet`.
+"""Begins the weights at those of an earlier run's `weights.parquet`.
 
 Rows are joined by `id`, so the pool may have changed in between; rows that are new weigh 1. Left out: continuing an
 interrupted run, which `--ckpt_path last` does exactly.

@@ -1,4 +1,4 @@
-"""A pool as it lies on disk, for copying rows unchanged: lines of a jsonl file, records of others, or a table.
+"""Reads a pool as it lies on disk, to copy rows unchanged: lines of a jsonl file, records of others, or a table.
 
 Ids are read as training reads them (`data/rows.py`): the `id` of a record, else its number, blank lines not counted;
 a record that cannot be read has a number and no id. Left out: everything that training does to a row.

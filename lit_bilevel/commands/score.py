@@ -1,4 +1,4 @@
-"""`lit-bilevel score`: what one pass of a policy says of every pool row, before anything is trained, as a parquet file.
+"""`lit-bilevel score`: scores every pool row by one pass of a policy, before anything is trained, as a parquet file.
 
     lit-bilevel score --config configs/quality.yaml --data.pool P --data.validation V --model.policy.path M \\
         --output scores.parquet

@@ -1,4 +1,4 @@
-"""What is measured on generated answers, and pairs of answers for an outside judge.
+"""Measures generated answers, and writes pairs of answers for an outside judge.
 
     exact_match    share of answers that are the reference, white space at the ends aside
     bleu, rougeL   torchmetrics' corpus BLEU-4 (where answers have four words), and mean F1 of the longest common

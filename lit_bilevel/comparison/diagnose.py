@@ -1,4 +1,4 @@
-"""`lit-bilevel diagnose`: is the validation set large and clean enough to learn weights from?
+"""`lit-bilevel diagnose`: tells whether the validation set is large and clean enough to learn weights from.
 
     halves   rank correlation of the weights learned from the two halves of the validation file, same seed (they share
              the order of the pool, and with it some noise)

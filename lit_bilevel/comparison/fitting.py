@@ -1,4 +1,4 @@
-"""One fit in a folder of its own, continued where an earlier one with the same flags was interrupted.
+"""Runs one fit in a folder of its own, and continues one that was interrupted under the same flags.
 
 Left out: calling the program anew for every fit; importing it takes longer than a small run.
 """

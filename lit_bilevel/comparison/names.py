@@ -1,4 +1,4 @@
-"""What the parts of a method's name stand for: flags of `lit-bilevel fit`, classes, callbacks.
+"""Tables of what the parts of a method's name stand for: flags of `lit-bilevel fit`, classes, callbacks.
 
 A class is named in short, as the comparison's own names are made from those of the classes, or by its path:
 

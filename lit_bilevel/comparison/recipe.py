@@ -1,4 +1,4 @@
-"""Phases of a run in a comparison: a recipe's own, or what is left of the configuration's for methods of other kinds.
+"""The phases of a compared run: a recipe's own, or what is left of the configuration's for methods of other kinds.
 
     --config configs/curate.yaml     `curate` has the configuration's weights, solver, phases and callbacks; the others
                                      have one phase, with λ of its last

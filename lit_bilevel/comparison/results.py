@@ -1,4 +1,4 @@
-"""The files of a comparison: `results.csv`, one row a run, and `test_losses.parquet`, each test row under every method.
+"""Reads and writes the files of a comparison: `results.csv`, a row a run, and `test_losses.parquet`, a row a test row.
 
 A run is finished when its row is in `results.csv`. Files are written beside their place and moved there, so a kill
 leaves whole ones. Left out: merging two folders.

@@ -1,4 +1,4 @@
-"""Parts of a data set as new files: every record as it is in the original, chosen by its position there.
+"""Writes parts of a data set as new files: records unchanged, chosen by their position.
 
 Records are never rebuilt from rows, so earlier turns, system prompts and every other field stay. A record without an id
 gets the one it has in the original. Left out: keeping bytes and schemas as `lit-bilevel select` does; only the next run

@@ -1,4 +1,4 @@
-"""One method, one seed: choose rows where the method filters, fit, and score the monitor-best policy on the test set.
+"""Runs one method with one seed: chooses rows where it filters, fits, and scores the best policy on the test set.
 
 Every run has the same policy steps and batch sizes; a method that trains on fewer rows sees them more often. `seconds`
 counts choosing rows and fitting, and the runs that a method needs first. A killed run goes on from its checkpoint.

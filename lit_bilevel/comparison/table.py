@@ -1,4 +1,4 @@
-"""`results.md` and `results.png`: every method beside mixing and the oracle.
+"""Writes `results.md` and `results.png`: every method beside mixing and the oracle.
 
     gap closed     (mixing − method) / (mixing − oracle), of mean test losses
     Δ mixing       mean over test rows of the paired difference to mixing, losses averaged over seeds, and its p

@@ -1,4 +1,4 @@
-"""What a user is told about the data: `skipped.jsonl` and a summary of the sets at the start.
+"""Tells the user about the data: `skipped.jsonl` and a summary of the sets at the start.
 
 Left out: statistics of the texts.
 """

@@ -1,4 +1,4 @@
-"""Examples to batches: right padding or packing, and flat indices of the tokens that are predicted.
+"""Collates examples into batches: right padding or packing, and flat indices of the tokens that are predicted.
 
 Offline and generated sequences go into the same batch. The indices are made here, on the CPU, so that the training step
 selects response positions without asking the device how many there are. Left out: padding on the left.

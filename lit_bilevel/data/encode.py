@@ -1,4 +1,4 @@
-"""Rows to token ids, the prompt separated from the response that is learned.
+"""Turns rows into token ids, the prompt separated from the response that is learned.
 
 With the tokenizer's chat template, a row has the template's own token ids, and what is learned is found in this order:
 by the template's `{% generation %}` blocks; else by prefixes, each of which is verified: the text before an assistant

@@ -1,4 +1,4 @@
-"""Tables to examples: rows are read from the memory map when they are asked for, so a step costs the same at any size.
+"""Reads the rows of a table as examples when they are asked for, so that a step costs the same at any size.
 
 Left out: the order of training, which is the stream's.
 """

@@ -1,4 +1,4 @@
-"""Files to records: json, jsonl, csv, parquet, a folder or a hub id, read one record at a time.
+"""Reads files as records, one at a time: json, jsonl, csv, parquet, a folder or a hub id.
 
 A folder of data files is the list of its files: `data/` with `b.csv`, `sub/a.jsonl` and `README.md` is read as
 `data/b.csv` and then `data/sub/a.jsonl`, each as it would be alone. A copy of a dataset on the hub, whose `README.md`

@@ -1,4 +1,4 @@
-"""How sequences are laid out for the policy's calls, as the Trainer's strategy and the policy want it.
+"""Chooses how sequences are laid out for the policy's calls, by the Trainer's strategy and the policy.
 
 Left out: measuring what a call costs.
 """

@@ -1,4 +1,4 @@
-"""What of a rendered conversation is learned: by the template's generation blocks, or by verified prefixes.
+"""Finds what of a rendered conversation is learned: by the template's generation blocks, or by verified prefixes.
 
 Example: in `<user>2+3?<assistant>5<end>` the answer begins where `<user>2+3?<assistant>`, the same conversation
 rendered up to the question, ends. What is learned is then compared with what the row says. Left out: cutting to

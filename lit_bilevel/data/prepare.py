@@ -1,4 +1,4 @@
-"""Files to tables of token ids, kept on disk so that the next run starts at once.
+"""Turns files into tables of token ids, kept on disk so that the next run starts at once.
 
 A prepared set is a folder, named by a digest of everything that its contents depend on: the bytes of the files, their
 names, the settings of their reading, the tokenizer with its chat template, those of the encoding, and this program. It

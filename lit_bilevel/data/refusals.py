@@ -1,4 +1,4 @@
-"""Settings of the data module without meaning, refused before any file is read.
+"""Validates the settings of the data module before any file is read.
 
 Left out: what can only be told from the files; `prepare` and the module say that.
 """

@@ -1,4 +1,4 @@
-"""The store of generated responses: overlays pool rows in the main process and never edits them.
+"""Stores generated responses, and overlays pool rows with them in the main process without editing the rows.
 
 Loaders and their workers never see it, so no worker is stale and nothing is reloaded. A row once chosen stays chosen;
 each round replaces its responses. A row none of whose responses is usable keeps its offline pair.

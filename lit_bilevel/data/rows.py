@@ -1,4 +1,4 @@
-"""Files to rows, one at a time and checked record by record.
+"""Reads files as rows, one at a time, and checks every record.
 
 A row's `row` is its position in the source and never changes; `id` is the user's own where there is one. A record that
 cannot be read gives a `Problem` in its place, with file and line; `prepare` decides what comes of it.

@@ -1,4 +1,4 @@
-"""The training stream: which pool rows and which validation rows meet in which policy step.
+"""Says which pool rows and which validation rows meet in which policy step: the training stream.
 
 A pure function of (seed, epoch, step), so a resumed run needs only its position to see the same data. The pool
 defines the epoch: a fresh permutation, cut into windows of nearly equal size so that none is left with a single row,

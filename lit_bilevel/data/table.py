@@ -1,4 +1,4 @@
-"""Rows on disk: an Arrow file of the rows of a source, and one with their token ids, both read through the memory map.
+"""Keeps rows on disk: an Arrow file of a source's rows, and one with their token ids, read through the memory map.
 
 Neither is ever whole in memory. What has to be known of all rows at once is kept as digests of 16 bytes: of what a row
 asks (`question`, no two sets may share one) and of what it is (`digest`, for telling whether data changed).

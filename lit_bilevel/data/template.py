@@ -1,4 +1,4 @@
-"""Conversations as a chat template renders them, and whether it says what the row says.
+"""Renders conversations by a chat template, and checks whether the text says what the row says.
 
 The clock stands still while rows are encoded, so a template that writes the time gives every row the same one. Fields
 that a template takes or leaves out (reasoning, tools, calls of tools) are found by rendering without them too: where

@@ -1,4 +1,4 @@
-"""How a policy is decoded, chosen by trying: what it gives for a token must be what one pass over the same ids gives.
+"""Chooses how a policy is decoded, by trying: each token's logits must be those of one pass over the same ids.
 
     |logits while decoding − logits of one pass over the row alone|  ≤  tolerance · |logits of two rows differ|
 

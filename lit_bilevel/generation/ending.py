@@ -1,4 +1,4 @@
-"""Where answers end, and which of a model's own generation settings hold: its end tokens, and nothing else.
+"""Finds the tokens that end an answer, and sets aside a model's other generation settings.
 
 A model folder may ask for a temperature, a penalty or suppressed tokens. None of them is part of the distribution that
 is trained, so refinement samples without them, `predict` is greedy without them, and the exported folder says so in its

@@ -1,4 +1,4 @@
-"""Generating responses by plain transformers: the default backend.
+"""Generates responses by plain transformers: the default backend.
 
 How a batch is decoded is chosen by trying what the model can do (see `decode`); what is sampled is the policy's
 distribution in any case, as `sampling` says. Of the model's own generation settings only its end tokens hold (see

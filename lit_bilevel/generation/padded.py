@@ -1,4 +1,4 @@
-"""Decoding prompts of different lengths together, for models whose cache holds keys and values and nothing else.
+"""Decodes prompts of different lengths together, for models whose cache holds keys and values and nothing else.
 
 Prompts are padded on the left, a mask and positions tell the model so, and rows that have ended leave the batch and its
 cache. A prompt that is to be answered several times is read once: its keys and values are copied.

@@ -1,4 +1,4 @@
-"""Responses to requests with the faults of generation survived: out-of-memory errors, and failures on any process.
+"""Generates and scores responses, and survives out-of-memory errors and failures on any process.
 
 A batch that does not fit into memory is halved and tried again, down to single requests; what is sampled does not
 change, as every response has random numbers of its own. Any other error on one process becomes `GenerationFailed` on

@@ -1,4 +1,4 @@
-"""How one token is drawn.
+"""Draws one token from logits.
 
     y_t = F_t⁻¹(u_t)        F_t the distribution function of softmax(z_t / T), cut by top-k and top-p        u_t uniform
 

@@ -1,4 +1,4 @@
-"""Decoding prompts of equal length together, by the model's own `generate`: for every model that has one.
+"""Decodes prompts of equal length together, by the model's own `generate`: for every model that has one.
 
 A state that runs through a sequence (Mamba, RWKV, hybrids) would run through padding too, and caches that hold one
 cannot lose rows. So prompts of one length go together, without padding, and rows that have ended stay until the last

@@ -1,4 +1,4 @@
-"""Figures of a finished fit, as PNG in `figures/` of the run folder; they need matplotlib (`pip install .[figures]`).
+"""Draws the figures of a finished fit, as PNG in `figures/` of the run folder; needs the extra `figures` (matplotlib).
 
     weights        distribution of the weights of each source
     kinds          the same for clean rows and each kind of corruption, where `data.truth` is given

@@ -1,4 +1,4 @@
-"""The settings of a run as a flat table of names and plain values: for the HParams tab, the model card, the summary.
+"""Flattens the settings of a run to names and plain values: for the HParams tab, the model card, the summary.
 
 Solvers, weightings, objectives, choosers of rows, response weights and `LitBilevel` keep the arguments of their
 constructors as attributes of the same name, so a class's signature says what to read. Two arguments of `LitBilevel` are

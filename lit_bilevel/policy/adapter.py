@@ -1,4 +1,4 @@
-"""LoRA adapters that a policy folder holds: found, put on their base again, or merged into it.
+"""LoRA adapters in a policy folder: finds them, puts them on their base again, or merges them into it.
 
 A run that tunes an adapter leaves one in its `policy/`, and so do peft and TRL. A folder with `adapter_config.json` has
 no model of its own: the model is the base that this file names, plus the adapter. Example: `runs/a/policy` has an

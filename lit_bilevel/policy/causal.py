@@ -1,4 +1,4 @@
-"""What a model must be before a policy is made of it: each token's prediction sees earlier tokens only.
+"""Checks that a model is causal: each token's prediction sees earlier tokens only.
 
     logits at t of y_1 … y_T  =  logits at t of y_1 … y_t        tried on a few tokens when the model is loaded
 

@@ -1,4 +1,4 @@
-"""How many tokens a policy takes, and how many different ones, from its configuration.
+"""Reads from a configuration how many tokens a policy takes, and how many different ones.
 
     GPT-2, n_positions 64: an answer to a prompt of 60 tokens has room for 4
 

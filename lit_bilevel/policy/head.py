@@ -1,4 +1,4 @@
-"""How a causal LM gets from its decoder's last hidden states to its logits, found by trying.
+"""Finds out, by trying, how a causal LM gets from its decoder's last hidden states to its logits.
 
     z = cap·tanh(scale·(h·Wᵀ + b)/cap), or without cap scale·(h·Wᵀ + b)
 

@@ -1,4 +1,4 @@
-"""Loading a policy: a causal LM folder or hub id, tuned whole or through LoRA, or an adapter on one.
+"""Loads a policy: a causal LM folder or hub id, tuned whole or through LoRA, or an adapter on one.
 
 Left out: other adapters than LoRA (prompt-learning ones change the input, which the generation code relies on), and
 `trust_remote_code`, and weights that are pickled, unless they are asked for by name.

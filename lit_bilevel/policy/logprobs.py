@@ -1,4 +1,4 @@
-"""Log-probabilities of generated responses in a batch.
+"""Computes log-probabilities of the generated responses in a batch.
 
     log π(y_t | …) = −NLL_t at temperature T        one teacher-forced pass over the sampled ids, dropout off
 

@@ -1,4 +1,4 @@
-"""The two levels of one policy step on a real policy: each quantity a solver asks for, computed once.
+"""One policy step of a real policy as a bilevel problem: computes each quantity that a solver asks for, once.
 
     gradient left on the parameters:  λ·∇f + (1−λ)·∇ mean_i w_i·ℓ_i          (lit_bilevel/README.md 7)
 

@@ -1,4 +1,4 @@
-"""A policy whose parameters are spread over processes (FSDP2): sharding it, and what solvers need of it then.
+"""Shards a policy over processes (FSDP2), and gives solvers what they need of a sharded one.
 
 Every decoder layer is a unit, the rest (embeddings, last norm, output layer) another one around them: a unit's
 parameters are gathered when it runs and let go afterwards. `Values` are then distributed tensors, so sums and norms

@@ -1,4 +1,4 @@
-"""Which rows are refined: one small class a rule, and a socket for others.
+"""Chooses which rows are refined: one small class a rule, and a socket for others.
 
 All of them see the weights of all rows that have a question, on every process the same. Left out: rules that read the
 policy's losses; the weights already sum up what the losses said.

@@ -1,4 +1,4 @@
-"""The groups of refined rows during training: their data weights, and how these meet the offline ones.
+"""Weighs the groups of refined rows during training, and joins their weights with the offline ones.
 
     a refined row contributes   κ·w_i·ℓ_i + (1−κ)·w̃_i·ℓ̃_i        w̃ mean 1 over the refined rows, 1 as a round begins
 

@@ -1,4 +1,4 @@
-"""`responses.jsonl`: every generated response of a run, one JSON object a line, on disk as soon as a round is done.
+"""Writes `responses.jsonl`: every response of a run, a JSON object a line, on disk as soon as a round is done.
 
 The file's length is in the checkpoint; a resumed run first cuts the file back to it, so that no round is there twice.
 Left out: rotating the file; ten thousand responses of a hundred tokens are about 25 MB.

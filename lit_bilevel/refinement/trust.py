@@ -1,4 +1,4 @@
-"""Whether new answers are to be trusted more than the old ones they would replace, judged by questions that have both.
+"""Judges whether new answers are better than the old ones they would replace, by questions that have both.
 
 Let c be how far an answer agrees with the others to its question. Of the answers that agree by c or more,
 

@@ -1,4 +1,4 @@
-"""How much more likely a row is among trusted rows than in the pool, from what a pass says of both.
+"""Estimates how much more likely a row is among trusted rows than in the pool, from what a pass says of both.
 
     w(x) = p_trusted(x) / p_pool(x) = odds of `trusted`, classes balanced      scaled to mean 1 over the pool
 

@@ -1,4 +1,4 @@
-"""A response without its prompt: the same tokens, after what every assistant turn begins with.
+"""Finds what every assistant turn begins with, so that a response can be scored without its prompt.
 
 With a chat template the response follows BOS (where the template sets it) and the tokens that all prompts end with: the
 end of a user turn and the beginning of an assistant's. So it looks to the model like an answer, to a question that it

@@ -1,4 +1,4 @@
-"""A pass over the pool and the trusted rows, kept in parts, and the same without files for a policy in training.
+"""Passes over the pool and the trusted rows in parts, or without files for a policy in training.
 
     columns = score_rows(policy, tokenizer, data.sets["pool"], data.sets["upper"])      # on one process
 

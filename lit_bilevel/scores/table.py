@@ -1,4 +1,4 @@
-"""The file of scores: one row a pool row, `id` and the columns of `columns.py`.
+"""Reads and writes the file of scores: one row a pool row, `id` and the columns of `columns.py`.
 
     weights = fixed_weights("ifd", read_scores("scores.parquet").columns["ifd"])
 

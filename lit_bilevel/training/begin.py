@@ -1,4 +1,4 @@
-"""What a fit begins with: weights of its own pool, and nothing that an earlier run of the same objects left in them.
+"""Begins a fit: builds the weights for its pool, and forgets what an earlier run of the same objects left in them.
 
 Where a module is fitted again to the same pool, policy, weights and solver go on as they are, as Lightning's modules
 do; counts of faults and refined rows begin anew, and so do the data's order and the callbacks. A module that learned on

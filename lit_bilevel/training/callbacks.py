@@ -1,4 +1,4 @@
-"""What training asks of a Trainer's callbacks: which cannot work here, which generate responses, which score rows.
+"""Finds among a Trainer's callbacks those that cannot work here, that generate responses, and that score rows.
 
 Those that cannot work are of Lightning: made for one optimizer, or writing beside a run's own files.
 Example: `EMAWeightAveraging` averages all parameters of the module, of which the data weights are none to average; it

@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside Lightning's own entries, whole whatever form the parameters have.
+"""Saves and restores the project's part of a checkpoint, whole whatever form the parameters have.
 
 Of the policy it holds the parameters that are trained. All else comes with the base model: frozen parameters, buffers,
 and what a quantized layer adds to its state. The solver's state may have the shape of the policy's values; where these

@@ -1,4 +1,4 @@
-"""Checkpoint files that are either the old one or the new one, whenever the process is killed.
+"""Writes checkpoint files that are either the old one or the new one, whenever the process is killed.
 
 Lightning writes to a temporary file too, but in the system's temporary folder, and then moves it: across file systems
 that is a copy, which a kill leaves half done. Here `replacing` writes beside the target. What is loaded may hold

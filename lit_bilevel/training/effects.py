@@ -1,4 +1,4 @@
-"""Settings that would do nothing beside others, refused by name: who sets one wants something to happen.
+"""Finds settings that would do nothing beside the others, so that they can be refused by name.
 
 Left out: what a shared configuration brings along for other methods, `weight_optimizer` above all. Where no weights are
 learned the first lines of a run say so, and nothing is lost by it.

@@ -1,4 +1,4 @@
-"""The problem of one policy step, made from a `LitBilevel`, and the machinery that its passes run in.
+"""Makes the problem of one policy step from a `LitBilevel`, and the machinery that its passes run in.
 
 Left out: what is exchanged besides gradients; see `exchange`.
 """

@@ -1,4 +1,4 @@
-"""Losses of the monitor and test sets: per row (each row counts the same) and per token.
+"""Measures losses of the monitor and test sets: per row (each row counts the same) and per token.
 
 The monitor loss is that of the upper level, with its standard error beside it, for the monitor part is small. The test
 loss is always that of the responses (of pairs, the chosen ones); where the test rows are pairs and either level learns

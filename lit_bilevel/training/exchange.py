@@ -1,4 +1,4 @@
-"""What a policy step gathers from all processes: the scores of its rows, and the tally of its generated responses.
+"""Gathers from all processes what a policy step needs: the scores of its rows, and the tally of its responses.
 
 Scores of all processes are brought together, so that each of them takes the same weight step.
 O(global batch) numbers are exchanged, never O(N). Rows are ordered by their number, so the result does not depend on

@@ -1,4 +1,4 @@
-"""Numerical faults in training, each named with its step and rows and handled by a rule.
+"""Watches for numerical faults, and names each with its step and rows.
 
     the gradient is not finite       the step is skipped and counted; `max_skipped_steps` in a row stop the run
                                      (the weights' step is taken back with it, see `Refinement.take_back`)

@@ -1,4 +1,4 @@
-"""Making the two optimizers of a run and the schedule of the policy's.
+"""Makes the two optimizers of a run and the schedule of the policy's.
 
 Left out: a schedule of the weights' optimizer.
 """

@@ -1,4 +1,4 @@
-"""The phases of a run: which settings hold in which of its policy steps.
+"""Says which settings hold in which policy steps: the phases of a run.
 
     phases:
       - {name: weights, share: 0.4, upper_weight: 0.95, learning_rate: 0.02}

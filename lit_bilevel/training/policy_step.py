@@ -1,4 +1,4 @@
-"""The policy's own step: its gradient is clipped, and its optimizer and its schedule are stepped.
+"""Takes the policy's own step: clips its gradient, steps its optimizer and its schedule.
 
     ‖gradient‖ ≤ `gradient_clip_val`, then θ ← optimizer, rate ← schedule        nothing where ‖gradient‖ is not finite
 

@@ -1,4 +1,4 @@
-"""The schedules of a run: λ, and the learning rate of the policy, both by the number of the policy step.
+"""Schedules λ and the policy's learning rate, both by the number of the policy step.
 
     λ = that of the phase, if it sets one, else max(0, λ₀ − decay · k)
         k epochs that are over, or policy steps taken by `upper_weight_decay_every`

@@ -1,4 +1,4 @@
-"""Whether the rows fit the policy, told before it is loaded: their lengths its context, their tokens its embeddings.
+"""Checks, before the policy is loaded, that the rows fit its context and their tokens its embeddings.
 
     context 64      a row of 70 tokens: refused by name        a prompt of 60, to be answered: room for 4
     4,096 embeddings and a tokenizer of 4,098 tokens: refused where a row has one of the two

@@ -1,4 +1,4 @@
-"""What single strategies and kernels cannot do, named before a run starts.
+"""Names what single strategies and kernels cannot do, before a run starts.
 
     OneStep under DeepSpeed     evaluates the policy at other parameter values; use `Penalty`, or FSDP2
     fsdp (FSDP1)                no step with several backward passes; use FSDP2 or DDP

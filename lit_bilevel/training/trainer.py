@@ -1,4 +1,4 @@
-"""What a Trainer and a module hold in a run, under its type: data, policy, the callbacks of a class.
+"""Finds what a Trainer and a module hold in a run, under its type: data, policy, the callbacks of a class.
 
     data_of(trainer).sets["pool"]
     find_callbacks(trainer, ModelCheckpoint)

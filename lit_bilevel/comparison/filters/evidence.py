@@ -1,4 +1,4 @@
-"""What a filter may look at: texts, losses and gradients of pool and validation rows, the truth for the oracle alone.
+"""What filters may look at: texts, losses and gradients of pool and validation rows, the truth for the oracle alone.
 
 Left out: several processes. Scores are computed on the first device of the configuration.
 """
