@@ -92,6 +92,7 @@ class Export(Callback):
             score_pool(trainer, module)
         own = run_checkpoint(trainer)
         best = Path(own.best_model_path if own is not None else "")
+        # the first process says what is there, for a file system may show a new file to others later
         saved = trainer.strategy.broadcast(best.name != "" and best.exists())
         policy = policy_of(module)
         state = None if saved or not self.policy else whole_state(policy.model)  # on every process

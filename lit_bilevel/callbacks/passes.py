@@ -46,6 +46,7 @@ def score_pool(trainer: Trainer, module: LitBilevel) -> None:
     with evaluating(trainer, module) as made:
         for batch in map(made, loader):
             loss_B = policy.losses(module.lower_objective, batch)
+            # one exchange a batch; float64 holds row numbers exactly
             table = torch.stack([batch.row_B, batch.source_B, batch.length_B, loss_B], dim=1).double()
             if trainer.world_size > 1:
                 table = module.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]

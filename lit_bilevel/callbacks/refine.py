@@ -154,11 +154,12 @@ class SelfRefine(Callback):
         store: ResponseStore = data.responses
         weight_N = module.weights.table().cpu()
         chosen = self._rows[self.choose.rows(weight_N[self._rows], data.seed)]
+        # a row once chosen stays: its offline answer was given up, and its responses are of an older policy by now
         rows = sorted({*store.chosen, *chosen.tolist()})
         if not rows:
             say(f"no row is answered anew: `{type(self.choose).__name__}` chose none")
             return
-        self._end_round(trainer, module)
+        self._end_round(trainer, module)  # before its responses are replaced
         wanted: dict[str, Sequence[int]] = {"pool": rows, "monitor": self._monitor}
         started, number = time.monotonic(), store.round + 1
         try:

@@ -76,6 +76,7 @@ class Policy(nn.Module):
 
     def layers(self) -> list[nn.Module]:
         """The decoder layers, by the name that the model gives their class; none where it gives no name."""
+        # the name that transformers itself uses to keep a layer on one device
         names = set(getattr(self.causal_lm, "_no_split_modules", None) or ())
         return [module for module in self.modules() if type(module).__name__ in names]
 
@@ -137,6 +138,7 @@ class Policy(nn.Module):
             ids_ST: token ids.
             place_ST: position of each token in its sequence, where a row holds several.
         """
+        # no mask and no cache: with either, transformers lets packed sequences see each other
         placed = {} if place_ST is None else {"position_ids": place_ST}
         if self.head_shape is None:
             return self.causal_lm(input_ids=ids_ST, use_cache=False, **placed).logits
@@ -173,6 +175,7 @@ class Policy(nn.Module):
         Not inference mode: tensors that it makes cannot be used in a backward pass later. Autocast forgets the casts
         it made here, for they carry no gradient and would be reused by the training pass.
         """
+        # every module's own mode: frozen parts may be in evaluation mode during training
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:

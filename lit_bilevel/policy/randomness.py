@@ -38,6 +38,7 @@ class Masks:
             self._first = _states(self.device)
             yield
         else:
+            # put back afterwards: how often a solver looks at rows must not change what is drawn later
             now = _states(self.device)
             _restore(self._first, self.device)
             try:

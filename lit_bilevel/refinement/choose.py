@@ -49,6 +49,7 @@ class LowestFraction(RowChooser):
         self.fraction = _checked(fraction)
 
     def rows(self, weight_N: Tensor, seed: int) -> Tensor:
+        # by lot, or a pool whose weights are still equal would be refined from its beginning on
         lot = torch.randperm(len(weight_N), generator=torch.Generator().manual_seed(seed))
         return lot[weight_N[lot].argsort(stable=True)[: _count(self.fraction, len(weight_N))]]
 

@@ -39,6 +39,7 @@ def begin(module: LitBilevel, stage: str) -> None:
     data: BilevelDataModule | None = getattr(module.trainer, "datamodule", None)
     if data is None or getattr(data, "pool_sources", None) is None:
         raise UserError("`LitBilevel` needs a `BilevelDataModule`, to know how many rows to weight; pass one.")
+    # by content and not by number: a table of weights is only worth something for its own rows in their order
     pool = data.sets["pool"]
     digest = rows_digest(pool)
     if fits:

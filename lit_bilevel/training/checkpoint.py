@@ -33,6 +33,7 @@ SCHEMA = 6
 
 def save_own(module: LitBilevel, checkpoint: dict[str, Any]) -> None:
     """Add a `LitBilevel`'s state, and leave out what the base model brings; called on every process."""
+    # what is frozen comes with the base model: saving it would cost its size at every checkpoint
     kept = _kept(module, checkpoint["state_dict"])
     checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in kept}
     checkpoint["lit_bilevel"] = {
@@ -66,6 +67,7 @@ def restore_own(module: LitBilevel, checkpoint: dict[str, Any]) -> dict[str, Any
 def restore_late(module: LitBilevel, own: dict[str, Any]) -> None:
     """Give solver and outer optimizer their states, once the policy is on its device; the solver's as the policy is."""
     if "solver" in own:
+        # late, for before the strategy has set it up the policy is not on its device, nor sharded
         parameters: list[Tensor] = list(policy_of(module).trainable())
         state = move_data_to_device(own["solver"], parameters[0].device)
         module.solver.load_state_dict(apply_to_collection(state, Tensor, spread, parameters=parameters))

@@ -97,11 +97,13 @@ class Guard:
         unknown = norm.new_full((), math.nan)
         worst = [unknown, unknown] if tally is None else [tally.max_ratio, tally.max_row]
         numbers = [norm, unknown if effective_size is None else effective_size, *worst]
+        # one transfer: each number by itself would make the host wait for the device once more
         return Vitals(*torch.stack([number.double() for number in numbers]).tolist())
 
     def watch_ratios(self, module: LitBilevel, vitals: Vitals) -> None:
         """Look at the largest importance ratio of a policy step."""
         ratio = vitals.max_ratio
+        # once a round: at the next one all ratios begin at 1 again
         if ratio > self.settings.max_ratio and self._is_new(f"round {data_of(module.trainer).responses.round}"):
             row = name_rows(module, [int(vitals.max_row)])[0]
             self._tell(
@@ -115,6 +117,7 @@ class Guard:
         """Look at how many rows the weights are spread over."""
         limit = max(2.0, self.settings.min_effective_size * module.weights.pool_rows)
         if effective_size < limit and self._is_new("weights"):
+            # O(N), but once a run
             heaviest = module.weights.table().topk(min(NAMED, module.weights.pool_rows))
             pairs = zip(name_rows(module, heaviest.indices.tolist()), heaviest.values.tolist(), strict=True)
             self._tell(
@@ -143,7 +146,7 @@ class Guard:
         """
         self.skipped += 1
         module.log("skipped_steps", float(self.skipped))
-        if of_scale:
+        if of_scale:  # a loss scale that is searched from above overflows as a matter of course
             return
         self.in_a_row += 1
         where = _step(module)

@@ -49,6 +49,7 @@ def _make(module: LitBilevel) -> tuple[list[Optimizer], list[dict[str, object]]]
     factor = learning_rate_factor(module, module.trainer.estimated_stepping_batches)
     scheduler = LambdaLR(inner, factor)
     if isinstance(module.trainer.strategy, DeepSpeedStrategy):
+        # DeepSpeed casts every parameter that it is given; `begin_fit` puts these back
         module.uncast = [(parameter, parameter.detach().clone()) for parameter in parameters]
     if takes_one_optimizer(module.trainer.strategy):
         module.own_optimizer = optimizers.pop() if parameters else None

@@ -108,6 +108,7 @@ def borders(phases: Sequence[Phase], steps: float) -> list[float]:
     """
     if math.isinf(steps):
         return [math.inf] * len(phases)
+    # of sums and not of single shares, or their rounding would add up over the phases
     shares = itertools.accumulate(phase.share for phase in phases)
     return [min(steps, math.ceil(steps * share - ROUNDING)) for share in shares]
 

@@ -74,6 +74,7 @@ def _schedule(module: LitBilevel, steps: float) -> Callable[[int], float]:
     from transformers import get_scheduler
 
     length = None if math.isinf(steps) else max(1, int(steps))
+    # transformers makes a schedule for an optimizer; here only its function of the step is wanted
     unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     settings, name = module.lr_scheduler_kwargs, module.lr_scheduler
     if name == "constant" and module.warmup_steps:
