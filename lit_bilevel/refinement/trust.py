@@ -102,7 +102,7 @@ class Agreed(Trust):
         pool, trusted = ([self._repeated(answered) for answered in side] for side in (chosen, monitor))
         first: Verdict | None = None
         for least in sorted({agreed for question in pool for agreed, _ in question}):
-            # the question that is added to each side counts against the new answers, so that a few lucky ones prove nothing
+            # the question added to each side counts against the new answers: a few lucky ones prove nothing
             a, known = _repetition(trusted, least, extra=0)
             b, _ = _repetition(pool, least, extra=1)
             if known < self.fewest:
