@@ -107,6 +107,7 @@ def test_the_exported_policy_has_what_was_not_trained(flags, tmp_path, monkeypat
     assert not torch.equal(exported["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
 
 
+@pytest.mark.slow  # test_ranks.py has the same in fewer steps
 def test_accumulation_equals_the_larger_batch(flags, tmp_path):
     double = ["--trainer.precision=64-true", "--trainer.max_epochs=1"]
     large = fit(flags, *double, "--data.batch_size=8", f"--trainer.default_root_dir={tmp_path / 'large'}")
