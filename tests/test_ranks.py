@@ -89,7 +89,8 @@ def others(folder):
 
 @pytest.fixture(scope="module")
 def single(folder):
-    return both(folder, PAIRS, precision="32-true", eps=1e-4)  # or Adam would make rounding noise as large as a gradient
+    # a large eps, or Adam would make rounding noise as large as a gradient
+    return both(folder, PAIRS, precision="32-true", eps=1e-4)
 
 
 def same(ends, name, strategy, tolerance):
