@@ -91,6 +91,7 @@ def test_kills_after_the_last_step_change_no_bit_where_weights_are_scored_then(s
     chain(small, whole, tmp_path, LOSSES, [Moment(name) for name in ("weights", "policy", "test")])
 
 
+@pytest.mark.slow
 def test_a_process_of_two_that_dies_brings_the_other_down(small, whole, tmp_path):
     moments = [Moment("forward", 16, rank=1), Moment("half a checkpoint", 3, rank=0)]
     text = chain(small, whole, tmp_path, (*TWO, "--trainer.max_epochs=2"), moments, 2)

@@ -69,6 +69,7 @@ def test_a_finished_fit_with_weights_from_losses_is_continued(flags, tmp_path):
     assert curves["auroc/all"][-1][1] == pytest.approx(metrics["auroc/all"], abs=1e-6)
 
 
+@pytest.mark.slow  # test_ranks.py has the same in fewer steps
 def test_accumulation_changes_nothing_for_bmo(flags, tmp_path):
     common = [*RUNS["bmo"], "--trainer.precision=64-true"]
     whole = fitted(flags, tmp_path, *common, "--data.batch_size=8", name="whole")
@@ -123,7 +124,7 @@ def test_the_example_of_contributing_works(flags, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["value_function", "bmo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("network", "sigmoid"))]
+    "name", ["bmo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("value_function", "network", "sigmoid"))]
 )
 def test_a_resumed_run_ends_with_the_same_weights(name, flags, tmp_path):
     flags = [*flags, *RUNS[name], "--trainer.max_epochs=2", "--checkpoint.every_n_steps=1"]

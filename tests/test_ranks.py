@@ -37,6 +37,7 @@ STRATEGIES = {
     "fsdp2": [name for name in METHODS if name not in ("network", "accumulated", "curated")],
 }
 PAIRS = [(name, strategy) for strategy, names in STRATEGIES.items() for name in names]
+QUICK = [*((name, "ddp") for name in METHODS), *((name, "fsdp2") for name in ("value_function", "one_step", "phases"))]
 TOLERANCES = {"64-true": {"one_step_differences": 1e-7}, "32-true": {"one_step_differences": 1e-2}}
 
 
@@ -70,20 +71,26 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def both(folder: Path, **settings) -> tuple[dict, dict]:
+def both(folder: Path, pairs: list[tuple[str, str]], **settings) -> tuple[dict, dict]:
     one = [case(name, "auto", folder, **settings) for name in METHODS]
-    two = [case(name, strategy, folder, **settings) for name, strategy in PAIRS]
+    two = [case(name, strategy, folder, **settings) for name, strategy in pairs]
     return ranks.runs(one, folder / "one", 1), ranks.runs(two, folder / "two", 2)
 
 
 @pytest.fixture(scope="module")
 def double(folder):
-    return both(folder)
+    return both(folder, QUICK)
+
+
+@pytest.fixture(scope="module")
+def others(folder):
+    return both(folder, [pair for pair in PAIRS if pair not in QUICK])
 
 
 @pytest.fixture(scope="module")
 def single(folder):
-    return both(folder, precision="32-true", eps=1e-4)  # or Adam would make rounding noise as large as a gradient
+    # a large eps, or Adam would make rounding noise as large as a gradient
+    return both(folder, PAIRS, precision="32-true", eps=1e-4)
 
 
 def same(ends, name, strategy, tolerance):
@@ -93,9 +100,15 @@ def same(ends, name, strategy, tolerance):
     assert one["weights"].std() > 0.1
 
 
-@pytest.mark.parametrize(("name", "strategy"), PAIRS)
+@pytest.mark.parametrize(("name", "strategy"), QUICK)
 def test_two_processes_equal_one_in_float64(double, name, strategy):
     same(double, name, strategy, TOLERANCES["64-true"].get(name, 1e-9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "strategy"), [pair for pair in PAIRS if pair not in QUICK])
+def test_the_other_pairs_are_equal_in_float64_too(others, name, strategy):
+    same(others, name, strategy, TOLERANCES["64-true"].get(name, 1e-9))
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Several scores as one, and weights from it.
+"""Combines several scores into one, and makes weights of it.
 
     z_i = Σ_columns  direction · normal score of the row's rank        scaled to standard deviation 1
     w_i = σ(sharpness · z_i)                                           scaled to mean 1

@@ -1,9 +1,11 @@
-"""A pass over the pool and the trusted rows, kept in parts, and the same without files for a policy in training.
+"""Passes over the pool and the trusted rows in parts, or without files for a policy in training.
 
     columns = score_rows(policy, tokenizer, data.sets["pool"], data.sets["upper"])      # on one process
 
 Only the `upper` part of the validation file is trusted here: the `monitor` part chooses checkpoints and nothing else.
-Memory: a part's token ids, the logits of a chunk, and eleven float32 numbers a row. Left out: refined responses.
+Memory: a part's token ids, the logits of a chunk, and 267 float32 numbers a row (1.1 GB at a million).
+
+Left out: refined responses.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,12 +25,20 @@ from lit_bilevel.data.layout import layout_for
 from lit_bilevel.data.table import column
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.scores.columns import FEATURES
+from lit_bilevel.scores.hidden import NUMBERS
 from lit_bilevel.scores.measure import Measure
 from lit_bilevel.scores.opening import opening_of
 from lit_bilevel.scores.parts import Part, PartFiles, plan
 from lit_bilevel.scores.table import columns_of
 from lit_bilevel.types import Example
 from lit_bilevel.version import __version__
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from lightning.pytorch import Trainer
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_bilevel.data.module import BilevelDataModule
 
 SAMPLED = 1024
 """Values of a parameter that count in the digest of a policy."""
@@ -41,7 +51,7 @@ class ScoredRows:
         table: a set of a `BilevelDataModule`.
     """
 
-    def __init__(self, table: Any):
+    def __init__(self, table: Dataset):
         self._examples = Examples(table, {})
         self._responses = table.select_columns(["response"])
         self.length_n = column(table, "length").to_numpy()
@@ -70,7 +80,7 @@ class Sweep:
         made_of: what else the numbers depend on, such as the precision.
     """
 
-    def __init__(self, measure: Measure, sets: Mapping[str, Any], folder: Path, made_of: Mapping[str, Any]):
+    def __init__(self, measure: Measure, sets: Mapping[str, Dataset], folder: Path, made_of: Mapping[str, Any]):
         self.measure = measure
         self.rows = {name: ScoredRows(table) for name, table in sets.items()}
         self.parts = plan({name: rows.length_n for name, rows in self.rows.items()})
@@ -79,6 +89,7 @@ class Sweep:
             "sets": {name: rows_digest(table) for name, table in sets.items()},
             "policy": policy_digest(measure.policy),
             "opening": measure.opening,
+            "numbers": [*FEATURES, NUMBERS],
             "batch_size": measure.batch_size,
             "call_cost": str(measure.call_cost),
             **made_of,
@@ -104,7 +115,9 @@ class Sweep:
         return columns_of(tables["pool"], tables.get("upper"), seed)
 
 
-def sweep_for(trainer: Any, policy: Policy, tokenizer: Any, data: Any, folder: Path) -> Sweep:
+def sweep_for(
+    trainer: Trainer, policy: Policy, tokenizer: PreTrainedTokenizerBase, data: BilevelDataModule, folder: Path
+) -> Sweep:
     """The pass over the pool and the trusted rows of a `BilevelDataModule`, under a Trainer's precision and device.
 
     Args:
@@ -122,9 +135,9 @@ def sweep_for(trainer: Any, policy: Policy, tokenizer: Any, data: Any, folder: P
 
 def score_rows(
     policy: Policy,
-    tokenizer: Any,
-    pool: Any,
-    trusted: Any = None,
+    tokenizer: PreTrainedTokenizerBase,
+    pool: Dataset,
+    trusted: Dataset | None = None,
     batch_size: int = 64,
     call_cost: float = math.inf,
     seed: int = 0,
@@ -135,10 +148,10 @@ def score_rows(
         policy: on any device; its mode and its gradients stay as they are.
         tokenizer: of the policy.
         pool: a set of a `BilevelDataModule`, such as `data.sets["pool"]`.
-        trusted: the rows that `density_ratio` compares with, such as `data.sets["upper"]`; without, it is NaN.
+        trusted: the rows that both ratios compare with, such as `data.sets["upper"]`; without, they are NaN.
         batch_size: most rows in a call of the policy.
         call_cost: how many tokens' computation one more call is worth saving.
-        seed: of the folds of the density ratio.
+        seed: of the folds of the ratios.
 
     Returns:
         [N] float32 numbers by name, in the order of the pool: all of `COLUMNS` and of `FEATURES`.
@@ -148,7 +161,7 @@ def score_rows(
     for name, table in (("pool", pool), ("upper", trusted)):
         if table is not None:
             rows = ScoredRows(table)
-            tables[name] = np.empty((len(rows), len(FEATURES)), dtype=np.float32)
+            tables[name] = np.empty((len(rows), len(FEATURES) + NUMBERS), dtype=np.float32)
             for part in plan({name: rows.length_n}):
                 tables[name][part.rows] = measure(*rows(part.rows.tolist()))
     return columns_of(tables["pool"], tables.get("upper"), seed)
