@@ -22,7 +22,7 @@ part() { # part SECONDS COMMAND …: run it for so long at most, of ten minutes 
     fi
     ((limit > left)) && limit=$left
     echo "== $* (at most $limit s)"
-    timeout --signal=INT --kill-after=10 "$limit" "$@" > "$out.part" 2>&1
+    timeout --signal=INT --kill-after=40 "$limit" "$@" > "$out.part" 2>&1
     status=$?
     {
         printf '\n## `%s`\n\nstatus %s, %s s\n\n```\n' "${*/$python/python}" "$status" "$((SECONDS - begun))"
@@ -51,7 +51,7 @@ part() { # part SECONDS COMMAND …: run it for so long at most, of ten minutes 
 } > "$out"
 
 # the tests run beside nothing else; what is timed comes after them
-part 260 "$python" -m pytest -q -rs -m gpu --accelerator "$accelerator" tests/test_gpu.py
+part 260 "$python" -m pytest -v -rs -m gpu --accelerator "$accelerator" tests/test_gpu.py
 benchmark=("$python" scripts/benchmark.py)
 part 100 "${benchmark[@]}" step --accelerator "$accelerator" "${small[@]}"
 part 60 "${benchmark[@]}" step --accelerator "$accelerator" --lora "${small[@]}"
