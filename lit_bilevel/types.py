@@ -260,7 +260,7 @@ class Batch:
 
     def map(self, function) -> Batch:
         """Apply `function` to every tensor."""
-        return _mapped(self, function)
+        return _map(self, function)
 
     def to(self, device: torch.device, **kwargs) -> Batch:
         """Copy to a device; Lightning calls this for every batch."""
@@ -271,8 +271,8 @@ class Batch:
         return self.map(lambda tensor: tensor.pin_memory())
 
 
-def _mapped(record: Any, function) -> Any:
+def _map(record: Any, function) -> Any:
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     tensors = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-    records = {n: _mapped(value, function) for n, value in values.items() if isinstance(value, Generated | Packing)}
+    records = {n: _map(value, function) for n, value in values.items() if isinstance(value, Generated | Packing)}
     return replace(record, **tensors, **records)

@@ -22,11 +22,11 @@ from lit_bilevel.comparison.filters.ngrams import NgramImportance, log_importanc
 from lit_bilevel.comparison.methods import Method
 from lit_bilevel.comparison.names import FILTERS, SHARES
 from lit_bilevel.comparison.results import Results
-from lit_bilevel.comparison.rows import copy_records, stratified
+from lit_bilevel.comparison.rows import copy_records, stratify
 from lit_bilevel.comparison.run import Runner
 from lit_bilevel.comparison.significance import interval, permutation_test
 from lit_bilevel.comparison.stopwatch import Stopwatch
-from lit_bilevel.comparison.table import difference, gap_closed, markdown, slower
+from lit_bilevel.comparison.table import difference, markdown, share_of_gap, slower
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
 from lit_bilevel.losses import example_nll
@@ -143,19 +143,19 @@ def test_the_oracle_keeps_the_clean_rows_whatever_their_share(tmp_path):
     with pytest.raises(UserError, match=r"give `--data\.truth`"):
         filters.CleanRows().scores(seen)
     seen.truth = truth
-    mask = filters.CleanRows().chosen(filters.CleanRows().scores(seen), keep=0.1, seed=0)
+    mask = filters.CleanRows().choose(filters.CleanRows().scores(seen), keep=0.1, seed=0)
     assert mask.tolist() == [i % 3 != 0 for i in range(9)]
 
 
 def test_a_share_is_kept_and_equal_scores_are_drawn_by_lot():
     score = np.repeat([3.0, 2.0, 1.0], 100)
-    masks = [filters.LowestLoss().chosen(score, 0.5, seed) for seed in (0, 1)]
+    masks = [filters.LowestLoss().choose(score, 0.5, seed) for seed in (0, 1)]
     for mask in masks:
         assert (mask[:100].sum(), mask[100:200].sum(), mask[200:].sum()) == (100, 50, 0)
     assert (masks[0] != masks[1]).any()
     assert not (np.diff(masks[0][100:200].nonzero()[0]) == 1).all()  # not simply the first ones
     with pytest.raises(UserError, match="not finite"):
-        filters.LowestLoss().chosen(np.array([1.0, np.nan]), 0.5, 0)
+        filters.LowestLoss().choose(np.array([1.0, np.nan]), 0.5, 0)
 
 
 def test_random_rows_differ_by_seed():
@@ -262,11 +262,11 @@ def test_records_are_copied_with_their_history_and_their_ids(tmp_path):
 
 def test_a_subset_has_the_proportions_of_the_whole():
     strata = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
-    rows = stratified(strata, 20, seed=0)
+    rows = stratify(strata, 20, seed=0)
     assert [sum(strata[i] == name for i in rows) for name in "abc"] == [12, 6, 2]
-    assert rows.tolist() == stratified(strata, 20, seed=0).tolist() != stratified(strata, 20, seed=1).tolist()
+    assert rows.tolist() == stratify(strata, 20, seed=0).tolist() != stratify(strata, 20, seed=1).tolist()
     with pytest.raises(UserError, match="`--subset` is 200"):
-        stratified(strata, 200, seed=0)
+        stratify(strata, 200, seed=0)
 
 
 # ---- what a difference is worth ----
@@ -304,9 +304,9 @@ def test_differences_are_over_the_seeds_that_both_have():
         "other": {2: np.array([1.0, 1.0])},
     }
     assert difference("mine", losses).startswith("-0.5000 (")
-    assert gap_closed("mine", losses) == "0.50"
-    assert (difference("other", losses), gap_closed("other", losses)) == ("–", "–")
-    assert (difference("mixing", losses), gap_closed("mixing", losses)) == ("0", "0.00")
+    assert share_of_gap("mine", losses) == "0.50"
+    assert (difference("other", losses), share_of_gap("other", losses)) == ("–", "–")
+    assert (difference("mixing", losses), share_of_gap("mixing", losses)) == ("0", "0.00")
     times = [[{"seed": seed, "seconds": seconds} for seed, seconds in part] for part in ([(0, 3)], [(0, 2), (1, 50)])]
     assert slower(*times) == "1.50"
 
@@ -504,7 +504,7 @@ def test_a_filter_scores_under_the_settings_of_its_method(monkeypatch, tmp_path)
     monkeypatch.setattr("lit_bilevel.comparison.run.built", built)
     method = Method.parse("mine", {"mine": Variant("lowest_loss", flags={"data.max_length": 9})})
     with pytest.raises(Killed):
-        runner_of(config="c", shared=["--a"])._chosen(method, ["--b"], tmp_path, None, 0)
+        runner_of(config="c", shared=["--a"])._choose(method, ["--b"], tmp_path, None, 0)
     assert asked[0] == "--a"
     assert asked[-3:] == ["--data.max_length=9", "--b", "--seed_everything=0"]
 

@@ -36,7 +36,7 @@ from lit_bilevel.callbacks.closing_sweep import pool_scores
 from lit_bilevel.cli import main
 from lit_bilevel.errors import UserError
 from lit_bilevel.policy.rest import RestingProblem
-from lit_bilevel.scores.combination import combined, normal_scores, prior_weights
+from lit_bilevel.scores.combination import combine, normal_scores, prior_weights
 from lit_bilevel.scores.table import read_scores
 
 # ---- several scores as one ----
@@ -52,9 +52,9 @@ def test_normal_scores_are_quantiles_at_the_ranks():
 
 def test_a_monotone_change_of_a_column_changes_nothing():
     columns = {"ifd": np.random.default_rng(0).random(50), "density_ratio": np.random.default_rng(1).random(50)}
-    one = combined(columns, ["ifd", "density_ratio"])
-    other = combined({**columns, "density_ratio": np.log(columns["density_ratio"])}, ["ifd", "density_ratio"])
-    tail = combined({**columns, "ifd": np.exp(30 * columns["ifd"])}, ["ifd", "density_ratio"])
+    one = combine(columns, ["ifd", "density_ratio"])
+    other = combine({**columns, "density_ratio": np.log(columns["density_ratio"])}, ["ifd", "density_ratio"])
+    tail = combine({**columns, "ifd": np.exp(30 * columns["ifd"])}, ["ifd", "density_ratio"])
     np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(one, tail)
     assert abs(one.mean()) < 1e-12
@@ -63,12 +63,12 @@ def test_a_monotone_change_of_a_column_changes_nothing():
 
 def test_columns_are_turned_by_their_direction():
     columns = {"ifd": np.array([0.1, 0.5, 0.9]), "density_ratio": np.array([2.0, 1.0, 0.1])}
-    assert (np.diff(combined(columns, ["ifd"])) < 0).all()
-    assert (np.diff(combined(columns, ["density_ratio"])) < 0).all()
+    assert (np.diff(combine(columns, ["ifd"])) < 0).all()
+    assert (np.diff(combine(columns, ["density_ratio"])) < 0).all()
     with pytest.raises(UserError, match=r"no score 'prompt' to be added; there are: ifd, density_ratio"):
-        combined(columns, ["prompt"])
+        combine(columns, ["prompt"])
     with pytest.raises(UserError, match="all rows are equal in ifd"):
-        combined({"ifd": np.ones(3)}, ["ifd"])
+        combine({"ifd": np.ones(3)}, ["ifd"])
 
 
 def test_prior_weights_have_mean_one_and_the_ratio_of_their_sharpness():
@@ -86,7 +86,7 @@ def test_the_weights_begin_at_the_combined_scores(small, tmp_path):
     weights = SigmoidWeights()
     module = run(small, tmp_path, ScoredPrior(sharpness=1.5), steps=4, weights=weights, solver=Mixing())
     scores = read_scores(tmp_path / "scores.parquet")
-    expected = prior_weights(combined(scores.columns, ["ifd", "density_ratio"]), 1.5)
+    expected = prior_weights(combine(scores.columns, ["ifd", "density_ratio"]), 1.5)
     np.testing.assert_allclose(module.weights.table().numpy(), expected, rtol=1e-5)
     assert not (tmp_path / "scores.parquet.parts").exists()
     assert scores.ids == module.trainer.datamodule.sets["pool"]["id"][:]
@@ -148,7 +148,7 @@ def test_a_file_can_be_given_and_is_joined_by_id(small, tmp_path, monkeypatch):
     module = run(turned, tmp_path / "other", ScoredPrior(scores=scores), steps=1, solver=Mixing())
     assert count.parts == 0
     known = read_scores(scores)
-    expected = dict(zip(known.ids, combined(known.columns, ["ifd", "density_ratio"]), strict=True))
+    expected = dict(zip(known.ids, combine(known.columns, ["ifd", "density_ratio"]), strict=True))
     ids = module.trainer.datamodule.sets["pool"]["id"][:]
     order = np.argsort([expected[key] for key in ids])
     assert (np.diff(module.weights.table().numpy()[order]) >= -1e-6).all()

@@ -25,10 +25,10 @@ from lit_bilevel import BilevelDataModule, LitBilevel, OneStep, PolicySettings, 
 from lit_bilevel.callbacks import SelfRefine, WeightInspector
 from lit_bilevel.cli import main
 from lit_bilevel.commands.inspect import main as inspect
-from lit_bilevel.inspection.curves import read_curves, thinned
+from lit_bilevel.inspection.curves import read_curves, thin
 from lit_bilevel.inspection.figures import _trajectories
 from lit_bilevel.inspection.folder import Inspection
-from lit_bilevel.inspection.page import escaped
+from lit_bilevel.inspection.page import escape
 from lit_bilevel.inspection.settings import run_settings
 from lit_bilevel.inspection.statistics import correlation, precision_recall, quantile, quantiles, ranks, source_mass
 
@@ -215,7 +215,7 @@ def test_text_from_the_data_cannot_be_markup(refined, tmp_path):
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     assert "\x1b" not in text
-    assert escaped("a" * 2000).endswith(" …")
+    assert escape("a" * 2000).endswith(" …")
 
 
 def test_a_run_that_is_writing_its_responses_can_be_looked_at(refined, tmp_path, capsys):
@@ -345,7 +345,7 @@ def test_statistics_against_numpy():
     assert precision_recall(torch.ones(2), torch.tensor([False, False])) == []
     mass = source_mass(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([0, 1, 1]), ["a", ""])
     assert mass == {"(none)": 1.0, "a": pytest.approx(1 / 3)}
-    assert thinned([(i, float(i)) for i in range(1000)], 10)[0] == (99, 49.5)
+    assert thin([(i, float(i)) for i in range(1000)], 10)[0] == (99, 49.5)
 
 
 def test_an_epoch_of_a_hundred_thousand_rows_is_summed_up_in_a_second(tmp_path):

@@ -40,7 +40,7 @@ from lit_bilevel import (
 from lit_bilevel.cli import main
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
-from lit_bilevel.data.pairs import encoded_rows
+from lit_bilevel.data.pairs import encode_with_pairs
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.truth import aurocs
 from lit_bilevel.policy.engine import Engine
@@ -124,7 +124,7 @@ def test_dpo_is_equation_7_and_so_is_its_gradient(model, packed, call_cost):
 
 def test_at_its_start_the_policy_is_the_reference(model):
     policy = adapted(model, moved=False, dropout=0.3)
-    batch = policy.prepared(DPO(), collate(pairs(1), ROWS))
+    batch = policy.prepare(DPO(), collate(pairs(1), ROWS))
     with policy.evaluating():
         assert torch.equal(DPO().margins(policy(batch), batch), torch.zeros(ROWS).double())
         found = Evaluation(SFT(), DPO())("test", policy, batch)
@@ -155,7 +155,7 @@ def test_the_reference_is_the_frozen_model_whatever_was_learned_or_put_in_place(
     expected = base(batch).detach()
     for values in (policy.trainable(), [torch.full_like(p, 7.0) for p in policy.trainable()]):
         with policy.substituted([value.detach() for value in values]):
-            found = policy.prepared(DPO(), batch).reference_K
+            found = policy.prepare(DPO(), batch).reference_K
         assert (found - expected).abs().max() < 1e-12
     assert not found.requires_grad
     assert len(policy.trainable()) == 4
@@ -295,7 +295,7 @@ def test_transcripts_are_read_as_conversations(tmp_path):
 def test_both_answers_follow_the_same_prompt(truncation, max_length):
     tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
     rows = [Row(0, "0", "abcdef", "ok", "", rejected="not at all"), Row(1, "1", "ab", "yes", "", rejected="no")]
-    for one, row in zip(encoded_rows(Encoder(tokenizer, max_length, truncation), rows), rows, strict=True):
+    for one, row in zip(encode_with_pairs(Encoder(tokenizer, max_length, truncation), rows), rows, strict=True):
         ids, other, start = one.input_ids, one.rejected_ids, one.response_start
         assert ids[:start] == other[:start]
         assert (row.prompt + "\n").endswith(tokenizer.decode(ids[:start]))
@@ -305,7 +305,9 @@ def test_both_answers_follow_the_same_prompt(truncation, max_length):
         if max_length == 200:
             assert tokenizer.decode(other[start:]) == f"{row.rejected}{tokenizer.eos_token}"
             assert not one.truncated
-    same_start = encoded_rows(Encoder(tokenizer, 10, "right"), [Row(0, "0", "abcdef", "same A", "", rejected="same B")])
+    same_start = encode_with_pairs(
+        Encoder(tokenizer, 10, "right"), [Row(0, "0", "abcdef", "same A", "", rejected="same B")]
+    )
     assert "the same tokens up to `data.max_length`" in str(same_start[0])
 
 

@@ -27,11 +27,11 @@ from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.policy.load import PolicySettings, load_policy
 from lit_bilevel.scores import density, parts
 from lit_bilevel.scores.columns import COLUMNS, DIRECTION, FEATURES
-from lit_bilevel.scores.measure import compressed
+from lit_bilevel.scores.measure import compress
 from lit_bilevel.scores.opening import opening_of
 from lit_bilevel.scores.parts import PartFiles, plan
 from lit_bilevel.scores.sweep import score_rows
-from lit_bilevel.scores.table import Scores, columns_of, fixed_weights, read_scores, write_scores
+from lit_bilevel.scores.table import Scores, columns_of, read_scores, weights_from_score, write_scores
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] }}"
@@ -162,7 +162,7 @@ def test_plain_text_has_no_prompt_to_take_away(model, tmp_path):
     assert found["density_ratio"].mean() == pytest.approx(1)
     assert np.isfinite(found["loss"]).all()
     with pytest.raises(ValueError, match="20 of 20 rows have no `ifd`, because they have no prompt"):
-        Scores([], found).directed("ifd")
+        Scores([], found).orient("ifd")
 
 
 def test_the_opening_of_templates():
@@ -224,11 +224,11 @@ def test_equal_rows_have_nearly_equal_weights():
 def test_no_row_is_scored_by_a_fit_that_saw_its_label():
     pool, trusted, _ = shifted(150, 50)
     features, label = np.concatenate([pool, trusted]), np.arange(200) >= 150
-    before = density.cross_fitted_log_odds(features, label)
+    before = density.cross_fit_log_odds(features, label)
     for row in (3, 170):
         flipped = label.copy()
         flipped[row] = not flipped[row]
-        after = density.cross_fitted_log_odds(features, flipped)
+        after = density.cross_fit_log_odds(features, flipped)
         assert after[row] == before[row]
         assert (after != before).any()
 
@@ -296,9 +296,9 @@ def test_the_file_of_scores_comes_back(tmp_path):
     write_scores(tmp_path / "s.parquet", ["a", "b"], columns, {"policy": "x"})
     found = read_scores(tmp_path / "s.parquet")
     assert found.ids == ["a", "b"]
-    assert found.directed("ifd").tolist() == [-0.5, -2]
+    assert found.orient("ifd").tolist() == [-0.5, -2]
     with pytest.raises(ValueError, match="no score 'pmi'; there are: loss, ifd"):
-        found.directed("pmi")
+        found.orient("pmi")
     with pytest.raises(ValueError, match="does not exist"):
         read_scores(tmp_path / "none.parquet")
     assert set(DIRECTION) == {*COLUMNS, "weight"}
@@ -306,17 +306,17 @@ def test_the_file_of_scores_comes_back(tmp_path):
 
 def test_weights_from_scores_have_mean_1_and_keep_the_order():
     score = np.random.default_rng(0).normal(3, 2, 200)
-    weights = fixed_weights("ifd", score)
+    weights = weights_from_score("ifd", score)
     assert weights.mean() == pytest.approx(1)
     assert (weights.argsort() == score.argsort()).all()
     z = (score - score.mean()) / score.std()
     np.testing.assert_allclose(weights / weights[0], (1 + np.exp(-z[0])) / (1 + np.exp(-z)))
     ratio = np.abs(score)
-    np.testing.assert_allclose(fixed_weights("density_ratio", ratio), ratio / ratio.mean())
+    np.testing.assert_allclose(weights_from_score("density_ratio", ratio), ratio / ratio.mean())
 
 
 def test_compressed_tells_repetition():
-    assert compressed("na " * 40) < 0.2 < compressed("Paris is the capital of France.") < 1.5
+    assert compress("na " * 40) < 0.2 < compress("Paris is the capital of France.") < 1.5
 
 
 # ---- the command ----

@@ -25,14 +25,14 @@ from lit_bilevel.callbacks.run import is_rehearsal, run_checkpoint, run_folder
 from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replace_text, replacing
-from lit_bilevel.generation.ending import exported_settings
+from lit_bilevel.generation.ending import settings_to_export
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.adapter import BASE
 from lit_bilevel.policy.load import load_model
 from lit_bilevel.policy.origin import adapter_of
 from lit_bilevel.policy.shard import whole_state
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 
 
 class Export(Callback):
@@ -61,7 +61,7 @@ class Export(Callback):
         if stage != "fit":
             return
         self._resumed = False
-        own, given = run_folder(trainer).resolve() / "policy", Path(located(pl_module.policy_settings.path)).resolve()
+        own, given = run_folder(trainer).resolve() / "policy", Path(locate(pl_module.policy_settings.path)).resolve()
         if self.policy and (given == own or own in given.parents):
             raise UserError(
                 f"`model.policy.path` is {pl_module.policy_settings.path}, which this run would replace by its own"
@@ -104,7 +104,7 @@ class Export(Callback):
         if self.policy:
             assert pl_module.policy is not None
             if best is not None:
-                state = with_untrained(pl_module.policy.model, saved_state(best))
+                state = add_untrained(pl_module.policy.model, read_saved_state(best))
             self._write_policy(pl_module, folder / "policy", state)
 
     @rank_zero_only
@@ -154,7 +154,7 @@ class Export(Callback):
         _remove(partial)
         assert pl_module.policy is not None
         pl_module.policy.model.save_pretrained(partial, state_dict=state)
-        settings = exported_settings(pl_module.policy, pl_module.tokenizer, pl_module.max_new_tokens)
+        settings = settings_to_export(pl_module.policy, pl_module.tokenizer, pl_module.max_new_tokens)
         settings.save_pretrained(partial)
         pl_module.tokenizer.save_pretrained(partial)
         if pl_module.policy.merged and pl_module.policy_settings.lora is not None:
@@ -177,7 +177,7 @@ def _add_base(module: LitBilevel, partial: Path, place: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
-def saved_state(checkpoint: Path) -> dict[str, Any]:
+def read_saved_state(checkpoint: Path) -> dict[str, Any]:
     """The policy's entries in a checkpoint: a file, DeepSpeed's folder, or one with a part from every process."""
     whole = checkpoint / "checkpoint" / "mp_rank_00_model_states.pt"  # DeepSpeed's, up to stage 2
     if whole.is_file():
@@ -190,7 +190,7 @@ def saved_state(checkpoint: Path) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
 
 
-def with_untrained(model: Any, saved: dict[str, Any]) -> dict[str, Any]:
+def add_untrained(model: Any, saved: dict[str, Any]) -> dict[str, Any]:
     """A model's state with the entries of a checkpoint, which holds what was trained; the rest is as it was loaded."""
     # parameters that are spread over processes are trained, or belong to the base of an adapter, which is not written
     rest = {name: value for name, value in model.state_dict().items() if not isinstance(value, DTensor)}

@@ -121,7 +121,7 @@ class WeightInspector(Callback):
         """Look once more: the export may have scored the rows under the final policy."""
         assert isinstance(pl_module, LitBilevel)
         table = pl_module.weights.table().detach().cpu().double()
-        self._scored(table)
+        self._score(table)
         if pl_module.weights.needs_scoring and not is_rehearsal(trainer):
             records = self._ends(table, pl_module.weights.visits.cpu())
             Inspection(run_folder(trainer) / "inspection").write("rows.jsonl", records)
@@ -164,9 +164,9 @@ class WeightInspector(Callback):
         if self._before is not None and len(self._before) == len(table):
             rho = correlation(ranks(table), ranks(self._before))
             scalars |= {} if rho is None else {"weights/rank_correlation": rho}
-        return scalars | self._scored(table)
+        return scalars | self._score(table)
 
-    def _scored(self, table: Tensor) -> dict[str, float]:
+    def _score(self, table: Tensor) -> dict[str, float]:
         """AUROC, of which that of all rows is kept for the tab HParams."""
         scores = flat(aurocs(table, self._kinds)) if self._kinds else {}
         self._auroc = {name: value for name, value in scores.items() if name == "auroc/all"}

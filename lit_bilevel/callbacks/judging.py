@@ -17,7 +17,7 @@ from lit_bilevel.types import Response
 Answers = dict[int, list[Response]]
 
 
-def agreed(
+def compare_answers(
     sets: Mapping[str, Any], tokenizer: Any, generated: Mapping[str, Answers], trust: Trust, keep_unfinished: bool
 ) -> tuple[Answers, list[Answered], list[Answered]]:
     """The answers of the pool's rows with their agreement, and the texts of both sides as `Trust.judge` takes them.
@@ -43,7 +43,7 @@ def agreed(
     return answers, sides["pool"], sides["monitor"]
 
 
-def trusted(answers: Answers, verdict: Verdict | None, keep_unfinished: bool) -> Answers:
+def keep_trusted(answers: Answers, verdict: Verdict | None, keep_unfinished: bool) -> Answers:
     """The answers that are trained on; all usable ones where nothing was judged."""
     least = 0.0 if verdict is None or verdict.least is None else verdict.least
     return {

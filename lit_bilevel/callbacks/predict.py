@@ -23,10 +23,10 @@ class Predictions(Callback):
     """Writes what `predict` returns, in the order of the test file."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[int, dict[str, str]]] = []
+        self._answers: list[tuple[int, dict[str, str]]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._found = []
+        self._answers = []
         assert isinstance(pl_module, LitBilevel)
         assert pl_module.policy is not None
         context, most = context_of(pl_module.policy.causal_lm.config), pl_module.max_new_tokens
@@ -47,15 +47,15 @@ class Predictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._found += [(question.row, answer) for question, answer in zip(batch, outputs, strict=True)]
+        self._answers += [(question.row, answer) for question, answer in zip(batch, outputs, strict=True)]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_rehearsal(trainer):
             return
-        parts: list[Any] = [self._found]
+        parts: list[Any] = [self._answers]
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size
-            torch.distributed.all_gather_object(parts, self._found)
+            torch.distributed.all_gather_object(parts, self._answers)
         if trainer.is_global_zero:
             answers = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
             path = run_folder(trainer) / "predictions.jsonl"

@@ -15,12 +15,12 @@ from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.data.fingerprint import rows_digest
 from lit_bilevel.files import replace_text
 from lit_bilevel.policy.origin import tokenizer_path
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 
 
-def built(config: str, flags: Sequence[str]) -> Any:
+def build(config: str, flags: Sequence[str]) -> Any:
     """A `BilevelCLI` with its module and its data, set up and not run."""
-    cli: Any = BilevelCLI([f"--config={located(config)}", *flags], run=False)
+    cli: Any = BilevelCLI([f"--config={locate(config)}", *flags], run=False)
     if cli.datamodule.tokenizer is None:
         cli.datamodule.tokenizer = tokenizer_path(cli.model.policy_settings)
     cli.datamodule.setup()
@@ -45,7 +45,7 @@ def fit(folder: Path, config: str, flags: Sequence[str]) -> BilevelCLI:
     """Fit, from the folder's last checkpoint where there is one; the module then holds the monitor-best policy."""
     further = ["--ckpt_path=last"] if (folder / "checkpoints" / "last.ckpt").exists() else []
     place = f"--trainer.default_root_dir={folder}"  # after the flags, which may name the folder of another fit
-    return BilevelCLI(["fit", f"--config={located(config)}", *flags, place, *further])
+    return BilevelCLI(["fit", f"--config={locate(config)}", *flags, place, *further])
 
 
 def data_flag(name: str, files: Any) -> str:

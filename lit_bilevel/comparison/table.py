@@ -43,7 +43,7 @@ def markdown(rows: Sequence[Result], losses: Losses, monitor: Losses, command: s
     if "mixing" in methods:
         extra = [("Δ mixing (p)", lambda method: difference(method, losses))]
         if "oracle" in methods:
-            extra.append(("gap closed", lambda method: gap_closed(method, losses)))
+            extra.append(("gap closed", lambda method: share_of_gap(method, losses)))
         shown[1:1] = extra
         shown.append(("time / mixing", lambda method: slower(methods[method], methods["mixing"])))
     if len({row["steps"] for row in rows}) > 1:
@@ -79,7 +79,7 @@ def notes(rows: Sequence[Result], losses: Losses, monitor: Losses, command: str)
     return [*by_choice, *([text] if text else []), *lines]
 
 
-def averaged(methods: Sequence[str], losses: Losses) -> list[np.ndarray]:
+def average(methods: Sequence[str], losses: Losses) -> list[np.ndarray]:
     """[n] losses of each method, averaged over the seeds that all of them have; nothing where there is none."""
     seeds = sorted(set.intersection(*(set(losses[method]) for method in methods)))
     return [np.mean([losses[method][seed] for seed in seeds], axis=0) for method in methods] if seeds else []
@@ -87,7 +87,7 @@ def averaged(methods: Sequence[str], losses: Losses) -> list[np.ndarray]:
 
 def difference(method: str, losses: Losses) -> str:
     """Paired difference to mixing, with its p."""
-    pair = averaged([method, "mixing"], losses)
+    pair = average([method, "mixing"], losses)
     if method == "mixing" or not pair:
         return "0" if pair else "–"
     difference_n = pair[0] - pair[1]
@@ -95,9 +95,9 @@ def difference(method: str, losses: Losses) -> str:
     return f"{difference_n.mean():+.4f} ({'<0.001' if p < 0.001 else f'{p:.3f}'})"
 
 
-def gap_closed(method: str, losses: Losses) -> str:
+def share_of_gap(method: str, losses: Losses) -> str:
     """Share of the gap between mixing and the oracle; a dash where there is none."""
-    means = [loss_n.mean() for loss_n in averaged([method, "mixing", "oracle"], losses)]
+    means = [loss_n.mean() for loss_n in average([method, "mixing", "oracle"], losses)]
     if not means or means[1] <= means[2]:
         return "–"
     return f"{(means[1] - means[0]) / (means[1] - means[2]):.2f}"

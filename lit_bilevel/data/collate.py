@@ -54,7 +54,7 @@ def collate(
         scale_K=torch.from_numpy(np.repeat([sequence.scale for sequence in sequences], lengths)),
         parts=tuple(_parts(sequences, call_cost)),
         window_rows=window_rows,
-        generated=_generated(examples, sequences),
+        generated=_collate_generated(examples, sequences),
         packing=None if pack_width is None else pack(every_ids, predicted, pack_width),
         sign_K=_signs(examples, sequences),
     )
@@ -125,7 +125,7 @@ def _signs(examples: Sequence[Example], sequences: list[_Sequence]) -> torch.Ten
     return torch.from_numpy(np.repeat(np.array([sequence.sign for sequence in sequences], dtype=np.int64), lengths))
 
 
-def _generated(examples: Sequence[Example], sequences: list[_Sequence]) -> Generated | None:
+def _collate_generated(examples: Sequence[Example], sequences: list[_Sequence]) -> Generated | None:
     groups = [example.group for example in examples if example.group is not None]
     if not groups:
         return None

@@ -43,7 +43,7 @@ def records(source: str) -> Records:
     """
     path = Path(source)
     if not is_file(source):
-        return _numbered(dataset(source).with_format("arrow").iter(batch_size=1024))
+        return _number(dataset(source).with_format("arrow").iter(batch_size=1024))
     readers = {".json": _json_records, ".jsonl": _jsonl_records, ".csv": _csv_records, ".parquet": _parquet_records}
     suffix = path.suffix.lower()
     if suffix != ".parquet":
@@ -95,7 +95,7 @@ def _is_repository(folder: Path) -> bool:
     return text.startswith("---") and "\nconfigs:" in text.partition("\n---")[0]
 
 
-def stored(source: str) -> list[Path]:
+def list_files(source: str) -> list[Path]:
     """The files on disk that hold a source's records.
 
     Raises:
@@ -166,10 +166,10 @@ def _jsonl_records(path: Path) -> Records:
             if line is None:
                 yield f"line {number}", ValueError(f"longer than {MAX_LINE} bytes")
             elif line.strip():
-                yield f"line {number}", _parsed(line)
+                yield f"line {number}", _parse(line)
 
 
-def _parsed(line: bytes) -> Any:
+def _parse(line: bytes) -> Any:
     try:
         record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
@@ -242,7 +242,7 @@ def _parquet_records(path: Path) -> Records:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _numbered(file.iter_batches(batch_size=1024))
+            yield from _number(file.iter_batches(batch_size=1024))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}).") from error
 
@@ -276,7 +276,7 @@ def dataset(source: str) -> Any:
         ) from error
 
 
-def _numbered(batches: Any) -> Records:
+def _number(batches: Any) -> Records:
     number = 0
     for batch in batches:
         for record in _pylist(batch):

@@ -34,10 +34,10 @@ from tqdm import tqdm
 
 from lit_bilevel.data.announce import notices, tell
 from lit_bilevel.data.encode import Encoder
-from lit_bilevel.data.files import stored
+from lit_bilevel.data.files import list_files
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.table import column, encode_rows, write_rows
-from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.errors import UserError, gather
 from lit_bilevel.files import sync
 from lit_bilevel.types import Row
 from lit_bilevel.version import __version__
@@ -132,7 +132,7 @@ class Preparation:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for path in source.paths:
             try:
-                for file in stored(path):
+                for file in list_files(path):
                     _add_file(digest, file)
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error}).") from error
@@ -147,9 +147,9 @@ class Preparation:
     def _refuse(self, name: str, source: Source, problems: list[str], lost: list[str]) -> None:
         if self.on_bad_row == "error" and problems:
             remedy = "mend it, or leave it out with `data.on_bad_row: skip`"
-            raise gathered(f"bad data in {source.name} ({remedy})", problems)
+            raise gather(f"bad data in {source.name} ({remedy})", problems)
         if self.on_bad_row == "error" and lost:
-            raise gathered(f"the {name} set has rows that cannot be used (or set `data.on_bad_row: skip`)", lost)
+            raise gather(f"the {name} set has rows that cannot be used (or set `data.on_bad_row: skip`)", lost)
 
     def _make(self, name: str, source: Source, place: Path) -> None:
         partial = place.with_name(f"{place.name}.partial")

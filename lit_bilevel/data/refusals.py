@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_bilevel.errors import gathered
+from lit_bilevel.errors import gather
 
 
 def check_settings(data: Any) -> None:
@@ -32,4 +32,4 @@ def check_settings(data: Any) -> None:
     if not 0 < data.monitor_fraction < 1:
         problems.append(f"`data.monitor_fraction` is {data.monitor_fraction}; it must lie between 0 and 1")
     if problems:
-        raise gathered("bad settings", problems)
+        raise gather("bad settings", problems)

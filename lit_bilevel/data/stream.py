@@ -107,7 +107,7 @@ class _Steps(Dataset):
         return self.make(*address)
 
 
-def unchanged(item: Any) -> Any:
+def pass_on(item: Any) -> Any:
     """What it is given: loaders here collate nothing."""
     return item
 
@@ -153,7 +153,7 @@ class PairedStream:
         loader = DataLoader(
             _Steps(self.make),
             batch_size=None,
-            collate_fn=unchanged,
+            collate_fn=pass_on,
             sampler=[(epoch, step, epoch * steps + step) for step in range(start, steps)],
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(0),  # its own, or drawing a seed would shift dropout

@@ -29,7 +29,7 @@ def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys([tokenizer.eos_token_id, *(token for token in others if token >= 0)]))  # -1 is none
 
 
-def exported_settings(policy: Policy, tokenizer: Any, max_new_tokens: int) -> Any:
+def settings_to_export(policy: Policy, tokenizer: Any, max_new_tokens: int) -> Any:
     """The `GenerationConfig` under which `generate` answers as `predict` does.
 
     Args:

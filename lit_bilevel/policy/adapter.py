@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -71,7 +71,7 @@ def find_adapter(path: str) -> Adapter | None:
             f"the adapter in {path} does not say which model it is for; write `base_model_name_or_path` into its"
             " adapter_config.json."
         )
-    if _has_adapter(located(base)):
+    if _has_adapter(locate(base)):
         raise UserError(
             f"the adapter in {path} is for {base!r}, which holds an adapter itself; merge that one into its base with"
             " peft's `merge_and_unload`, and name the result in adapter_config.json."

@@ -24,10 +24,10 @@ def response_logprobs(policy: Policy, batch: Batch) -> Tensor:
     """[J] log-probability of each generated token at the temperature it was sampled at, dropout off, in float32."""
     assert batch.generated is not None
     with policy.evaluating(), in_float32(policy):
-        return -policy(generated_only(batch), batch.generated.temperature)
+        return -policy(keep_generated(batch), batch.generated.temperature)
 
 
-def generated_only(batch: Batch) -> Batch:
+def keep_generated(batch: Batch) -> Batch:
     """The generated sequences alone, each an example of its own, tokens in the order of J."""
     generated = batch.generated
     assert generated is not None

@@ -100,7 +100,7 @@ class Policy(nn.Module):
         """[K, …] outputs at the positions before the predicted tokens."""
         if batch.packing is not None and not self.isolated:
             self._check_isolation()
-        return _selected(self.outputs, batch)
+        return _select(self.outputs, batch)
 
     def _output_layer(self) -> OutputLayer | None:
         """The output layer; `None` where it is not known and outputs are logits."""
@@ -111,10 +111,10 @@ class Policy(nn.Module):
 
     def losses(self, objective: Objective, batch: Batch) -> Tensor:
         """Loss of each example under an objective, [B], with a graph where gradients are recorded."""
-        batch = self.prepared(objective, batch)
+        batch = self.prepare(objective, batch)
         return objective.losses(self(batch), batch)
 
-    def prepared(self, objective: Objective, batch: Batch) -> Batch:
+    def prepare(self, objective: Objective, batch: Batch) -> Batch:
         """The batch with the reference's token losses, where the objective needs them and they are not there yet.
 
         They depend on no tuned value, so they hold for all passes of a step.
@@ -230,7 +230,7 @@ def _exchange(parameters: Sequence[Tensor], values: Values) -> None:
     torch.clear_autocast_cache()
 
 
-def _selected(call: Callable[..., Tensor], batch: Batch) -> Tensor:
+def _select(call: Callable[..., Tensor], batch: Batch) -> Tensor:
     """[K, …] outputs of `call` at the positions before the predicted tokens, part by part or packed."""
     if (packing := batch.packing) is not None:
         return call(packing.input_ids_PW, packing.place_PW).flatten(0, 1)[packing.position_K]

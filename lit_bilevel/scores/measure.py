@@ -64,7 +64,7 @@ class Measure:
         prompted = [place for place, example in enumerate(examples) if has_prompt(example)]
         scores: list[dict[str, float]] = [{} for _ in examples]
         with self.policy.evaluating():
-            for place, nll, entropy in self._passed(examples, counted):
+            for place, nll, entropy in self._pass(examples, counted):
                 ended = examples[place].input_ids[-1] == self.end_token
                 scores[place] = {
                     "loss": nll.mean(),
@@ -75,16 +75,16 @@ class Measure:
                     "largest_loss": nll.max(),
                 }
             alone = [without_prompt(examples[place], self.opening) for place in prompted]
-            for number, nll, _ in self._passed(alone, counted):
+            for number, nll, _ in self._pass(alone, counted):
                 ended = alone[number].input_ids[-1] == self.end_token
                 scores[prompted[number]]["loss_without_prompt"] = nll.mean()
                 scores[prompted[number]]["loss_before_end_without_prompt"] = _before_end(nll, ended)
         for own, example, response in zip(scores, examples, responses, strict=True):
             own |= {"length": example.response_length, "prompt_length": example.response_start}
-            own["compressed"] = compressed(response)
+            own["compressed"] = compress(response)
         return np.array([[own.get(name, math.nan) for name in FEATURES] for own in scores], dtype=np.float32)
 
-    def _passed(
+    def _pass(
         self, examples: Sequence[Example], counted: Callable[[int], object]
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Place of every example, and the NLL and the entropy of its predicted tokens, float64."""
@@ -102,7 +102,7 @@ class Measure:
             counted(sum(len(row.input_ids) for row in rows))
 
 
-def compressed(text: str) -> float:
+def compress(text: str) -> float:
     """Size of a text under zlib over its size; above 1 for short ones, small for text that repeats itself."""
     data = text.encode()
     return len(zlib.compress(data, 9)) / max(len(data), 1)

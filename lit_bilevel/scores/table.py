@@ -1,6 +1,6 @@
 """The file of scores: one row a pool row, `id` and the columns of `columns.py`.
 
-    weights = fixed_weights("ifd", read_scores("scores.parquet").columns["ifd"])
+    weights = weights_from_score("ifd", read_scores("scores.parquet").columns["ifd"])
 
 Left out: joining it to a pool; `select` and `compare` do that by id.
 """
@@ -35,7 +35,7 @@ class Scores:
     made_of: Mapping[str, Any] | None = None
     """What the numbers come from, where the file says so."""
 
-    def directed(self, name: str) -> np.ndarray:
+    def orient(self, name: str) -> np.ndarray:
         """[N] a column with its sign turned where low values speak for a row, float64; high is for keeping.
 
         Raises:
@@ -84,7 +84,7 @@ def columns_of(pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0
     return {name: columns[name] for name in dict.fromkeys((*COLUMNS, *FEATURES))}
 
 
-def fixed_weights(name: str, directed_N: np.ndarray) -> np.ndarray:
+def weights_from_score(name: str, directed_N: np.ndarray) -> np.ndarray:
     """[N] weights of mean 1 from a score: a density ratio is one already, others go through σ(z) with z their z-score.
 
     Args:
@@ -138,7 +138,7 @@ def read_scores(path: str | Path) -> Scores:
     return Scores(ids, {name: table[name].to_numpy() for name in numbers}, made_of)
 
 
-def made_in(path: str | Path) -> float:
+def seconds_taken(path: str | Path) -> float:
     """Seconds that a file of scores says it took; 0 where it does not."""
     import pyarrow.parquet
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.problem import BilevelProblem, RunningDirection, Values, added, norm, scaled
+from lit_bilevel.problem import BilevelProblem, RunningDirection, Values, add_values, norm, scale_values
 from lit_bilevel.solvers.base import BilevelSolver
 
 
@@ -85,10 +85,10 @@ class OneStep(BilevelSolver):
         values = problem.values()
         epsilon = self.epsilon or (1e-4 if values[0].dtype == torch.float64 else 1e-2)
         length = norm(direction)  # 0 gives scores that are exactly 0, which the weights do not count as a step
-        step = scaled(direction, epsilon / length.clamp_min(torch.finfo(torch.float32).tiny))
-        ahead_B = problem.lower_losses_at(added(values, step))
+        step = scale_values(direction, epsilon / length.clamp_min(torch.finfo(torch.float32).tiny))
+        ahead_B = problem.lower_losses_at(add_values(values, step))
         if self._derivative(problem) == "central":
-            behind_B = problem.lower_losses_at(added(values, step, -1.0))
+            behind_B = problem.lower_losses_at(add_values(values, step, -1.0))
             return (behind_B - ahead_B) * (length / (2 * epsilon))
         return (problem.lower_losses() - ahead_B) * (length / epsilon)
 

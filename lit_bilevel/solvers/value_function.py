@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.problem import BilevelProblem, Values, norm, scaled
+from lit_bilevel.problem import BilevelProblem, Values, norm, scale_values
 from lit_bilevel.solvers.base import BilevelSolver, penalty_strength
 
 
@@ -76,7 +76,7 @@ class ValueFunction(BilevelSolver):
         assert self._optimizer is not None
         loss_B, gradient = problem.lower_gradient_at(self._values)
         if torch.isfinite(norm(gradient)):  # one overflow would spoil φ for the rest of the run
-            for value, part in zip(self._values, scaled(gradient, 1 - problem.upper_weight), strict=True):
+            for value, part in zip(self._values, scale_values(gradient, 1 - problem.upper_weight), strict=True):
                 value.grad = part
             for group in self._optimizer.param_groups:
                 group["lr"] = problem.learning_rate if self.learning_rate is None else self.learning_rate

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lit_bilevel.data import rows
 from lit_bilevel.data.table import rows_of, write_rows
-from lit_bilevel.errors import gathered
+from lit_bilevel.errors import gather
 from lit_bilevel.types import Row
 
 
@@ -23,5 +23,5 @@ class Source(rows.Source):
         with tempfile.TemporaryDirectory() as folder:
             table, self.skipped = write_rows(self, Path(folder) / "rows.arrow")
             if self.skipped and self.on_bad_row == "error":
-                raise gathered("bad data", self.skipped)
+                raise gather("bad data", self.skipped)
             return rows_of(table[:])
