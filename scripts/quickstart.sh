@@ -2,7 +2,7 @@
 # Everything from nothing: install, learn weights and a policy on the embedded toy data, compare with the baselines.
 source "$(dirname "$0")/setup.sh" figures
 "$VENV/bin/python" scripts/compare.py --config configs/quickstart.yaml \
-    --methods mixing validation_only one_step curate oracle --seeds 0 --output runs/quickstart_comparison --fresh --exact_match
+    --methods mixing validation_only one_step curate oracle --seeds 0 --output runs/quickstart_comparison --fresh --exact_match --jobs 2
 cat <<TXT
 
 The learned weights are in runs/quickstart_comparison/curate/seed0/weights.parquet, one per training row.

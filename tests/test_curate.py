@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import random
+import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -399,6 +403,57 @@ def test_kills_at_every_border_change_no_bit(small, whole, tmp_path):
     assert last.wait() == [0], last.text()
     same(whole, tmp_path / "killed")
     assert log.read_text().count("parts are known from") >= 1
+
+
+REFINED = (
+    "--trainer.max_epochs=4",
+    "--trainer.callbacks+=SelfRefine",
+    "--trainer.callbacks.every_n_steps=6",
+    "--trainer.callbacks.start=32",
+    "--trainer.callbacks.sampling.max_new_tokens=8",
+)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_times_change_no_bit(small, tmp_path):
+    """With refinement on; at a tenth of the time that a run takes by itself, on average, after the last kill."""
+    flags = curate_flags(small, tmp_path / "whole", *REFINED)
+    began = time.monotonic()
+    undisturbed = Run(flags, tmp_path / "log of the whole")
+    assert undisturbed.wait() == [0], undisturbed.text()
+    seconds = time.monotonic() - began
+    flags, log, draw = curate_flags(small, tmp_path / "killed", *REFINED), tmp_path / "log", random.Random(0)
+    kills = 0
+    while kills < 10:
+        attempt = Run(flags, log)
+        end = time.monotonic() + draw.uniform(0.1, 0.4) * seconds
+        while attempt.alive() and time.monotonic() < end:
+            time.sleep(0.01)
+        if not attempt.alive():
+            break
+        attempt.kill()
+        attempt.wait()
+        kills += 1
+    last = Run(flags, log)
+    assert last.wait() == [0], last.text()
+    assert kills >= 5, f"only {kills} kills came in time"
+    same(tmp_path / "whole", tmp_path / "killed")
+    assert (tmp_path / "killed" / "responses.jsonl").read_text().count("\n") > 0
+
+
+@pytest.mark.slow
+def test_two_processes_curate_as_one_does(small, tmp_path):
+    """The whole recipe with refinement; batches are halved, so that a step sees the same rows."""
+    two = ["--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=4"]
+    for folder, processes, more in (("one", 1, []), ("two", 2, two)):
+        done = Run(curate_flags(small, tmp_path / folder, *REFINED, *more), tmp_path / f"{folder}.log", processes)
+        assert done.wait() == [0] * processes, done.text()
+    one, other = (pq.read_table(tmp_path / folder / "weights.parquet") for folder in ("one", "two"))
+    assert one["id"] == other["id"]
+    assert one["visits"] == other["visits"]
+    assert np.allclose(one["weight"], other["weight"], rtol=1e-3)
+    losses = [json.loads((tmp_path / folder / "metrics.json").read_text())["test/loss"] for folder in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_the_recipe_says_what_it_does(whole):

@@ -4,8 +4,7 @@
 
 Runs what is missing, then writes the tables: a second call goes on where the first one stopped.
 
-A run that fails stops no others. Left out: running methods side by side; give each call a part of the seeds and an
-`--output` of its own.
+A run that fails stops no others. With `--jobs 2`, two runs at a time, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -19,9 +18,11 @@ from pathlib import Path
 
 from lit_bilevel.comparison import methods
 from lit_bilevel.comparison.answers import write_pairs
+from lit_bilevel.comparison.methods import runs_behind
 from lit_bilevel.comparison.output import say
 from lit_bilevel.comparison.results import Results
 from lit_bilevel.comparison.run import Runner
+from lit_bilevel.comparison.side_by_side import run_side_by_side
 from lit_bilevel.comparison.table import draw, markdown
 from lit_bilevel.comparison.variants import read_variants
 from lit_bilevel.errors import UserError
@@ -55,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--methods", nargs="+", required=True, metavar="METHOD", help="listed below")
     own.add_argument("--seeds", nargs="+", type=int, default=[0])
     own.add_argument("--output", required=True, help="folder of the results and of the runs")
+    own.add_argument("--jobs", type=int, default=1, metavar="J", help="runs at a time, each on its own threads or GPU")
     own.add_argument("--fresh", action="store_true", help="forget earlier results in the folder")
     own.add_argument("--subset", type=int, metavar="N", help="use N rows of the pool, stratified by source and kind")
     own.add_argument("--max_steps", type=int, metavar="M", help="policy steps of every run")
@@ -87,6 +89,8 @@ def _compare(options: argparse.Namespace, shared: list[str], given: list[str]) -
     settings = {name: getattr(options, name) for name in ("subset", "max_steps", "keep")}
     used = {f"variant {name}": repr(variants[name]) for name in variants}
     results = Results(output, {**settings, **used, "answers": answers, "config": config, "flags": shared})
+    if options.jobs < 1:
+        raise UserError(f"`--jobs` is {options.jobs}; it must be at least 1.")
     runner = Runner(
         options.config,
         shared,
@@ -132,10 +136,13 @@ def _fill(runner: Runner, options: argparse.Namespace, command: str) -> list[str
     """Run what is missing and write the tables after each run; returns the runs that failed, which stop no others."""
     results, failed, table = runner.results, [], ""
     names = list(dict.fromkeys([*options.methods, *(options.pairs or ())]))
+    broken = run_side_by_side(runner, names, options.seeds, options.jobs) if options.jobs > 1 else {}
     for number, (seed, name) in enumerate(((seed, name) for seed in options.seeds for name in names), start=1):
         known = results.find(name, seed) is not None
         say(f"[{number}/{len(names) * len(options.seeds)}] {name}, seed {seed}{': known' if known else ''}")
         try:
+            if why := [broken[run, seed] for run in runs_behind(name, runner.variants) if (run, seed) in broken]:
+                raise UserError("; ".join(why))
             runner.row(name, seed)
         except (Exception, SystemExit) as error:  # of any library: one method must not cost the night of the others
             if isinstance(error, SystemExit) and error.code != 2:  # 2: a refused setting; else a signal

@@ -234,3 +234,12 @@ def unknown(name: str) -> UserError:
     names += [*(f"{solver}[@WEIGHTS]" for solver in SOLVERS), "score:COLUMN", "weights:COLUMN", "two_stage:METHOD"]
     names += ["weighted:METHOD", "best:METHOD,METHOD", "seal", "METHOD+refine[:RULE]"]
     return UserError(f"unknown method {name!r}; there are: {', '.join(names)}.")
+
+
+def runs_behind(name: str, variants: Mapping[str, Variant] | None = None) -> dict[str, str]:
+    """The runs behind a row of the table, in their order, each with the one that it needs or an empty string."""
+    method = Method.parse(name, variants)
+    if method.best_of:
+        return {run: needs for other in method.best_of for run, needs in runs_behind(other, variants).items()}
+    earlier = runs_behind(method.needs, variants) if method.needs else {}
+    return {**earlier, name: method.needs}

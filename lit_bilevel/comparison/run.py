@@ -23,7 +23,7 @@ from lit_bilevel.comparison.answers import answer
 from lit_bilevel.comparison.filters import CleanRows
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
 from lit_bilevel.comparison.fitting import build, data_digests, data_flag, fit, prepare
-from lit_bilevel.comparison.methods import Method
+from lit_bilevel.comparison.methods import Method, runs_behind
 from lit_bilevel.comparison.names import OF_RESPONSES
 from lit_bilevel.comparison.output import quiet
 from lit_bilevel.comparison.recipe import read_parts
@@ -97,10 +97,14 @@ class Runner:
         """The result of a method, from the files or by running it and what it needs."""
         result = self.results.find(name, seed)
         if result is None:
-            method = Method.parse(name, self.variants)
-            result = self._best(name, method, seed) if method.best_of else self._run(name, method, seed)
+            result = self.make_row(name, seed)
             self.results.add(result)
         return result
+
+    def make_row(self, name: str, seed: int) -> Result:
+        """Run a method; what it needs is added to the results, the row itself is not."""
+        method = Method.parse(name, self.variants)
+        return self._best(name, method, seed) if method.best_of else self._run(name, method, seed)
 
     def _best(self, name: str, method: Method, seed: int) -> Result:
         rows = [self.row(other, seed) for other in method.best_of]
@@ -111,16 +115,9 @@ class Runner:
                 " `trainer.val_check_interval`, or give `--max_steps`."
             )
         best = min(rows, key=lambda row: row["monitor_loss"])
-        seconds = sum(self._own_seconds(run, seed) for run in sorted(self._runs(name)))
+        seconds = sum(self._own_seconds(run, seed) for run in sorted(runs_behind(name, self.variants)))
         chosen = best.get("chosen", best["method"])
         return {**best, "method": name, "chosen": chosen, "seconds": seconds}
-
-    def _runs(self, name: str) -> set[str]:
-        """The runs behind a row of the table, those that others need among them."""
-        method = Method.parse(name, self.variants)
-        if method.best_of:
-            return set().union(*(self._runs(other) for other in method.best_of))
-        return {name, method.needs} - {""}
 
     def _own_seconds(self, name: str, seed: int) -> float:
         """Time of a run without the one that it needs."""
@@ -132,7 +129,7 @@ class Runner:
         earlier = self.results.run_folder(method.needs, seed) if method.needs else None
         self.say(f"{name}, seed {seed} …")
         folder = self.results.run_folder(name, seed)
-        parts = self._parts(method.variant, folder.parent / "rows") if method.variant else []
+        parts = self._parts(method.variant, folder.parent / "rows" / f"seed{seed}") if method.variant else []
         phases, callbacks = read_parts(self.settings)
         flags = method.phases(phases, self.steps)
         flags += [*method.flags, *parts, f"--seed_everything={seed}"]
@@ -158,7 +155,7 @@ class Runner:
         row["seconds"] += before
         if not self.keep_checkpoints:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        self.say(f"    test loss {row['test_loss']:.4f}, {row['seconds']:.0f} s")
+        self.say(f"{name}, seed {seed}: test loss {row['test_loss']:.4f}, {row['seconds']:.0f} s")
         del cli
         gc.collect()
         return row
