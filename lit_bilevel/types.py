@@ -194,12 +194,12 @@ class Packing:
 
     Args:
         input_ids_PW: [P, W] token ids.
-        place_PW: [P, W] position of each token in its own sequence; 0 for padding at the ends of rows.
+        offset_PW: [P, W] position of each token in its own sequence; 0 for padding at the ends of rows.
         position_K: [K] flat index into P·W of the token before each predicted one.
     """
 
     input_ids_PW: Tensor
-    place_PW: Tensor
+    offset_PW: Tensor
     position_K: Tensor
 
 

@@ -163,7 +163,7 @@ class Export(Callback):
         os.replace(partial, path)
 
 
-def _add_base(module: LitBilevel, partial: Path, place: Path) -> None:
+def _add_base(module: LitBilevel, partial: Path, target: Path) -> None:
     """Put the base of an adapter beside it, where it was made by merging another adapter and is nowhere else.
 
     It is loaded and merged once more, for the parameters of the policy may be spread over processes.
@@ -173,7 +173,7 @@ def _add_base(module: LitBilevel, partial: Path, place: Path) -> None:
     base = load_model(settings, adapter_of(settings), module.policy.causal_lm.dtype)
     base.save_pretrained(partial / BASE)
     path = partial / "adapter_config.json"
-    config = json.loads(path.read_text()) | {"base_model_name_or_path": str((place / BASE).resolve())}
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": str((target / BASE).resolve())}
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 

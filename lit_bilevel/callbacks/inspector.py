@@ -176,9 +176,9 @@ class WeightInspector(Callback):
         """Records of the rows at both ends; equal weights in the order of the pool."""
         count = min(self.rows, len(table))
         order = table.argsort(stable=True)
-        place = ranks(table)
+        rank_N = ranks(table)
         before = self._before if self._before is not None else torch.ones(len(table))
-        moved = place - ranks(before) if self._before is not None else torch.zeros(len(table))
+        moved = rank_N - ranks(before) if self._before is not None else torch.zeros(len(table))
         records = []
         for end, rows in (("lowest", order[:count]), ("highest", order.flip(0)[:count])):
             for row in rows.tolist():

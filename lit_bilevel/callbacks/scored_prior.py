@@ -161,8 +161,8 @@ def _is_known(path: Path, made_of: dict[str, Any]) -> bool:
 
 def _join(scores: Scores, ids: list[str], path: str) -> dict[str, np.ndarray]:
     """The columns in the order of the pool."""
-    place = {key: number for number, key in enumerate(scores.ids)}
-    if missing := sum(key not in place for key in ids):
+    position = {key: number for number, key in enumerate(scores.ids)}
+    if missing := sum(key not in position for key in ids):
         raise UserError(f"{path} has no scores for {missing:,} of {len(ids):,} pool rows; score this pool.")
-    order = np.array([place[key] for key in ids])
+    order = np.array([position[key] for key in ids])
     return {name: values[order] for name, values in scores.columns.items()}

@@ -44,8 +44,8 @@ def prepare(folder: Path, flags: Sequence[str]) -> None:
 def fit(folder: Path, config: str, flags: Sequence[str]) -> BilevelCLI:
     """Fit, from the folder's last checkpoint where there is one; the module then holds the monitor-best policy."""
     further = ["--ckpt_path=last"] if (folder / "checkpoints" / "last.ckpt").exists() else []
-    place = f"--trainer.default_root_dir={folder}"  # after the flags, which may name the folder of another fit
-    return BilevelCLI(["fit", f"--config={locate(config)}", *flags, place, *further])
+    own_folder = f"--trainer.default_root_dir={folder}"  # after the flags, which may name the folder of another fit
+    return BilevelCLI(["fit", f"--config={locate(config)}", *flags, own_folder, *further])
 
 
 def data_flag(name: str, files: Any) -> str:

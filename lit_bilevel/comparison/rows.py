@@ -38,8 +38,8 @@ def copy_records(path: str | Sequence[str], columns: Mapping[str, str], chosen: 
     paths = [file for one in given for file in members(locate(one))]
     written, position = [], 0
     for number, original in enumerate(paths):
-        place = folder / str(number) if len(paths) > 1 else folder
-        target = place / f"{Path(original).stem}.jsonl"
+        own_folder = folder / str(number) if len(paths) > 1 else folder
+        target = own_folder / f"{Path(original).stem}.jsonl"
         lines = 0
         with replacing(target) as partial, partial.open("w", encoding="utf-8") as file:
             for _, record in records(original):

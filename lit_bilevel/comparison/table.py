@@ -147,11 +147,11 @@ def draw(rows: Sequence[Result], path: Path) -> bool:
     order = sorted(intervals, key=lambda name: -intervals[name][0])
     figure = Figure(figsize=(7, 1 + 0.3 * len(order)), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for place, name in enumerate(order):
+    for height, name in enumerate(order):
         mean, half = intervals[name]
-        axes.errorbar(mean, place, xerr=None if math.isnan(half) else half, fmt="o", color="tab:blue", capsize=3)
+        axes.errorbar(mean, height, xerr=None if math.isnan(half) else half, fmt="o", color="tab:blue", capsize=3)
         seen = values(methods[name], "test_loss")
-        axes.plot(seen, [place] * len(seen), ".", color="0.6", zorder=0)
+        axes.plot(seen, [height] * len(seen), ".", color="0.6", zorder=0)
     for name in {"mixing", "oracle"} & intervals.keys():
         axes.axvline(intervals[name][0], color="0.8", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(order)), order)

@@ -245,11 +245,11 @@ def lines(curves: dict[str, Curve], below: str = "step", up: tuple[float, float]
     drawn = ""
     for i, curve in enumerate(points.values()):
         colour = COLOURS[i % len(COLOURS)]
-        places = [(_x(step, last), _y(value, low, high)) for step, value in curve]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        pixels = [(_x(step, last), _y(value, low, high)) for step, value in curve]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
         drawn += f"<polyline points='{path}' fill=none stroke='{colour}' stroke-width=1.6 />"
         drawn += "".join(
-            f"<circle cx={x:.1f} cy={y:.1f} r=2.5 fill='{colour}'/>" for x, y in places[: 1 if len(places) == 1 else 0]
+            f"<circle cx={x:.1f} cy={y:.1f} r=2.5 fill='{colour}'/>" for x, y in pixels[: 1 if len(pixels) == 1 else 0]
         )
     legend = " ".join(
         f"<span><b style='background:{COLOURS[i % len(COLOURS)]}'></b>{escape(name)}</span>"

@@ -124,17 +124,17 @@ class Policy(nn.Module):
         with self.evaluating(), self.without_adapter():
             return replace(batch, reference_K=self(batch))
 
-    def outputs(self, ids_ST: Tensor, place_ST: Tensor | None = None) -> Tensor:
+    def outputs(self, ids_ST: Tensor, offset_ST: Tensor | None = None) -> Tensor:
         """Last hidden states, [S, T, D]; where the output layer is not known, logits, [S, T, V].
 
         Args:
             ids_ST: token ids.
-            place_ST: position of each token in its sequence, where a row holds several.
+            offset_ST: position of each token in its sequence, where a row holds several.
         """
-        placed = {} if place_ST is None else {"position_ids": place_ST}
+        positions = {} if offset_ST is None else {"position_ids": offset_ST}
         if self.head_shape is None:
-            return self.causal_lm(input_ids=ids_ST, use_cache=False, **placed).logits
-        return self.causal_lm.get_decoder()(input_ids=ids_ST, use_cache=False, **placed).last_hidden_state
+            return self.causal_lm(input_ids=ids_ST, use_cache=False, **positions).logits
+        return self.causal_lm.get_decoder()(input_ids=ids_ST, use_cache=False, **positions).last_hidden_state
 
     @property
     def takes_any_length(self) -> bool:
@@ -233,7 +233,7 @@ def _exchange(parameters: Sequence[Tensor], values: Values) -> None:
 def _select(call: Callable[..., Tensor], batch: Batch) -> Tensor:
     """[K, …] outputs of `call` at the positions before the predicted tokens, part by part or packed."""
     if (packing := batch.packing) is not None:
-        return call(packing.input_ids_PW, packing.place_PW).flatten(0, 1)[packing.position_K]
+        return call(packing.input_ids_PW, packing.offset_PW).flatten(0, 1)[packing.position_K]
     width, first, outputs = batch.input_ids_ST.shape[1], 0, []
     for part in batch.parts:
         position_K = batch.position_K[first : first + part.predicted]

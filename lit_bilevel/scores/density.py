@@ -82,9 +82,9 @@ def cross_fit_log_odds(features_nF: np.ndarray, trusted_n: np.ndarray, seed: int
 
 def _folds(rows: int, count: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Positions to fit on and positions held out, whatever the labels."""
-    place = np.random.default_rng(seed).permutation(rows) % count
+    fold_n = np.random.default_rng(seed).permutation(rows) % count
     for fold in range(count):
-        yield (place != fold).nonzero()[0], (place == fold).nonzero()[0]
+        yield (fold_n != fold).nonzero()[0], (fold_n == fold).nonzero()[0]
 
 
 def _draw(rows: np.ndarray, trusted_n: np.ndarray, seed: int) -> np.ndarray:

@@ -70,7 +70,7 @@ def columns_of(pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0
     Raises:
         UserError: if a loss is not finite.
     """
-    columns = {name: pool_NF[:, place] for place, name in enumerate(FEATURES)}
+    columns = {name: pool_NF[:, column] for column, name in enumerate(FEATURES)}
     if wrong := int((~np.isfinite(columns["loss"])).sum()):
         raise UserError(f"the loss of {wrong:,} rows is not finite; check the policy, and `trainer.precision`.")
     columns["pmi"] = columns["loss_without_prompt"] - columns["loss"]
