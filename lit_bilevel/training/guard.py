@@ -92,6 +92,7 @@ class Guard:
         """Read from the device, all together, what a policy step is judged by."""
         unknown = norm.new_full((), math.nan)
         worst = [unknown, unknown] if tally is None else [tally.max_ratio, tally.max_row]
+        # stacked, as each read by itself would wait for the device
         numbers = [norm, unknown if effective_size is None else effective_size, *worst]
         return Vitals(*torch.stack([number.double() for number in numbers]).tolist())
 
