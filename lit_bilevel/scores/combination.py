@@ -22,7 +22,7 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.scores.columns import DIRECTION
 
 
-def combined(columns: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+def combine(columns: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
     """[N] the sum of standardised columns, high for rows to be kept, mean 0 and standard deviation 1; float64.
 
     Args:
@@ -57,7 +57,7 @@ def prior_weights(combined_N: np.ndarray, sharpness: float) -> np.ndarray:
     """[N] weights of mean 1, σ(sharpness · z).
 
     Args:
-        combined_N: z, of `combined`.
+        combined_N: z, of `combine`.
         sharpness: at least 0; 0 gives equal weights, 2 weighs rows one standard deviation from the mean 7 to 1.
     """
     weight_N = 1 / (1 + np.exp(-sharpness * combined_N))
