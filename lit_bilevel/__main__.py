@@ -1,4 +1,4 @@
-"""The console entry: quick answers first, heavy imports only for real work.
+"""The console entry: answers `--help` and `--version` at once, and imports the heavy libraries only for real work.
 
 One table has every command: usage, dispatch, shell completion and the answer to a mistyped command are made from it.
 """

@@ -1,4 +1,4 @@
-"""LightningCLI with this project's module, data and callbacks.
+"""The command line: LightningCLI with this project's module, data and callbacks.
 
 `fit` ends by testing the monitor-best checkpoint. Mistakes of the user end in one message and status 2, without a
 traceback; SIGTERM and Ctrl-C in a checkpoint and status 143 or 130; the end of another process of the run in a message
@@ -15,11 +15,11 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -50,6 +50,7 @@ from lit_bilevel.parser import NOTE, Parser
 from lit_bilevel.resources import locate_configs
 from lit_bilevel.training.folder import try_folder, write_error
 from lit_bilevel.training.refusals import check_flags, check_precision
+from lit_bilevel.training.trainer import find_callbacks
 
 # lines of libraries that say nothing to a user of this program; each is matched as a beginning
 UNTOLD = (
@@ -103,6 +104,10 @@ class FitConfig(SaveConfigCallback):
 class BilevelCLI(LightningCLI):
     """The commands `fit`, `validate`, `test` and `predict`."""
 
+    model: LitBilevel
+    datamodule: BilevelDataModule
+    trainer: Trainer
+
     def __init__(self, args: list[str] | None = None, **settings: Any):
         super().__init__(
             LitBilevel,
@@ -121,9 +126,9 @@ class BilevelCLI(LightningCLI):
         """A parser that also reads the environment: `LIT_BILEVEL_FIT__DATA__BATCH_SIZE=9`."""
         return super().init_parser(**{"prog": "lit-bilevel", "default_env": True, "env_prefix": PREFIX, **kwargs})
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; unlike Lightning's, without a warning where a program with arguments of its own calls this CLI."""
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(cast("list[str] | None", args))
 
     def _parse_ckpt_path(self) -> None:
         """Leave settings as they are; Lightning's would take them from a checkpoint that has any, unasked."""
@@ -171,7 +176,7 @@ class BilevelCLI(LightningCLI):
             kwargs["logger"] = board if self.subcommand in (None, "fit") else False  # or they write into a fit's curves
         return super().instantiate_trainer(**kwargs)
 
-    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         own = [config.get("callbacks") or [], self.trainer_defaults.get("callbacks") or []]
         given = [*callbacks, *(c for part in own for c in (part if isinstance(part, list) else [part]))]
         if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in given):
@@ -196,8 +201,7 @@ class BilevelCLI(LightningCLI):
         """What came out, and where it lies."""
         folder = Path(self.trainer.default_root_dir)
         lines = []
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        summary = next(c for c in callbacks if isinstance(c, Summary))
+        (summary,) = find_callbacks(self.trainer, Summary)
         if monitor := summary.monitor_losses:
             best, error = min(zip(monitor, summary.monitor_errors, strict=True))
             lines.append(

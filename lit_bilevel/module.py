@@ -1,4 +1,4 @@
-"""The LightningModule: policy and data weights in one place, stepped in turn.
+"""The LightningModule: holds the policy and the data weights, and steps them in turn.
 
     s_B  = solver(problem)                                      one score per pool row of the step
     ω    ← outer optimizer( mean_i s_i · dw_i/dω )              weight step, from the rows of all processes

@@ -1,4 +1,4 @@
-"""The argument parser, whose errors are one line and name the nearest thing that exists, and whose help can be read.
+"""The argument parser: errors of one line that name the nearest thing that exists, and help that can be read.
 
 Left out: correcting by itself. A run with a guessed setting is worse than none.
 """

@@ -1,4 +1,4 @@
-"""What a solver may ask of a bilevel problem, and the little algebra it needs.
+"""The interface between solvers and a bilevel problem, and the little algebra that solvers need.
 
     min_ω f(θ*(ω))      θ*(ω) ∈ argmin_θ  mean_i w_i(ω)·ℓ_i(θ)           (arXiv 2511.21056)
 

@@ -9,8 +9,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3} venvs=${VENVS:-$(mktemp -d)} results=${RESULTS:-versions.csv}
-read -ra tests <<< "${TESTS:-tests/test_losses.py tests/test_solvers.py tests/test_optim.py tests/test_weights.py tests/test_policy_problem.py
-    tests/test_generate.py tests/test_packing.py tests/test_data.py tests/test_fit.py tests/test_configs.py}"
+read -rd "" -a tests <<< "${TESTS:-tests/test_losses.py tests/test_solvers.py tests/test_optim.py tests/test_weights.py
+    tests/test_weight_steps.py tests/test_weight_priors.py tests/test_policy_problem.py tests/test_policy_passes.py
+    tests/test_generate.py tests/test_packing.py tests/test_data.py tests/test_stream.py
+    tests/test_fit.py tests/test_training.py tests/test_configs.py}" || true  # the list has several lines, and `read` fails at the end of it
 [ -s "$results" ] || echo "date,which,python,torch,lightning,transformers,peft,datasets,numpy,pyarrow,outcome" > "$results"
 
 oldest() { # the lower end of every range, as pip takes constraints

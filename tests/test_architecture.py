@@ -1,4 +1,8 @@
-"""The shape of the house: which part may import which, how long files and functions may be."""
+"""The shape of the house: which part may import which, how long files and functions may be.
+
+An import under `if TYPE_CHECKING:` is for annotations and never runs, so it may go up; the rules of the mathematics and
+of the sockets hold for it too.
+"""
 
 from __future__ import annotations
 
@@ -42,17 +46,26 @@ ROOMS = {
     "__init__": "version",
     "parser": "__init__ errors",
     "cli": "callbacks data errors generation module objectives parser refinement resources solvers training weights",
-    "commands": "cli data errors files inspection policy refinement resources scores",
+    "commands": "cli data errors files inspection policy refinement resources scores training",
     "comparison": "callbacks cli commands data errors files inspection losses objectives policy refinement resources"
-    " scores solvers types weights",
+    " scores solvers training types weights",
     "__main__": "version",
 }
 
 
-def imports(name: str) -> set[str]:
-    """Every module a file imports, also inside functions."""
+def for_types(name: str) -> list[ast.stmt]:
+    """What stands under `if TYPE_CHECKING:`, which never runs."""
+    guards = [
+        node for node in TREES[name].body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    return [statement for guard in guards for statement in guard.body]
+
+
+def imports(name: str, running: bool = False) -> set[str]:
+    """Every module a file imports, also inside functions; `running`: without those that only types need."""
+    skipped = for_types(name) if running else []
     found = set()
-    for node in ast.walk(TREES[name]):
+    for node in (node for node in ast.walk(TREES[name]) if node not in skipped):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -90,8 +103,9 @@ def test_weights_and_solvers_do_not_know_each_other(name):
 @pytest.mark.parametrize("name", list(TREES))
 def test_a_room_imports_the_rooms_of_its_line(name):
     room = room_of(name)
-    used = {other.split(".")[1] for other in imports(name) if other.startswith("lit_bilevel.")} & set(ROOMS) - {room}
-    if "lit_bilevel" in imports(name):
+    used = {other.split(".")[1] for other in imports(name, running=True) if other.startswith("lit_bilevel.")}
+    used &= set(ROOMS) - {room}
+    if "lit_bilevel" in imports(name, running=True):
         used.add("__init__")
     assert used <= set(ROOMS[room].split()), f"{name} imports {sorted(used - set(ROOMS[room].split()))}"
 
@@ -102,6 +116,39 @@ def test_the_lines_of_rooms_run_one_way():
     for room, allowed in ROOMS.items():
         assert set(allowed.split()) <= above, f"`{room}` may import a room that stands below it"
         above.add(room)
+
+
+def annotations(tree: ast.AST) -> list[ast.expr]:
+    """The annotations of arguments, of what is returned, and of variables."""
+    found: list[ast.expr | None] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg | ast.AnnAssign):
+            found.append(node.annotation)
+        elif isinstance(node, ast.FunctionDef):
+            found.append(node.returns)
+    return [annotation for annotation in found if annotation is not None]
+
+
+def bound_by_imports(tree: ast.AST) -> set[str]:
+    """Names that imports inside a function (or at the top, for a module's body) give."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return {(alias.asname or alias.name).split(".")[0] for node in nodes for alias in node.names}
+
+
+@pytest.mark.parametrize("name", [n for n in TREES if for_types(n)])
+def test_what_is_imported_for_types_stands_in_annotations_alone(name):
+    """Such an import may lead to any room, for it never runs; a name used otherwise would be missing at run time."""
+    tree = TREES[name]
+    assert all(isinstance(statement, ast.Import | ast.ImportFrom) for statement in for_types(name))
+    assert any(isinstance(n, ast.ImportFrom) and n.module == "__future__" for n in tree.body), "annotations would run"
+    names = bound_by_imports(ast.Module(for_types(name), []))
+    typed = {id(node) for annotation in annotations(tree) for node in ast.walk(annotation)}
+    for function in ast.walk(tree):  # which may import the same for its own use
+        if isinstance(function, ast.FunctionDef):
+            own = bound_by_imports(function)
+            typed |= {id(node) for node in ast.walk(function) if isinstance(node, ast.Name) and node.id in own}
+    loads = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and id(node) not in typed]
+    assert not names & {node.id for node in loads}
 
 
 SOCKETS = ("weights.base", "weights.optimizer", "solvers.base")
@@ -136,7 +183,11 @@ def test_imports_have_no_circle():
     def module(name: str) -> str:
         return "lit_bilevel." + name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
-    graph = {module(n): {o for o in imports(n) if o.startswith("lit_bilevel.")} for n in TREES if n != "__init__.py"}
+    graph = {
+        module(n): {o for o in imports(n, running=True) if o.startswith("lit_bilevel.")}
+        for n in TREES
+        if n != "__init__.py"
+    }
     graph = {n: {o for o in others if o in graph and o != n} for n, others in graph.items()}
     state: dict[str, int] = {}
 

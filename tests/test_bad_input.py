@@ -1,4 +1,4 @@
-"""Bad input: every class, in every kind of file, at both levels; and whatever else a fuzzer finds."""
+"""Bad records and lines: every class, in every kind of file, at both levels."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from transformers import AutoTokenizer
 from lit_bilevel.cli import main
 from lit_bilevel.data import files, formats
 from lit_bilevel.data.announce import write_skipped
-from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
-from lit_bilevel.types import Row
 
 GOOD = [{"id": f"g{i}", "prompt": f"good {i}", "response": "fine"} for i in range(11)]
+
 ROOM = 64
 """`max_length`; the toy tokenizer has a token a byte, and puts a line's end after the prompt."""
 
@@ -49,6 +48,7 @@ RECORDS = {  # a record beside good ones, and what is said of it
     ),
     "huge text": ({"id": "b", "prompt": "x", "response": "r" * 3000}, "has 3000 characters; at most 2000 are read"),
 }
+
 LINES = {  # bytes of a line of a jsonl file
     "malformed": (b'{"prompt": "a", ', "not valid JSON"),
     "wrong encoding": (b'{"prompt": "\xff", "response": "r"}', "not UTF-8 (byte 12 of the line)"),
@@ -61,13 +61,16 @@ LINES = {  # bytes of a line of a jsonl file
     "deep": (b"[" * 100_000, "not valid JSON"),
     "huge line": (b'{"prompt": "' + b"x" * 300_000 + b'"}', "longer than 200000 bytes"),
 }
+
 IN_JSON = ("half a surrogate pair", "wrong type", "wrong type of an id", "field left out", "no object")
+
 CSV_LINES = {
     "malformed": (b'b,"x"y,r', "not valid CSV"),
     "wrong encoding": (b"b,x\xff,r", "the field `prompt` is not UTF-8 text (character 1)"),
     "field left out": (b"b,x", "2 fields where the first line names 3"),
     "field too many": (b"b,x,r,s", "4 fields where the first line names 3"),
 }
+
 PLACES = {".jsonl": "line {n}", ".json": "record {n}", ".csv": "line {n}", ".parquet": "row {n}", "": "row {n}"}
 
 
@@ -229,8 +232,11 @@ WHOLE = {  # content of a file that cannot be read at all, and what is said of o
     "malformed": (b'[{"prompt": "p",', ""),
     "wrong encoding": (b'[{"prompt": "\xff"}]', ""),
 }
+
 ONLY_JSON = {"malformed": "is not valid JSON", "wrong encoding": "is not UTF-8"}  # elsewhere, a matter of one record
+
 NO_FOLDER = "could not be loaded as a folder of data files"
+
 WHOLE_CASES = [
     *((suffix, name, WHOLE[name][1]) for suffix in (".jsonl", ".json", ".csv") for name in WHOLE if WHOLE[name][1]),
     *((".json", name, message) for name, message in ONLY_JSON.items()),
@@ -257,15 +263,6 @@ def test_files_that_cannot_be_read_are_refused_also_under_skip(tmp_path, sets, s
             sets(str(path), level, on_bad_row=policy).setup()
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
-
-
-def test_a_csv_line_that_is_too_long_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_LINE", 1000)
-    path = tmp_path / "p.csv"
-    path.write_text(f"prompt,response\np,r\nq,{'r' * 2000}\n")
-    for policy in ("error", "skip"):
-        with pytest.raises(UserError, match=r"p\.csv, line 3: longer than 1000 bytes"):
-            Source(str(path), on_bad_row=policy).rows()
 
 
 @pytest.mark.parametrize("suffix", PLACES)
@@ -295,28 +292,10 @@ def test_sets_that_are_too_small_are_refused(tmp_path, sets, suffix):
             data.train_dataloader()
 
 
-def test_a_byte_order_mark_is_no_content(tmp_path):
-    for suffix, text in ((".jsonl", '{"prompt": "p", "response": "r"}'), (".csv", "prompt,response\np,r")):
-        path = tmp_path / f"p{suffix}"
-        path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-        assert Source(str(path)).rows()[0].prompt == "p"
-
-
 def test_twenty_problems_are_named_and_the_rest_counted(tmp_path):
     path = write_jsonl(tmp_path / "p.jsonl", [GOOD[0], *({"prompt": "", "response": "r"} for _ in range(30))])
     with pytest.raises(UserError, match=r"30 problems(?s:.*)line 21: (?s:.*)and 10 more"):
         Source(path).rows()
-
-
-def test_tokenizers_without_eos_are_refused_and_without_pad_are_not():
-    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")  # one of its own, for it is spoilt
-    row = Row(0, "a", "add: 1+1", "2", "")
-    expected = Encoder(tokenizer, 64).rows([row])
-    tokenizer.pad_token = None
-    assert Encoder(tokenizer, 64).rows([row]) == expected
-    tokenizer.eos_token = None
-    with pytest.raises(UserError, match="no EOS token"):
-        Encoder(tokenizer, 64)
 
 
 def test_rows_longer_than_the_policy_are_refused_before_it_is_loaded(flags, tmp_path, capsys):
@@ -326,50 +305,3 @@ def test_rows_longer_than_the_policy_are_refused_before_it_is_loaded(flags, tmp_
     assert (
         "the longest row has 151 tokens and the policy was made for 128; set `data.max_length` to at most 128" in said
     )
-
-
-def test_skipped_rows_are_listed_in_the_run_folder(tmp_path):
-    write_skipped(tmp_path / "run", {"pool": ["p.jsonl, line 2: é"], "upper": []})
-    assert read_jsonl(tmp_path / "run" / "skipped.jsonl") == [{"set": "pool", "problem": "p.jsonl, line 2: é"}]
-    write_skipped(tmp_path / "run", {"pool": []})
-    assert not list((tmp_path / "run").iterdir())
-
-
-def test_nothing_but_a_user_error_comes_out_of_any_file(tmp_path):
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-    text = st.text(st.characters(codec=None), max_size=8)
-    value = st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | text,
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
-        max_leaves=6,
-    )
-    names = st.sampled_from(["id", "prompt", "response", "messages", "conversations", "instruction", "output", "text"])
-    line = st.one_of(
-        st.dictionaries(names | text, value, max_size=5).map(lambda record: json.dumps(record).encode()),
-        st.builds(lambda p, r: json.dumps({"prompt": p, "response": r}).encode(), text, text),
-        st.binary(max_size=30).filter(lambda part: b"\n" not in part),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
-    encoder = Encoder(tokenizer, 24)
-
-    @hypothesis.settings(max_examples=150, deadline=None, database=None)
-    @hypothesis.given(st.lists(line, max_size=5), st.sampled_from([".jsonl", ".csv", ".json"]))
-    def check(lines, suffix):
-        path = tmp_path / f"fuzz{suffix}"
-        path.write_bytes(b"\n".join(lines))
-        source = Source(str(path), on_bad_row="skip")
-        try:
-            rows = source.rows()
-        except UserError:
-            return
-        if suffix == ".jsonl":
-            assert len(rows) + len(source.skipped) == sum(bool(part.strip()) for part in lines)
-            for row in rows:
-                record = json.loads(lines[int(row.place.rsplit(" ", 1)[1]) - 1].decode("utf-8-sig"))
-                if "prompt" in record and isinstance(record["prompt"], str) and "response" in record:
-                    assert (row.prompt, row.response) == (record["prompt"], record["response"])
-        for row, encoded in zip(rows, encoder.rows(rows), strict=True):
-            assert isinstance(encoded, ValueError) or 0 < encoded.response_start < len(encoded.input_ids) <= 24, row
-
-    check()

@@ -101,7 +101,7 @@ def fit(small, tmp_path_factory):
 @pytest.mark.usefixtures("_digits")
 def test_a_solver_learns_the_same_weights(fit, accelerator, solver, precision):
     if precision == "16-mixed" and accelerator == "cpu":
-        pytest.skip("CPUs have no loss scaling in the Trainer; tests/test_faults.py gives it one")
+        pytest.skip("CPUs have no loss scaling in the Trainer; tests/test_loss_scaling.py gives it one")
     if solver == "Implicit" and precision not in ("32-true", "tf32"):
         pytest.skip("second derivatives of rounded losses are not compared")
     flags = [f"--model.solver={solver}", *SOLVERS[solver]]

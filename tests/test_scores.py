@@ -1,37 +1,27 @@
-"""The scoring pass: every number against a plain forward pass of each row alone, parts, processes, density ratios."""
+"""The scoring pass: every number against a plain forward pass of each row alone."""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-import os
-import socket
-import subprocess
-import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
 import torch.nn.functional as F
 from support import ranks
-from support.files import ROOT, TOY, read_jsonl, write_jsonl
+from support.files import TOY, read_jsonl, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_bilevel.__main__ import main
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.policy.load import PolicySettings, load_policy
-from lit_bilevel.scores import density, parts
-from lit_bilevel.scores.columns import COLUMNS, DIRECTION, FEATURES
-from lit_bilevel.scores.measure import compress
+from lit_bilevel.scores.columns import COLUMNS, FEATURES
 from lit_bilevel.scores.opening import opening_of
-from lit_bilevel.scores.parts import PartFiles, plan
 from lit_bilevel.scores.sweep import score_rows
-from lit_bilevel.scores.table import Scores, columns_of, read_scores, weights_from_score, write_scores
+from lit_bilevel.scores.table import Scores
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' ' + m['content'] }}"
@@ -189,259 +179,6 @@ def test_a_loss_that_is_not_finite_is_refused(model, small):
         next(policy.parameters()).fill_(math.nan)
     with pytest.raises(ValueError, match="loss of 24 rows is not finite"):
         score_rows(policy, AutoTokenizer.from_pretrained(model), data.sets["upper"])
-
-
-# ---- density ratios ----
-
-
-def shifted(rows: int, trusted: int, shift: float = 0.8, scale: float = 0.7):
-    """Pool and trusted rows of two Gaussians, of a third that is noise, and the log of their known ratio."""
-    random = np.random.default_rng(0)
-    pool, trusty = random.normal(size=(rows, 3)), random.normal(size=(trusted, 3))
-    trusty[:, :2] = shift + scale * trusty[:, :2]
-    z = (pool[:, :2] - shift) / scale
-    return pool, trusty, (pool[:, :2] ** 2 / 2 - z**2 / 2 - np.log(scale)).sum(1)
-
-
-def test_the_ratio_of_two_gaussians_is_found():
-    pool, trusted, log_ratio = shifted(3000, 600)
-    found = density.density_ratio(pool, trusted)
-    assert found.mean() == pytest.approx(1)
-    assert np.corrcoef(np.log(found), log_ratio)[0, 1] > 0.97
-    truth = np.exp(log_ratio)
-    assert np.abs(found - truth / truth.mean()).mean() < 0.25
-    linear = density.density_ratio(np.abs(pool), np.abs(trusted))  # and folded, what squares alone cannot tell
-    assert np.corrcoef(np.log(linear), log_ratio)[0, 1] < 0.9
-
-
-def test_equal_rows_have_nearly_equal_weights():
-    random = np.random.default_rng(1)
-    found = density.density_ratio(random.normal(size=(640, 11)), random.normal(size=(128, 11)))
-    assert found.std() < 0.35  # the penalty is chosen so that chance is not learned
-    assert found.mean() == pytest.approx(1)
-
-
-def test_no_row_is_scored_by_a_fit_that_saw_its_label():
-    pool, trusted, _ = shifted(150, 50)
-    features, label = np.concatenate([pool, trusted]), np.arange(200) >= 150
-    before = density.cross_fit_log_odds(features, label)
-    for row in (3, 170):
-        flipped = label.copy()
-        flipped[row] = not flipped[row]
-        after = density.cross_fit_log_odds(features, flipped)
-        assert after[row] == before[row]
-        assert (after != before).any()
-
-
-def test_a_missing_number_does_not_move_a_row_much():
-    pool, trusted, _ = shifted(400, 100)
-    missing = pool.copy()
-    missing[::7, 2] = np.nan  # the noise
-    whole, found = density.density_ratio(pool, trusted), density.density_ratio(missing, trusted)
-    assert np.corrcoef(whole, found)[0, 1] > 0.9
-    empty = np.full((400, 1), np.nan), np.full((100, 1), np.nan)
-    found = density.density_ratio(np.hstack([pool, empty[0]]), np.hstack([trusted, empty[1]]))
-    assert np.corrcoef(whole, found)[0, 1] > 0.98
-
-
-def test_a_large_pool_is_fitted_on_a_part_and_scored_whole(monkeypatch):
-    pool, trusted, log_ratio = shifted(4000, 300)
-    monkeypatch.setattr(density, "FITTED", 600)
-    found = density.density_ratio(pool, trusted)
-    assert np.corrcoef(np.log(found), log_ratio)[0, 1] > 0.95
-    assert found.mean() == pytest.approx(1)
-
-
-def test_too_few_trusted_rows_are_told():
-    with pytest.raises(ValueError, match="at least 10 trusted rows and there are 9"):
-        density.density_ratio(np.zeros((50, 2)), np.ones((9, 2)))
-    assert np.isnan(columns_of(np.ones((4, len(FEATURES)), np.float32), None)["density_ratio"]).all()
-
-
-# ---- parts and the file ----
-
-
-def test_a_plan_has_every_row_once_in_parts_of_like_length():
-    lengths = {"pool": np.random.default_rng(0).integers(3, 90, 1000), "upper": np.arange(50)}
-    found = plan(lengths)
-    for name, length in lengths.items():
-        own = [part for part in found if part.set == name]
-        assert sorted(np.concatenate([part.rows for part in own]).tolist()) == list(range(len(length)))
-        spans = [(length[part.rows].max(), length[part.rows].min()) for part in own]
-        assert all(a[1] >= b[0] for a, b in itertools.pairwise(spans))
-    assert [part.number for part in found] == list(range(len(found)))
-    assert max(len(part.rows) for part in plan({"pool": np.ones(10**6)})) <= parts.MOST
-
-
-def test_parts_are_kept_for_their_key_alone(tmp_path):
-    folder = tmp_path / "out.parquet.parts"
-    part = plan({"pool": np.arange(5)})[0]
-    files = PartFiles(folder, {"rows": "a"})
-    assert files.open() == 0
-    files.write(part, np.arange(10, dtype=np.float32).reshape(5, 2))
-    (folder / "00007.partial").write_bytes(b"half")
-    assert PartFiles(folder, {"rows": "a"}).open() == 1
-    assert not (folder / "00007.partial").exists()
-    assert files.read([part], {"pool": 5})["pool"][part.rows[0]].tolist() == [0, 1]
-    assert PartFiles(folder, {"rows": "b"}).open() == 0
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(ValueError, match="move it away"):
-        PartFiles(tmp_path / "mine", {}).open()
-    assert (tmp_path / "mine" / "thesis.txt").exists()
-
-
-def test_the_file_of_scores_comes_back(tmp_path):
-    columns = {"loss": np.array([1, 2], np.float32), "ifd": np.array([0.5, 2], np.float32)}
-    write_scores(tmp_path / "s.parquet", ["a", "b"], columns, {"policy": "x"})
-    found = read_scores(tmp_path / "s.parquet")
-    assert found.ids == ["a", "b"]
-    assert found.orient("ifd").tolist() == [-0.5, -2]
-    with pytest.raises(ValueError, match="no score 'pmi'; there are: loss, ifd"):
-        found.orient("pmi")
-    with pytest.raises(ValueError, match="does not exist"):
-        read_scores(tmp_path / "none.parquet")
-    assert set(DIRECTION) == {*COLUMNS, "weight"}
-
-
-def test_weights_from_scores_have_mean_1_and_keep_the_order():
-    score = np.random.default_rng(0).normal(3, 2, 200)
-    weights = weights_from_score("ifd", score)
-    assert weights.mean() == pytest.approx(1)
-    assert (weights.argsort() == score.argsort()).all()
-    z = (score - score.mean()) / score.std()
-    np.testing.assert_allclose(weights / weights[0], (1 + np.exp(-z[0])) / (1 + np.exp(-z)))
-    ratio = np.abs(score)
-    np.testing.assert_allclose(weights_from_score("density_ratio", ratio), ratio / ratio.mean())
-
-
-def test_compressed_tells_repetition():
-    assert compress("na " * 40) < 0.2 < compress("Paris is the capital of France.") < 1.5
-
-
-# ---- the command ----
-
-
-@pytest.fixture
-def asked(small, tmp_path) -> list[str]:
-    return [
-        *("score", "--config=configs/quickstart.yaml", f"--output={tmp_path / 'scores.parquet'}"),
-        *(f"--data.{name}={path}" for name, path in small.items()),
-        *("--trainer.accelerator=cpu", "--data.eval_batch_size=8"),
-    ]
-
-
-def test_the_command_writes_the_columns_and_says_what_they_find(asked, tmp_path, small, capsys):
-    assert main([*asked, "--model.policy.lora={r: 4, alpha: 4}"]) == 0
-    output = capsys.readouterr()
-    assert "AUROC" in output.out
-    assert "density_ratio" in output.out
-    table = pyarrow.parquet.read_table(tmp_path / "scores.parquet")
-    assert table.column_names == ["id", *COLUMNS]
-    assert table["id"].to_pylist() == [row["id"] for row in read_jsonl(Path(small["pool"]))]
-    assert not list(tmp_path.glob("*.parts")) + list(tmp_path.glob("*.partial"))
-    assert not (tmp_path / "run").exists()
-    plain = table
-    assert main([*asked, "--features"]) == 0
-    table = pyarrow.parquet.read_table(tmp_path / "scores.parquet")
-    assert table.column_names == ["id", *dict.fromkeys((*COLUMNS, *FEATURES))]
-    assert table.select(plain.column_names).equals(plain)  # an adapter that is not trained changes nothing
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--output=scores.csv"], "must end in .parquet"),
-        (["--trainer.strategy={class_path: lightning.pytorch.strategies.ModelParallelStrategy}"], "use `ddp`"),
-        (["--data.max_length=4096"], None),
-        (["--data.bach_size=3"], "did you mean"),
-    ],
-)
-def test_what_cannot_be_is_refused(asked, flags, message, capsys):
-    status = main([*asked, *flags])
-    assert status == (2 if message else 0)
-    assert message is None or message in capsys.readouterr().err
-
-
-def test_a_pass_that_was_killed_goes_on_to_the_same_file(asked, tmp_path, monkeypatch):
-    assert main(asked) == 0
-    whole = (tmp_path / "scores.parquet").read_bytes()
-    (tmp_path / "scores.parquet").unlink()
-    write, done = PartFiles.write, []
-
-    def until_killed(self, part, table):
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        write(self, part, table)
-        done.append(part.number)
-
-    monkeypatch.setattr(PartFiles, "write", until_killed)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        main(asked)
-    assert len(list((tmp_path / "scores.parquet.parts").glob("*.npy"))) == 2
-    assert not (tmp_path / "scores.parquet").exists()
-    again: list[int] = []
-    monkeypatch.setattr(
-        PartFiles, "write", lambda self, part, table: again.append(part.number) or write(self, part, table)
-    )
-    assert main(asked) == 0
-    assert not set(again) & set(done)
-    assert (tmp_path / "scores.parquet").read_bytes() == whole
-
-
-def test_parts_of_another_policy_do_not_count(asked, tmp_path, model, monkeypatch):
-    assert main([*asked, f"--model.policy.path={model}"]) == 0
-    expected = (tmp_path / "scores.parquet").read_bytes()
-    write = PartFiles.write
-
-    def killed(self, part, table):
-        write(self, part, table)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(PartFiles, "write", killed)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        main(asked)
-    monkeypatch.setattr(PartFiles, "write", write)
-    assert main([*asked, f"--model.policy.path={model}"]) == 0
-    assert (tmp_path / "scores.parquet").read_bytes() == expected
-
-
-@pytest.mark.parametrize(("processes", "known"), [(2, 0), pytest.param(3, 3, marks=pytest.mark.slow)])
-def test_several_processes_write_the_same_file(asked, tmp_path, processes, known, monkeypatch):
-    """Of four parts three are known in the second case, so two processes have nothing to do."""
-    assert main(asked) == 0
-    expected = (tmp_path / "scores.parquet").read_bytes()
-    if known:
-        write, done = PartFiles.write, []
-
-        def until_killed(self, part, table):
-            if len(done) == known:
-                raise KeyboardInterrupt
-            write(self, part, table)
-            done.append(part.number)
-
-        monkeypatch.setattr(PartFiles, "write", until_killed)
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            main([*asked, f"--output={tmp_path / 'several.parquet'}"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "TORCHELASTIC_RUN_ID": "s"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    flags = [*asked, "--trainer.strategy=ddp", f"--trainer.devices={processes}"]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "lit_bilevel", *flags, f"--output={tmp_path / 'several.parquet'}"],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    outputs = [process.communicate(timeout=600)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * processes, outputs
-    assert (tmp_path / "several.parquet").read_bytes() == expected
 
 
 def test_entropy_is_chunked_and_exact(monkeypatch):

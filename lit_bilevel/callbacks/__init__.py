@@ -1,4 +1,4 @@
-"""Callbacks: one file, one class, one sentence each."""
+"""The callbacks of a run, one in each file."""
 
 from lit_bilevel.callbacks.card import ModelCard
 from lit_bilevel.callbacks.checkpoint import BilevelCheckpoint

@@ -1,4 +1,4 @@
-"""Answers of the current policy to questions of a set, G to each, the same on every process.
+"""Generates G answers of the current policy to each of some questions, the same on every process.
 
     questions of the pool and of the monitor → requests, each with random numbers of its own → batches, dealt out →
     responses with their log-probabilities, gathered
@@ -9,7 +9,6 @@ Left out: what becomes of them; `SelfRefine` says that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -19,6 +18,7 @@ from lit_bilevel.generation.ending import end_tokens
 from lit_bilevel.generation.respond import gather_responses, respond
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.context import context_of, room
+from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.types import Response
 
 MARKS = {"pool": (), "monitor": (1,)}
@@ -59,8 +59,8 @@ def answer_anew(
 def _requests(
     trainer: Trainer, module: LitBilevel, sampling: Sampling, name: str, rows: Sequence[int], count: int, round: int
 ) -> list[Request]:
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    context = context_of(module.policy.causal_lm.config)  # type: ignore[union-attr]
+    data = data_of(trainer)
+    context = context_of(policy_of(module).causal_lm.config)
     table = data.sets[name].select_columns(["row", "input_ids", "response_start"])[list(rows)]
     requests = []
     for number, ids, start in zip(*(table[column] for column in table), strict=True):
@@ -74,8 +74,7 @@ def _generate(
     trainer: Trainer, module: LitBilevel, backend: GenerationBackend, sampling: Sampling, requests: list[Request]
 ) -> list[Response]:
     """Responses in the order of the requests; batches are dealt out to the processes."""
-    policy = module.policy
-    assert policy is not None
+    policy = policy_of(module)
     ends = end_tokens(policy, module.tokenizer)
     batches = backend.batches(requests)
     rank, world = trainer.global_rank, trainer.world_size

@@ -1,4 +1,4 @@
-"""The model card `policy/README.md`: data, method, settings, results.
+"""Writes the model card `policy/README.md`: data, method, settings, results.
 
 Written with the policy at the end of fit, and once more with the results after the test that ends a run. Left out:
 what a card cannot know, such as intended use and licence.
@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_bilevel.callbacks.run import is_rehearsal, run_checkpoint, run_folder
+from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_checkpoint, run_folder
 from lit_bilevel.callbacks.summary import Summary
 from lit_bilevel.files import replace_text
 from lit_bilevel.inspection.settings import Plain, run_settings
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of, base_of, origin, tunes_adapter
+from lit_bilevel.training.trainer import data_of, find_callbacks
 from lit_bilevel.version import __version__
 
 SETTINGS = (
@@ -38,8 +38,7 @@ class ModelCard(Callback):
 
     @rank_zero_only
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, LitBilevel)
-        self._settings = run_settings(trainer, pl_module)
+        self._settings = run_settings(trainer, module_of(pl_module))
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -52,25 +51,23 @@ class ModelCard(Callback):
             self._write(trainer, pl_module, json.loads(path.read_text()))
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, metrics: dict[str, float]) -> None:
-        assert isinstance(pl_module, LitBilevel)
         folder = run_folder(trainer) / "policy"
         if is_rehearsal(trainer) or not folder.is_dir():
             return
-        replace_text(folder / "README.md", card(trainer, pl_module, self._settings, metrics))
+        replace_text(folder / "README.md", card(trainer, module_of(pl_module), self._settings, metrics))
 
 
 def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metrics: dict[str, float]) -> str:
     """The text of the card."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    data = data_of(trainer)
     given, held = module.policy_settings, adapter_of(module.policy_settings)
     base, adapter = file_name(base_of(given)), tunes_adapter(given)
     loader = "PeftModel.from_pretrained(base, …)" if adapter else "AutoModelForCausalLM.from_pretrained(…)"
     sets = {"pool": ("pool",), "validation": ("upper", "monitor"), "test": ("test",)}
     rows = [
-        (name, file_name(data.paths[name]), sum(len(data.sets[part]) for part in sets[name]))
-        for name in sets
-        if data.paths[name]
+        (name, file_name(path), sum(len(data.sets[part]) for part in sets[name]))
+        for name, path in data.paths.items()
+        if path
     ]
     method = f"The solver is `{settings['solver']}`, the weights are `{settings['weights']}`."
     if not module.learns_weights:
@@ -79,8 +76,9 @@ def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metri
         method += " Answers of badly weighted rows were replaced by the policy's own (self-refining generation)."
     best = getattr(run_checkpoint(trainer), "best_model_score", None)
     results = {"monitor/loss (chose the checkpoint)": float(best)} if best is not None else {}
-    first = next((callback.first for callback in callbacks if isinstance(callback, Summary)), {})
-    results |= {f"{name} before the run": value for name, value in first.items()} | metrics
+    for summary in find_callbacks(trainer, Summary):
+        results |= {f"{name} before the run": value for name, value in summary.first.items()}
+    results |= metrics
     settings = settings | {"policy": file_name(given.path)}
     if held is not None:
         settings["policy.base"] = base

@@ -1,4 +1,4 @@
-"""Checkpoints: `best.ckpt` by the monitor loss, `last.ckpt` to continue from.
+"""Saves checkpoints: `best.ckpt` by the monitor loss, `last.ckpt` to continue from.
 
 Lightning's own class skips time-based saving under manual optimization and warns at every save; this one decides when
 to save by itself and leaves the saving to Lightning. `last.ckpt` is saved after every validation and epoch, and after
@@ -18,7 +18,9 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,11 +30,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_bilevel.callbacks.nodes import check_shared
-from lit_bilevel.callbacks.run import is_rehearsal, run_folder
+from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_folder
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.training.checkpoint_io import install
 from lit_bilevel.training.folder import check_room, try_folder
+from lit_bilevel.training.trainer import find_callbacks, policy_of
 
 
 class Stopped(SystemExit):
@@ -97,8 +100,8 @@ class BilevelCheckpoint(ModelCheckpoint):
         Raises:
             UserError: saying which setting of theirs.
         """
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if other is self or not isinstance(other, ModelCheckpoint):
+        for other in find_callbacks(trainer, ModelCheckpoint):
+            if other is self:
                 continue
             if other.save_last:
                 raise UserError(
@@ -141,7 +144,7 @@ class BilevelCheckpoint(ModelCheckpoint):
         # not before, for a strategy that shards the policy loads the checkpoint only after `on_fit_start`
         if trainer.ckpt_path is None and trainer.is_global_zero and not is_rehearsal(trainer):
             self._set_aside()
-            check_room(str(self.dirpath), _bytes_of(pl_module))
+            check_room(str(self.dirpath), _bytes_of(module_of(pl_module)))
         self._look_once(trainer)
 
     @staticmethod
@@ -178,7 +181,7 @@ class BilevelCheckpoint(ModelCheckpoint):
         super().on_test_start(trainer, pl_module)
         _listen(_end)
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         if self._signal:
             _end(number, frame)
         self._signal = number
@@ -243,8 +246,7 @@ class BilevelCheckpoint(ModelCheckpoint):
             self._agreed = int(trainer.strategy.reduce(own, reduce_op="max"))  # type: ignore[arg-type]
 
     def _must_end(self, pl_module: LightningModule) -> bool:
-        assert isinstance(pl_module, LitBilevel)
-        return bool(self._agreed) or pl_module.guard.reason is not None
+        return bool(self._agreed) or module_of(pl_module).guard.reason is not None
 
     def _save_and_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         must_end = self._must_end(pl_module)
@@ -252,21 +254,19 @@ class BilevelCheckpoint(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._saved_at, self._due = time.monotonic(), False
         if must_end:
-            assert isinstance(pl_module, LitBilevel)
-            pl_module.guard.stop_if_asked()
+            module_of(pl_module).guard.stop_if_asked()
             rank_zero_info(f"stopped after {trainer.global_step} policy steps; continue with `--ckpt_path last`")
             raise Stopped(0 if _was_launched(trainer) else 128 + self._agreed)
 
 
-def _bytes_of(module: LightningModule) -> int:
+def _bytes_of(module: LitBilevel) -> int:
     """About what the best and the last checkpoint, the next one beside them and the exported policy take."""
-    assert isinstance(module, LitBilevel)
-    assert module.policy is not None
-    trained = sum(parameter.numel() * parameter.element_size() for parameter in module.policy.trainable())
+    policy = policy_of(module)
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in policy.trainable())
     return 3 * trained + trained  # optimizer states, up to twice as much, come with the first step
 
 
-def _listen(handler: Any) -> None:
+def _listen(handler: Callable[[int, FrameType | None], None]) -> None:
     """Answer SIGTERM and Ctrl-C in this way; the Trainer puts the old handlers back at the end."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -279,5 +279,5 @@ def _was_launched(trainer: Trainer) -> bool:
     return trainer.local_rank > 0 and isinstance(environment, LightningEnvironment)
 
 
-def _end(number: int, frame: Any) -> None:
+def _end(number: int, frame: FrameType | None) -> None:
     raise Stopped(128 + number)

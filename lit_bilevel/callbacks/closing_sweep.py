@@ -1,4 +1,4 @@
-"""Weights from one look at all rows, where the phase in which they were learned is over.
+"""Sets the weights of all rows from one pass over the pool, at the end of the phase in which they were learned.
 
     ω_i = −T·(s_i − b) / (strength·c)          s_i the solver's score of row i, all of them at the same θ and φ
 
@@ -26,11 +26,13 @@ from torch import Tensor
 
 from lit_bilevel.callbacks.passes import evaluating
 from lit_bilevel.callbacks.progress import say
+from lit_bilevel.callbacks.run import module_of
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.rest import RestingProblem
 from lit_bilevel.training.engine import lightning_engine
 from lit_bilevel.training.phases import borders, index_of
+from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.weights.table import TableWeights
 
 
@@ -62,17 +64,17 @@ class ClosingSweep(Callback):
     # ---- when ----
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, LitBilevel)
+        module = module_of(pl_module)
         if trainer.ckpt_path is None:
             self._done = False
-        if not (pl_module.learns_weights and isinstance(pl_module.weights, TableWeights)):
+        if not (module.learns_weights and isinstance(module.weights, TableWeights)):
             raise UserError(
                 "`ClosingSweep` sets a table of weights from the scores of a solver, and the run has"
-                f" `{type(pl_module.solver).__name__}` with `{type(pl_module.weights).__name__}`; use `ValueFunction`"
+                f" `{type(module.solver).__name__}` with `{type(module.weights).__name__}`; use `ValueFunction`"
                 " with `SigmoidWeights`, for example, or leave the callback out."
             )
-        index = self._phase_index(pl_module)
-        if not pl_module.phases[index].learn_weights:
+        index = self._phase_index(module)
+        if not module.phases[index].learn_weights:
             raise UserError(f"`ClosingSweep` names the phase {self.phase!r}, which learns no weights; name another.")
 
     def _phase_index(self, module: LitBilevel) -> int:
@@ -86,19 +88,19 @@ class ClosingSweep(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, LitBilevel)
-        index = self._phase_index(pl_module)
-        border = borders(pl_module.phases, trainer.estimated_stepping_batches)[index]
+        module = module_of(pl_module)
+        index = self._phase_index(module)
+        border = borders(module.phases, trainer.estimated_stepping_batches)[index]
         if not self._done and trainer.global_step >= border:
-            self.sweep(trainer, pl_module, self._upper_weight(pl_module, index))
+            self.sweep(trainer, module, self._upper_weight(module, index))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Where steps were skipped, or the run has no length: at the end of the last epoch."""
-        assert isinstance(pl_module, LitBilevel)
-        index = self._phase_index(pl_module)
+        module = module_of(pl_module)
+        index = self._phase_index(module)
         last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        if not self._done and last and index == len(pl_module.phases) - 1:
-            self.sweep(trainer, pl_module, self._upper_weight(pl_module, index))
+        if not self._done and last and index == len(module.phases) - 1:
+            self.sweep(trainer, module, self._upper_weight(module, index))
 
     @staticmethod
     def _upper_weight(module: LitBilevel, index: int) -> float:
@@ -127,16 +129,14 @@ def pool_scores(trainer: Trainer, module: LitBilevel, upper_weight: float) -> Te
         module: with its solver's state.
         upper_weight: λ under which rows are scored.
     """
-    assert module.policy is not None
+    policy = policy_of(module)
     inner, _ = module._optimizers()
     score_N = torch.full((module.weights.pool_rows,), math.nan, dtype=torch.float64, device=module.device)
-    loader = trainer.datamodule.evaluation_loader("pool")  # type: ignore[attr-defined]
+    loader = data_of(trainer).evaluation_loader("pool")
     engine = lightning_engine(module)
     with evaluating(trainer, module) as made:
         for batch in map(made, loader):
-            problem = RestingProblem(
-                module.policy, batch, upper_weight, inner.optimizer, engine, module.lower_objective
-            )
+            problem = RestingProblem(policy, batch, upper_weight, inner.optimizer, engine, module.lower_objective)
             table = torch.stack([batch.row_B.double(), module.solver.scores_at_rest(problem).double()], dim=1)
             if trainer.world_size > 1:
                 table = module.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""What a run leaves behind: `weights.parquet`, `policy/` and `metrics.json`.
+"""Writes the results of a run: `weights.parquet`, `policy/` and `metrics.json`.
 
 Every file is written beside its place and then moved there, so a file that exists is complete; files of an earlier run
 in the same folder are removed when a new one starts. `policy/` is the monitor-best state, `weights.parquet` is from the
@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.tensor import DTensor
 
 from lit_bilevel.callbacks.passes import score_pool
-from lit_bilevel.callbacks.run import is_rehearsal, run_checkpoint, run_folder
+from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_checkpoint, run_folder
 from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replace_text, replacing
@@ -33,6 +33,7 @@ from lit_bilevel.policy.load import load_model
 from lit_bilevel.policy.origin import adapter_of
 from lit_bilevel.policy.shard import whole_state
 from lit_bilevel.resources import locate
+from lit_bilevel.training.trainer import data_of, policy_of
 
 
 class Export(Callback):
@@ -57,14 +58,14 @@ class Export(Callback):
         Raises:
             UserError: naming both.
         """
-        assert isinstance(pl_module, LitBilevel)
+        module = module_of(pl_module)
         if stage != "fit":
             return
         self._resumed = False
-        own, given = run_folder(trainer).resolve() / "policy", Path(locate(pl_module.policy_settings.path)).resolve()
+        own, given = run_folder(trainer).resolve() / "policy", Path(locate(module.policy_settings.path)).resolve()
         if self.policy and (given == own or own in given.parents):
             raise UserError(
-                f"`model.policy.path` is {pl_module.policy_settings.path}, which this run would replace by its own"
+                f"`model.policy.path` is {module.policy_settings.path}, which this run would replace by its own"
                 " policy; give it another `trainer.default_root_dir`."
             )
 
@@ -86,32 +87,32 @@ class Export(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_rehearsal(trainer):
             return
-        assert isinstance(pl_module, LitBilevel)
-        if pl_module.weights.needs_scoring:
-            score_pool(trainer, pl_module)
+        module = module_of(pl_module)
+        if module.weights.needs_scoring:
+            score_pool(trainer, module)
         own = run_checkpoint(trainer)
         best = Path(own.best_model_path if own is not None else "")
+        # the first process says what is there, for a file system may show a new file to others later
         saved = trainer.strategy.broadcast(best.name != "" and best.exists())
-        assert pl_module.policy is not None
-        state = None if saved or not self.policy else whole_state(pl_module.policy.model)  # on every process
-        self._write(trainer, pl_module, best if saved else None, state)
+        policy = policy_of(module)
+        state = None if saved or not self.policy else whole_state(policy.model)  # on every process
+        self._write(trainer, module, best if saved else None, state)
 
     @rank_zero_only
-    def _write(self, trainer: Trainer, pl_module: LitBilevel, best: Path | None, state: dict[str, Any] | None) -> None:
+    def _write(self, trainer: Trainer, module: LitBilevel, best: Path | None, state: dict[str, Any] | None) -> None:
         folder = run_folder(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        self._write_weights(trainer, pl_module, folder / "weights.parquet")
+        self._write_weights(trainer, module, folder / "weights.parquet")
         if self.policy:
-            assert pl_module.policy is not None
+            policy = policy_of(module)
             if best is not None:
-                state = add_untrained(pl_module.policy.model, read_saved_state(best))
-            self._write_policy(pl_module, folder / "policy", state)
+                state = add_untrained(policy.model, read_saved_state(best))
+            self._write_policy(module, folder / "policy", state)
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_rehearsal(trainer):
             return
-        assert isinstance(pl_module, LitBilevel)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
         metrics |= self._scores(trainer)
         replace_text(run_folder(trainer) / "metrics.json", json.dumps(metrics, indent=2) + "\n")
@@ -120,20 +121,20 @@ class Export(Callback):
         """AUROC of the exported weights, where there is a truth file to score them."""
         import pyarrow.parquet
 
-        truth, path = trainer.datamodule.truth, run_folder(trainer) / "weights.parquet"  # type: ignore[attr-defined]
+        truth, path = data_of(trainer).truth, run_folder(trainer) / "weights.parquet"
         if truth is None or not path.is_file():
             return {}
         table = pyarrow.parquet.read_table(path, columns=["id", "weight"])
         kinds = read_truth(truth, table["id"].to_pylist())
         return flat(aurocs(torch.tensor(table["weight"].to_numpy()), kinds))
 
-    def _write_weights(self, trainer: Trainer, pl_module: LitBilevel, path: Path) -> None:
+    def _write_weights(self, trainer: Trainer, module: LitBilevel, path: Path) -> None:
         import pyarrow
         import pyarrow.parquet
 
-        data = trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
-        weights = pl_module.weights
-        rows_M, weight_M = pl_module.refinement.table()
+        data = data_of(trainer).sets["pool"]
+        weights = module.weights
+        rows_M, weight_M = module.refinement.table()
         groups = dict(zip(rows_M.tolist(), weight_M.tolist(), strict=True))
         refined = [groups.get(row) for row in range(len(data))]
         table = pyarrow.table(
@@ -149,16 +150,16 @@ class Export(Callback):
         with replacing(path) as partial:
             pyarrow.parquet.write_table(table, partial)
 
-    def _write_policy(self, pl_module: LitBilevel, path: Path, state: dict[str, Any] | None) -> None:
+    def _write_policy(self, module: LitBilevel, path: Path, state: dict[str, Any] | None) -> None:
         partial = path.with_name("policy.partial")
         _remove(partial)
-        assert pl_module.policy is not None
-        pl_module.policy.model.save_pretrained(partial, state_dict=state)
-        settings = settings_to_export(pl_module.policy, pl_module.tokenizer, pl_module.max_new_tokens)
+        policy = policy_of(module)
+        policy.model.save_pretrained(str(partial), state_dict=state)
+        settings = settings_to_export(policy, module.tokenizer, module.max_new_tokens)
         settings.save_pretrained(partial)
-        pl_module.tokenizer.save_pretrained(partial)
-        if pl_module.policy.merged and pl_module.policy_settings.lora is not None:
-            _add_base(pl_module, partial, path)
+        module.tokenizer.save_pretrained(partial)
+        if policy.merged and module.policy_settings.lora is not None:
+            _add_base(module, partial, path)
         _remove(path)
         os.replace(partial, path)
 
@@ -168,10 +169,10 @@ def _add_base(module: LitBilevel, partial: Path, target: Path) -> None:
 
     It is loaded and merged once more, for the parameters of the policy may be spread over processes.
     """
-    assert module.policy is not None
+    policy = policy_of(module)
     settings = module.policy_settings
-    base = load_model(settings, adapter_of(settings), module.policy.causal_lm.dtype)
-    base.save_pretrained(partial / BASE)
+    base = load_model(settings, adapter_of(settings), policy.causal_lm.dtype)
+    base.save_pretrained(str(partial / BASE))
     path = partial / "adapter_config.json"
     config = json.loads(path.read_text()) | {"base_model_name_or_path": str((target / BASE).resolve())}
     path.write_text(json.dumps(config, indent=2, sort_keys=True))

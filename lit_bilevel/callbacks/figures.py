@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lit_bilevel.callbacks.run import boards, is_rehearsal, run_folder
 from lit_bilevel.inspection.figures import draw
+from lit_bilevel.training.trainer import data_of
 
 
 class Figures(Callback):
@@ -34,7 +35,7 @@ class Figures(Callback):
         for logger in trainer.loggers:
             logger.save()
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        truth: str | None = trainer.datamodule.truth  # type: ignore[attr-defined]
+        truth = data_of(trainer).truth
         for name, figure in draw(run_folder(trainer), truth).items():
             for board in boards(trainer):
                 board.experiment.add_figure(f"figures/{name}", figure, step)

@@ -1,4 +1,4 @@
-"""The weights made visible after every epoch: in every logger what it can show, and as files in `inspection/`.
+"""Shows the weights after every epoch: in every logger what it can show, and as files in `inspection/`.
 
     scalars     weights/rank_correlation (Spearman's, with the epoch before), weights_quantile/05 … 95,
                 weights_share/<source> (of all weight), auroc/<kind> where `data.truth` is given
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lit_bilevel.callbacks.run import boards, is_rehearsal, run_folder
+from lit_bilevel.callbacks.run import boards, is_rehearsal, module_of, run_folder
 from lit_bilevel.inspection.folder import Inspection
 from lit_bilevel.inspection.settings import Plain, run_settings
 from lit_bilevel.inspection.statistics import (
@@ -35,7 +35,10 @@ from lit_bilevel.inspection.statistics import (
 )
 from lit_bilevel.inspection.text import arrow, table_cell
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
-from lit_bilevel.module import LitBilevel
+from lit_bilevel.training.trainer import data_of
+
+if TYPE_CHECKING:
+    from lit_bilevel.data.module import BilevelDataModule
 
 BANDS = {"median, middle half of the rows": ("25", "75"), "median, middle 90 % of the rows": ("05", "95")}
 LAYOUT: dict[str, dict[str, list[Any]]] = {
@@ -62,10 +65,12 @@ class WeightInspector(Callback):
         self.sampled = sampled
         self._before: Tensor | None = None
         self._settings: dict[str, Plain] = {}
-        self._data: Any = None
         self._auroc: dict[str, float] = {}
         self._kinds: list[str] = []
         """Kind of corruption of every row; empty where no truth is given."""
+
+    _data: BilevelDataModule
+    """That of the fit."""
 
     # ---- when ----
 
@@ -75,38 +80,38 @@ class WeightInspector(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note what the run is, also where nothing is left to train; every process reads, and refuses, the truth."""
-        assert isinstance(pl_module, LitBilevel)
-        self._data = trainer.datamodule  # type: ignore[attr-defined]
+        module = module_of(pl_module)
+        self._data = data_of(trainer)
         for name in ("_source_N", "_corrupted", "_sample"):  # of an earlier fit
             self.__dict__.pop(name, None)
         self._kinds = read_truth(self._data.truth, self._data.sets["pool"]["id"][:]) if self._data.truth else []
-        self._settings = run_settings(trainer, pl_module)
+        self._settings = run_settings(trainer, module)
 
     @rank_zero_only
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, LitBilevel)
+        module = module_of(pl_module)
         if not is_rehearsal(trainer):
             text = json.dumps(self._settings, indent=2, ensure_ascii=False)
             Inspection(run_folder(trainer) / "inspection").write_text("settings.json", text + "\n")
         for logger in boards(trainer):
             logger.experiment.add_custom_scalars(LAYOUT)
-        table = pl_module.weights.table().detach().cpu().double()
+        table = module.weights.table().detach().cpu().double()
         if trainer.global_step == 0 and table.max() > table.min():  # the weights of an earlier run
             if not is_rehearsal(trainer):
-                records = self._ends(table, pl_module.weights.visits.cpu())
+                records = self._ends(table, module.weights.visits.cpu())
                 self._write(trainer, table, {"step": 0, "epoch": -1, **self._scalars(table)}, records)
             self._before = table.float()
 
     @rank_zero_only
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, LitBilevel)
-        pl_module.weights.recount()  # as the module does after this, so what is shown here is what is exported
-        table = pl_module.weights.table().detach().cpu().double()
+        module = module_of(pl_module)
+        module.weights.recount()  # as the module does after this, so what is shown here is what is exported
+        table = module.weights.table().detach().cpu().double()
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         scalars = self._scalars(table)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step)
-        records = self._ends(table, pl_module.weights.visits.cpu())
+        records = self._ends(table, module.weights.visits.cpu())
         for logger in boards(trainer):
             logger.experiment.add_histogram("weights/distribution", table.clamp(max=quantile(table, 0.99)), step)
             self._add_pr_curve(logger, table, step)
@@ -119,11 +124,11 @@ class WeightInspector(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look once more: the export may have scored the rows under the final policy."""
-        assert isinstance(pl_module, LitBilevel)
-        table = pl_module.weights.table().detach().cpu().double()
+        module = module_of(pl_module)
+        table = module.weights.table().detach().cpu().double()
         self._score(table)
-        if pl_module.weights.needs_scoring and not is_rehearsal(trainer):
-            records = self._ends(table, pl_module.weights.visits.cpu())
+        if module.weights.needs_scoring and not is_rehearsal(trainer):
+            records = self._ends(table, module.weights.visits.cpu())
             Inspection(run_folder(trainer) / "inspection").write("rows.jsonl", records)
 
     @rank_zero_only

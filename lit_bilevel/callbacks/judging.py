@@ -1,4 +1,4 @@
-"""The new answers of a round with their agreement, and what a `Trust` says of them.
+"""Measures how far the new answers of a round agree, and keeps those that a `Trust` lets through.
 
 Left out: which rows were chosen and what is done with a verdict; `SelfRefine` says that.
 """
@@ -7,18 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_bilevel.data.responses import is_usable
 from lit_bilevel.refinement.responses_file import text_of
 from lit_bilevel.refinement.trust import Answered, Trust, Verdict
 from lit_bilevel.types import Response
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
 Answers = dict[int, list[Response]]
 
 
 def compare_answers(
-    sets: Mapping[str, Any], tokenizer: Any, generated: Mapping[str, Answers], trust: Trust, keep_unfinished: bool
+    sets: Mapping[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    generated: Mapping[str, Answers],
+    trust: Trust,
+    keep_unfinished: bool,
 ) -> tuple[Answers, list[Answered], list[Answered]]:
     """The answers of the pool's rows with their agreement, and the texts of both sides as `Trust.judge` takes them.
 

@@ -1,4 +1,4 @@
-"""One run folder for all nodes: checkpoints are written by the first process and read by every one.
+"""Checks that all nodes see one run folder: the first process writes checkpoints, and every process reads them.
 
 A run on several nodes whose folders are different ones would train to its end and then find no checkpoint to test, and
 could not be continued. So it is looked at before the first step. Left out: folders that are lost later on.

@@ -1,4 +1,4 @@
-"""Passes over a set outside Lightning's loops: what callbacks measure with the policy as it is.
+"""Passes over a set outside Lightning's loops, for callbacks that measure the policy as it is.
 
     with evaluating(trainer, module) as made:
         for batch in map(made, loader):
@@ -19,6 +19,7 @@ from lightning.pytorch import Trainer
 
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.training.evaluation import Evaluation
+from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.types import Batch, Features
 
 
@@ -28,23 +29,24 @@ def evaluating(trainer: Trainer, module: LitBilevel) -> Iterator[Callable[[Any],
 
     Yields what turns an item of an evaluation loader into a batch on the device.
     """
-    assert module.policy is not None
-    data, training = trainer.datamodule, module.policy.training  # type: ignore[attr-defined]
-    module.policy.eval()
+    policy = policy_of(module)
+    data, training = data_of(trainer), policy.training
+    policy.eval()
     try:  # a loader draws a number even where it shuffles nothing
         with torch.random.fork_rng(devices=[]), torch.no_grad(), trainer.precision_plugin.forward_context():
             yield lambda window: data.on_before_batch_transfer(window, 0).to(module.device)
     finally:
-        module.policy.train(training)
+        policy.train(training)
 
 
 def score_pool(trainer: Trainer, module: LitBilevel) -> None:
     """Show the weights every pool row's loss under the final policy, on all processes alike."""
-    assert module.policy is not None
-    loader = trainer.datamodule.evaluation_loader("pool")  # type: ignore[attr-defined]
+    policy = policy_of(module)
+    loader = data_of(trainer).evaluation_loader("pool")
     with evaluating(trainer, module) as made:
         for batch in map(made, loader):
-            loss_B = module.policy.losses(module.lower_objective, batch)
+            loss_B = policy.losses(module.lower_objective, batch)
+            # one exchange a batch; float64 holds row numbers exactly
             table = torch.stack([batch.row_B, batch.source_B, batch.length_B, loss_B], dim=1).double()
             if trainer.world_size > 1:
                 table = module.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]
@@ -54,13 +56,13 @@ def score_pool(trainer: Trainer, module: LitBilevel) -> None:
 
 def test_losses(trainer: Trainer, module: LitBilevel) -> dict[str, float]:
     """What `test` would log for the policy as it is, on all processes alike."""
-    assert module.policy is not None
+    policy = policy_of(module)
     metrics: dict[str, Any] = {}
     limit = trainer.limit_test_batches
-    loader = trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
+    loader = data_of(trainer).test_dataloader()
     count = min(limit, len(loader)) if isinstance(limit, int) else int(limit * len(loader))
     evaluation = Evaluation(module.lower_objective, module.upper_objective).to(module.device)
     with evaluating(trainer, module) as made:
         for window in itertools.islice(loader, count):
-            metrics = evaluation("test", module.policy, made(window))
+            metrics = evaluation("test", policy, made(window))
     return {name: float(metric.compute()) for name, metric in metrics.items()}

@@ -1,4 +1,4 @@
-"""`predictions.jsonl`: the policy's greedy answers to the test prompts, from `lit-bilevel predict`.
+"""Writes `predictions.jsonl`: the policy's greedy answers to the test prompts, from `lit-bilevel predict`.
 
 Left out: sampling; one answer a prompt that is the same at every run.
 """
@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_bilevel.callbacks.run import is_rehearsal, run_folder
+from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_folder
 from lit_bilevel.data.table import column
 from lit_bilevel.files import replace_text
-from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.context import context_of, room
+from lit_bilevel.training.trainer import data_of, policy_of
 
 
 class Predictions(Callback):
@@ -27,10 +27,10 @@ class Predictions(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._answers = []
-        assert isinstance(pl_module, LitBilevel)
-        assert pl_module.policy is not None
-        context, most = context_of(pl_module.policy.causal_lm.config), pl_module.max_new_tokens
-        starts = column(trainer.datamodule.sets["test"], "response_start").to_pylist()  # type: ignore[attr-defined]
+        module = module_of(pl_module)
+        policy = policy_of(module)
+        context, most = context_of(policy.causal_lm.config), module.max_new_tokens
+        starts = column(data_of(trainer).sets["test"], "response_start").to_pylist()
         short = sum(room(context, start, most) < most for start in starts)
         if short:
             rank_zero_info(
@@ -52,9 +52,8 @@ class Predictions(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_rehearsal(trainer):
             return
-        parts: list[Any] = [self._answers]
+        parts = [self._answers] * trainer.world_size
         if trainer.world_size > 1:
-            parts = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, self._answers)
         if trainer.is_global_zero:
             answers = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])

@@ -1,4 +1,4 @@
-"""What a run says while it goes: a bar on a terminal, plain lines everywhere else.
+"""Shows the progress of a run: a bar on a terminal, plain lines everywhere else.
 
 Both show the upper and the lower loss, the effective share of the pool, the last monitor loss, tokens a second and the
 time left in the fit. Tokens are those that the policy computes, padding of its parts
@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgre
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-from lit_bilevel.module import LitBilevel
+from lit_bilevel.callbacks.run import module_of
 
 
 class Rate:
@@ -183,11 +183,11 @@ def short(trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
     """The metrics that count, under short names."""
     metrics = trainer.progress_bar_metrics
     names = {"upper/loss": "upper", "lower/loss": "lower"}
-    assert isinstance(pl_module, LitBilevel)
-    parts = {"phase": pl_module.phase.name} if len(pl_module.phases) > 1 else {}
+    module = module_of(pl_module)
+    parts = {"phase": module.phase.name} if len(module.phases) > 1 else {}
     parts |= {name: f"{float(metrics[key]):.3f}" for key, name in names.items() if key in metrics}
     if "weights/effective_size" in metrics:
-        share = float(metrics["weights/effective_size"]) / max(pl_module.weights.pool_rows, 1)
+        share = float(metrics["weights/effective_size"]) / max(module.weights.pool_rows, 1)
         parts["effective"] = f"{share:.0%}"
     return parts | ({"monitor": f"{float(metrics['monitor/loss']):.3f}"} if "monitor/loss" in metrics else {})
 

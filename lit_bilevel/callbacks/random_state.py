@@ -1,4 +1,4 @@
-"""Random states in the checkpoint, per process, so that a resumed run draws the same numbers.
+"""Saves random states in the checkpoint, per process, so that a resumed run draws the same numbers.
 
 Lightning saves none. Left out: NumPy's and Python's generators of worker processes; collating draws nothing.
 """
@@ -28,7 +28,7 @@ class RandomState(Callback):
         trainer = self._trainer
         if trainer is None or trainer.world_size == 1:
             return {"ranks": [own]}
-        gathered: list[Any] = [None] * trainer.world_size
+        gathered = [own] * trainer.world_size
         torch.distributed.all_gather_object(gathered, own)
         return {"ranks": gathered}
 

@@ -1,4 +1,4 @@
-"""Online self-refining generation: keep the question of a badly weighted row, let the policy answer it anew.
+"""Online self-refining generation: keeps the question of a badly weighted row and lets the policy answer it anew.
 
     choose rows → sample G responses each with the current policy → score them once → store them       (every round)
 
@@ -28,7 +28,7 @@ from lit_bilevel.callbacks.judging import compare_answers, keep_trusted
 from lit_bilevel.callbacks.progress import say
 from lit_bilevel.callbacks.round_report import Round
 from lit_bilevel.callbacks.round_weights import write_round_weights
-from lit_bilevel.callbacks.run import is_rehearsal, run_folder
+from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_folder
 from lit_bilevel.data.responses import ResponseStore, rows_to_choose_from, rows_to_judge_by
 from lit_bilevel.errors import UserError, gather
 from lit_bilevel.generation.base import GenerationBackend, Sampling
@@ -38,6 +38,7 @@ from lit_bilevel.module import LitBilevel
 from lit_bilevel.refinement.choose import LowestFraction, RowChooser
 from lit_bilevel.refinement.responses_file import ResponseFile, records
 from lit_bilevel.refinement.trust import Agreed, Trust
+from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.types import Response
 
 
@@ -140,34 +141,35 @@ class SelfRefine(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.by_steps and self.should_refine(trainer.current_epoch + 1) and not _is_last_epoch(trainer):
-            assert isinstance(pl_module, LitBilevel)
-            pl_module.weights.recount()  # as the module does after this
-            self.refine(trainer, pl_module)
+            module = module_of(pl_module)
+            module.weights.recount()  # as the module does after this
+            self.refine(trainer, module)
 
     # ---- a round ----
 
     def refine(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate, judge, store, record and show one round."""
-        assert isinstance(pl_module, LitBilevel)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        module = module_of(pl_module)
+        data = data_of(trainer)
         store: ResponseStore = data.responses
-        weight_N = pl_module.weights.table().cpu()
+        weight_N = module.weights.table().cpu()
         chosen = self._rows[self.choose.rows(weight_N[self._rows], data.seed)]
+        # a row once chosen stays: its offline answer was given up, and its responses are of an older policy by now
         rows = sorted({*store.chosen, *chosen.tolist()})
         if not rows:
             say(f"no row is answered anew: `{type(self.choose).__name__}` chose none")
             return
-        self._end_round(trainer, pl_module)
+        self._end_round(trainer, module)  # before its responses are replaced
         wanted: dict[str, Sequence[int]] = {"pool": rows, "monitor": self._monitor}
         started, number = time.monotonic(), store.round + 1
         try:
-            generated = answer_anew(trainer, pl_module, self.backend, self.sampling, wanted, self.responses, number)
+            generated = answer_anew(trainer, module, self.backend, self.sampling, wanted, self.responses, number)
         except GenerationFailed as error:
-            self._fail(pl_module, number, error)
+            self._fail(module, number, error)
             return
         seconds = time.monotonic() - started
         self._spent += seconds
-        sides = compare_answers(data.sets, pl_module.tokenizer, generated, self.trust, self.keep_unfinished)
+        sides = compare_answers(data.sets, module.tokenizer, generated, self.trust, self.keep_unfinished)
         answers, verdict = sides[0], self.trust.judge(*sides[1:]) if self.on_doubt == "keep" else None
         used: dict[int, list[Response]]
         if verdict is not None and verdict.least is None:
@@ -177,38 +179,37 @@ class SelfRefine(Callback):
             used = keep_trusted(answers, verdict, self.keep_unfinished)
             store.put(used, self._temperature, self.offline_share, self.keep_unfinished)
             kept = torch.tensor(store.rows, dtype=torch.int64)
-            pl_module.refinement.begin_round(kept, pl_module.weights, data.pool_sources, self.offline_share)
+            module.refinement.begin_round(kept, module.weights, data.pool_sources, self.offline_share)
         if trainer.is_global_zero:
             if self._file is not None:
                 pool = data.sets["pool"]
-                self._file.append(records(pool, pl_module.tokenizer, answers, used, number, self._temperature))
+                self._file.append(records(pool, module.tokenizer, answers, used, number, self._temperature))
             tokens = sum(len(r.token_ids) for side in generated.values() for group in side.values() for r in group)
             share_of_time = self._spent / max(time.monotonic() - self._began, 1e-9)
             used = {row: group for row, group in used.items() if group}
             done = Round(number, answers, used, verdict, tokens, seconds, share_of_time, self.keep_unfinished)
-            done.report(trainer, pl_module, self.rows_shown)
+            done.report(trainer, module, self.rows_shown)
 
     @property
     def _temperature(self) -> float:
         """At which log-probabilities are taken; greedy answers have those of the policy."""
         return self.sampling.temperature or 1.0
 
-    def _end_round(self, trainer: Trainer, pl_module: LitBilevel) -> None:
+    def _end_round(self, trainer: Trainer, module: LitBilevel) -> None:
         """Note what the responses that are trained on have come to weigh."""
-        if self._file is not None and pl_module.refinement.active:
-            write_round_weights(trainer, pl_module)
+        if self._file is not None and module.refinement.active:
+            write_round_weights(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, LitBilevel)
-        self._end_round(trainer, pl_module)
+        self._end_round(trainer, module_of(pl_module))
 
-    def _fail(self, pl_module: LitBilevel, round: int, error: GenerationFailed) -> None:
+    def _fail(self, module: LitBilevel, round: int, error: GenerationFailed) -> None:
         """Go on with the responses there are, or ask for a stop; a stopped run begins with this round again."""
         if self.on_failure == "keep":
             rank_zero_warn(f"refinement round {round} failed ({error}); the run goes on with the responses it has.")
             return
         self._pending = True
-        pl_module.guard.reason = (
+        module.guard.reason = (
             f"refinement round {round} failed ({error}), so the run was stopped; mend its cause and continue from the"
             " last checkpoint, or set `on_failure: keep` of `SelfRefine` to go on with the responses there are."
         )
@@ -220,7 +221,8 @@ class SelfRefine(Callback):
             self._length, self._refined_at, self._pending = 0, -1, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if isinstance(pl_module, LitBilevel) and pl_module.lower_objective.pairs:
+        module = module_of(pl_module)
+        if module.lower_objective.pairs:
             raise UserError(
                 "`SelfRefine` replaces answers, and `model.lower_objective` learns from pairs; leave one of them out."
             )
@@ -229,16 +231,16 @@ class SelfRefine(Callback):
                 f"`SelfRefine` scores different responses on every process, which `{type(trainer.strategy).__name__}`"
                 " does not allow; use `trainer.strategy: ddp`."
             )
-        if isinstance(pl_module, LitBilevel) and pl_module.policy_settings.quantization == "8bit":
+        if module.policy_settings.quantization == "8bit":
             rank_zero_warn(
                 "`model.policy.quantization` is 8bit, whose kernels round activations, so importance ratios of an"
                 " unchanged policy are not exactly 1 (`refine/ratio_max` shows how far off they are); `4bit` is exact."
             )
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = data_of(trainer)
         self._rows = rows_to_choose_from(data.sets["pool"])
         judged = self.on_doubt == "keep"
         self._monitor = rows_to_judge_by(data.sets["monitor"], self.trust.questions, data.seed) if judged else []
-        if isinstance(pl_module, LitBilevel) and pl_module.refinement.rule.needs_agreement and self.responses < 2:
+        if module.refinement.rule.needs_agreement and self.responses < 2:
             raise UserError(
                 f"`model.response_weights` compares the answers to a question, and `responses` of `SelfRefine` is"
                 f" {self.responses}; set it to 2 or more."
@@ -248,14 +250,14 @@ class SelfRefine(Callback):
             self._file.cut(self._length)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, LitBilevel)
-        assert pl_module.policy is not None
+        module = module_of(pl_module)
+        policy = policy_of(module)
         self._began, self._spent = time.monotonic(), 0.0
         with trainer.precision_plugin.forward_context():
-            self.backend.check(pl_module.policy)  # now, and not after the first epochs
+            self.backend.check(policy)  # now, and not after the first epochs
         if self._pending:
             self._pending = False
-            self.refine(trainer, pl_module)
+            self.refine(trainer, module)
         last = trainer.estimated_stepping_batches if self.by_steps else trainer.max_epochs
         if last not in (None, -1) and self.start >= last:
             unit = "steps" if self.by_steps else "epochs"

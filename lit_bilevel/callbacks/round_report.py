@@ -1,4 +1,4 @@
-"""What is said and shown of a refinement round: a line, figures for the loggers, a table of rows, a file for `inspect`.
+"""Reports a refinement round: a line, figures for the loggers, a table of rows, a file for `lit-bilevel inspect`.
 
     refine/finished, usable, used    shares of the responses: ended by themselves, with content, trained on
     refine/agreement                 mean share of the other answers to the question that say the same
@@ -25,6 +25,7 @@ from lit_bilevel.inspection.text import table_cell, tally
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.refinement.responses_file import text_of
 from lit_bilevel.refinement.trust import Verdict
+from lit_bilevel.training.trainer import data_of
 from lit_bilevel.types import Response
 
 Responses = Mapping[int, Sequence[Response]]
@@ -111,7 +112,7 @@ class Round:
             }
             record |= {"verdict": verdict, **{name.removeprefix("refine/"): value for name, value in shares.items()}}
             files = Inspection(run_folder(trainer) / "inspection")
-            weights, pool = module.weights.table().cpu(), trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
+            weights, pool = module.weights.table().cpu(), data_of(trainer).sets["pool"]
             texts = pool.select_columns(["id", "row", "prompt", "response"])
             shown = [texts[row] | {"weight": float(weights[row])} for row in self.choose_rows(rows_shown)]
             files.write("refined.jsonl", shown)
@@ -125,7 +126,7 @@ class Round:
         """Some rows with their old and new answers."""
         header = ["id", "question", "offline answer", "its weight", "new answers (agreement)", "counts now"]
         lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        weights, pool = module.weights.table().cpu(), trainer.datamodule.sets["pool"]  # type: ignore[attr-defined]
+        weights, pool = module.weights.table().cpu(), data_of(trainer).sets["pool"]
         for row in self.choose_rows(rows_shown):
             record = pool[row]
             texts = [(text_of(r, module.tokenizer), r.agreement) for r in self.responses[row]]

@@ -1,4 +1,4 @@
-"""What every response of a round weighs when the round ends, by each rule, for `lit-bilevel inspect` to judge them.
+"""Writes what every response of a round weighs at its end, under each rule, for `lit-bilevel inspect` to judge them.
 
 When a round begins all ratios are 1, so rules of ratios differ only after some steps. One pass over the responses that
 are trained on tells what they have come to, under the run's own rule and under the others. On the first process,
@@ -8,7 +8,7 @@ without gradients or random numbers. Left out: `Aligned`, which needs derivative
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 
@@ -19,21 +19,25 @@ from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.logprobs import response_logprobs
 from lit_bilevel.refinement.consensus import Agreement
 from lit_bilevel.refinement.response_weights import LengthNormalised, Ratios, SelfNormalised, SequenceRatio, TokenRatio
+from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.types import Example
+
+if TYPE_CHECKING:
+    from lit_bilevel.data.module import BilevelDataModule
 
 ROWS = 32  # in a pass
 
 
 def write_round_weights(trainer: Trainer, module: LitBilevel) -> None:
     """Add a line for every response of the current round to `inspection/response_weights.jsonl`."""
-    store = trainer.datamodule.responses  # type: ignore[attr-defined]
+    store = data_of(trainer).responses
     files = Inspection(run_folder(trainer) / "inspection")
     earlier = [known for known in files.response_weights() if known["round"] < store.source]
     with trainer.precision_plugin.forward_context():
-        files.write("response_weights.jsonl", [*earlier, *_records(module, trainer.datamodule)])  # type: ignore[attr-defined]
+        files.write("response_weights.jsonl", [*earlier, *_records(module, data_of(trainer))])
 
 
-def _records(module: LitBilevel, data: Any) -> Iterator[dict[str, Any]]:
+def _records(module: LitBilevel, data: BilevelDataModule) -> Iterator[dict[str, Any]]:
     store, pool = data.responses, data.sets["pool"].select_columns(["input_ids", "response_start"])
     rows, group_M = module.refinement.table()
     own = module.refinement.rule
@@ -48,8 +52,7 @@ def _records(module: LitBilevel, data: Any) -> Iterator[dict[str, Any]]:
         batch = collate(groups, len(groups)).to(module.device)
         generated = batch.generated
         assert generated is not None
-        assert module.policy is not None
-        log_ratio_J = (response_logprobs(module.policy, batch) - generated.logprob_J).double()
+        log_ratio_J = (response_logprobs(policy_of(module), batch) - generated.logprob_J).double()
         grouping = (generated.response_J, generated.example_R, batch.size)
         ratios = Ratios(log_ratio_J, *grouping, agreement_R=generated.agreement_R)
         weights = {

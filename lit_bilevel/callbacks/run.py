@@ -1,4 +1,4 @@
-"""What callbacks ask of a Trainer about its run: the folder, whether it leaves files, its checkpoint, its loggers.
+"""Answers what callbacks ask about a run: its module, folder, checkpoint and loggers, and whether it leaves files.
 
 Left out: settings of the run; see `inspection/settings.py`.
 """
@@ -7,9 +7,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_bilevel.errors import UserError
+from lit_bilevel.module import LitBilevel
+from lit_bilevel.training.trainer import find_callbacks
+
+
+def module_of(pl_module: LightningModule) -> LitBilevel:
+    """The module that Lightning hands to a callback, under its type.
+
+    Raises:
+        UserError: if it is another kind of module.
+    """
+    if not isinstance(pl_module, LitBilevel):
+        raise UserError(
+            f"callbacks of lit_bilevel need a `LitBilevel`, and the Trainer has a `{type(pl_module).__name__}`; take"
+            " them out of `trainer.callbacks`, or train a `LitBilevel`."
+        )
+    return pl_module
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -27,7 +45,7 @@ def run_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
 
     Not `trainer.checkpoint_callback`, the first of any kind: it may save every few steps and call its last file best.
     """
-    callbacks = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
+    callbacks = find_callbacks(trainer, ModelCheckpoint)
     own = [c for c in callbacks if getattr(c, "of_run", False)]
     return next((c for c in (*own, *callbacks) if c.monitor == "monitor/loss"), None)
 

@@ -1,4 +1,4 @@
-"""Weights that begin where a scoring pass leaves off.
+"""Begins the weights at the scores of one pass of the policy over the pool, before the first step.
 
 Before the first step of a run the policy, which nothing was trained on yet, is asked once about every row (as
 `lit-bilevel score` does), the columns are added to one score, and the weights begin at σ of it. `scores.parquet` of the
@@ -27,7 +27,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrateg
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
-from lit_bilevel.callbacks.run import is_rehearsal, run_folder
+from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_folder
 from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError, gather
 from lit_bilevel.module import LitBilevel
@@ -35,6 +35,7 @@ from lit_bilevel.scores.columns import COLUMNS, DIRECTION
 from lit_bilevel.scores.combination import combine, normal_scores, prior_weights
 from lit_bilevel.scores.sweep import Sweep, score_rows, sweep_for
 from lit_bilevel.scores.table import Scores, read_scores, write_scores
+from lit_bilevel.training.trainer import data_of, policy_of
 
 FILE = "scores.parquet"
 
@@ -75,18 +76,18 @@ class ScoredPrior(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, LitBilevel)
-        if trainer.ckpt_path is not None or pl_module.weights.visits.any():  # they have their prior already
+        module = module_of(pl_module)
+        if trainer.ckpt_path is not None or module.weights.visits.any():  # they have their prior already
             return
         started = time.monotonic()
-        scores = self._get_scores(trainer, pl_module)
+        scores = self._get_scores(trainer, module)
         for name in self.columns:
             if not np.isfinite(scores[name]).any():
                 rank_zero_warn(f"no row has a `{name}`, so the prior is without it; `lit-bilevel score` says why.")
         weight_N = torch.from_numpy(prior_weights(combine(scores, self.columns), self.sharpness))
-        pl_module.weights.set_prior(weight_N)
-        if names := pl_module.weights.columns:
-            pl_module.weights.set_columns(standardise(scores, names))
+        module.weights.set_prior(weight_N)
+        if names := module.weights.columns:
+            module.weights.set_columns(standardise(scores, names))
         size = float(weight_N.sum() ** 2 / (weight_N**2).sum())
         rank_zero_info(
             f"scored {len(weight_N):,} pool rows in {time.monotonic() - started:.0f} s: {self.scores or FILE}\n"
@@ -95,19 +96,18 @@ class ScoredPrior(Callback):
 
     # ---- the scores ----
 
-    def _get_scores(self, trainer: Trainer, pl_module: LitBilevel) -> dict[str, np.ndarray]:
+    def _get_scores(self, trainer: Trainer, module: LitBilevel) -> dict[str, np.ndarray]:
         """All columns of the pool rows, on every process."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        policy = pl_module.policy
-        assert policy is not None
+        data = data_of(trainer)
+        policy = policy_of(module)
         if self.scores is not None:
             return _join(read_scores(self.scores), column(data.sets["pool"], "id").to_pylist(), self.scores)
         with trainer.precision_plugin.forward_context():
             if is_rehearsal(trainer):  # leaves no files
-                return score_rows(policy, pl_module.tokenizer, data.sets["pool"], data.sets["upper"])
+                return score_rows(policy, module.tokenizer, data.sets["pool"], data.sets["upper"])
             path = run_folder(trainer) / FILE
-            sweep = sweep_for(trainer, policy, pl_module.tokenizer, data, path.with_name(f"{FILE}.parts"))
-            made_of = {**sweep.made_of, "policy_path": pl_module.policy_settings.path}
+            sweep = sweep_for(trainer, policy, module.tokenizer, data, path.with_name(f"{FILE}.parts"))
+            made_of = {**sweep.made_of, "policy_path": module.policy_settings.path}
             if not trainer.strategy.broadcast(_is_known(path, made_of)):
                 self._pass(trainer, sweep)
                 if trainer.is_global_zero:

@@ -13,12 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lit_bilevel.callbacks.passes import test_losses
 from lit_bilevel.callbacks.progress import say
-from lit_bilevel.callbacks.run import boards, is_rehearsal
+from lit_bilevel.callbacks.run import boards, is_rehearsal, module_of
 from lit_bilevel.data.table import column
 from lit_bilevel.inspection.settings import Plain, in_words, run_settings
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of, origin
 from lit_bilevel.training.phases import current_index
+from lit_bilevel.training.trainer import data_of, policy_of
 
 
 class Summary(Callback):
@@ -50,8 +51,8 @@ class Summary(Callback):
     @rank_zero_only
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Say the phase where a new one begins, and where a run is continued."""
-        assert isinstance(pl_module, LitBilevel)
-        index, phases = current_index(pl_module), pl_module.phases
+        module = module_of(pl_module)
+        index, phases = current_index(module), module.phases
         if len(phases) == 1 or index == self._phase_index:
             return
         self._phase_index = index
@@ -61,12 +62,12 @@ class Summary(Callback):
             logger.experiment.add_text("phase", text, trainer.global_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, LitBilevel)
+        module = module_of(pl_module)
         self._phase_index = -1
-        self._say(trainer, pl_module)
+        self._say(trainer, module)
         begins = trainer.global_step == 0 and not is_rehearsal(trainer)
-        if self.test_first and begins and "test" in trainer.datamodule.sets:  # type: ignore[attr-defined]
-            self.first = test_losses(trainer, pl_module)
+        if self.test_first and begins and "test" in data_of(trainer).sets:
+            self.first = test_losses(trainer, module)
             for logger in trainer.loggers:
                 logger.log_metrics(self.first, 0)
 
@@ -80,13 +81,13 @@ class Summary(Callback):
 
     @staticmethod
     @rank_zero_only
-    def _say(trainer: Trainer, pl_module: LitBilevel) -> None:
-        settings = run_settings(trainer, pl_module)
+    def _say(trainer: Trainer, module: LitBilevel) -> None:
+        settings = run_settings(trainer, module)
         lines = {
             "pool": _pool(trainer),
             "validation": _validation(trainer),
-            "policy": _policy(pl_module),
-            "method": _method(settings, pl_module),
+            "policy": _policy(module),
+            "method": _method(settings, module),
             "run": _run(trainer),
             "look": _look(trainer),
         }
@@ -96,7 +97,7 @@ class Summary(Callback):
 def _pool(trainer: Trainer) -> str:
     import pyarrow.compute
 
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = data_of(trainer)
     pool = data.sets["pool"]
     tokens = pyarrow.compute.sum(column(pool, "length")).as_py()
     truncated = pyarrow.compute.sum(column(pool, "truncated")).as_py()
@@ -109,15 +110,15 @@ def _pool(trainer: Trainer) -> str:
 
 
 def _validation(trainer: Trainer) -> str:
-    sets = trainer.datamodule.sets  # type: ignore[attr-defined]
+    sets = data_of(trainer).sets
     test = f"{len(sets['test']):,} test rows" if "test" in sets else "no test file"
     return f"{len(sets['upper']):,} rows train the weights, {len(sets['monitor']):,} choose the checkpoint; {test}"
 
 
 def _policy(module: LitBilevel) -> str:
-    assert module.policy is not None
-    trained = sum(parameter.numel() for parameter in module.policy.trainable())
-    total = module.policy.causal_lm.num_parameters()  # which knows that four-bit ones are packed
+    policy = policy_of(module)
+    trained = sum(parameter.numel() for parameter in policy.trainable())
+    total = policy.causal_lm.num_parameters()  # which knows that four-bit ones are packed
     settings = module.policy_settings
     adapter = adapter_of(settings)
     lora = "" if settings.lora is None else f" (LoRA, rank {settings.lora.r})"
@@ -143,7 +144,7 @@ def _method(settings: dict[str, Plain], module: LitBilevel) -> str:
 
 
 def _run(trainer: Trainer) -> str:
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = data_of(trainer)
     total = trainer.estimated_stepping_batches
     steps = "no end is set" if total == float("inf") else f"{total:,} steps"
     begun = f", {trainer.global_step:,} done" if trainer.global_step else ""

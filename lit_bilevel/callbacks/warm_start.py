@@ -1,4 +1,4 @@
-"""Start the weights from an earlier run's `weights.parquet`.
+"""Begins the weights at those of an earlier run's `weights.parquet`.
 
 Rows are joined by `id`, so the pool may have changed in between; rows that are new weigh 1. Left out: continuing an
 interrupted run, which `--ckpt_path last` does exactly.
@@ -13,8 +13,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_bilevel.callbacks.run import module_of
 from lit_bilevel.errors import UserError
-from lit_bilevel.module import LitBilevel
+from lit_bilevel.training.trainer import data_of
 
 
 class WarmStart(Callback):
@@ -38,9 +39,8 @@ class WarmStart(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed:
             return
-        assert isinstance(pl_module, LitBilevel)
         earlier = _read(self.path)
-        ids = trainer.datamodule.sets["pool"]["id"][:]  # type: ignore[attr-defined]
+        ids = data_of(trainer).sets["pool"]["id"][:]
         known = sum(key in earlier for key in ids)
         if known == 0:
             raise UserError(f"{self.path} has no id of the pool; give the weights of a run on the same rows.")
@@ -48,7 +48,7 @@ class WarmStart(Callback):
             f"{known:,} of {len(ids):,} rows start with their weight in {self.path}, by id; the others with 1"
         )
         weight_N = torch.tensor([earlier.get(key, 1.0) for key in ids], dtype=torch.float64)
-        pl_module.weights.set_prior(weight_N)
+        module_of(pl_module).weights.set_prior(weight_N)
 
 
 def _read(path: str) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""Commands: what `lit-bilevel` does without training."""
+"""The commands of `lit-bilevel` that do not train."""

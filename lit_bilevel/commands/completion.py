@@ -1,4 +1,4 @@
-"""`lit-bilevel --print_completion=shtab-bash`: a script that completes every command and its options.
+"""`lit-bilevel --print_completion=shtab-bash`: prints a script that completes every command and its options.
 
     lit-bilevel --print_completion=shtab-bash > ~/.local/share/bash-completion/completions/lit-bilevel
 

@@ -1,4 +1,4 @@
-"""`lit-bilevel inspect RUN`: what a run found, on the terminal and as one HTML file that needs no network.
+"""`lit-bilevel inspect RUN`: reports a run, on the terminal and as one HTML file that needs no network.
 
 Read from the run folder alone: weights.parquet, inspection/, responses.jsonl, metrics.json, the event files. Whatever
 is missing is left out of the report, so an unfinished run can be looked at. Left out: comparing runs.

@@ -1,4 +1,4 @@
-"""A pool as it lies on disk, for copying rows unchanged: lines of a jsonl file, records of others, or a table.
+"""Reads a pool as it lies on disk, to copy rows unchanged: lines of a jsonl file, records of others, or a table.
 
 Ids are read as training reads them (`data/rows.py`): the `id` of a record, else its number, blank lines not counted;
 a record that cannot be read has a number and no id. Left out: everything that training does to a row.
@@ -14,13 +14,16 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lit_bilevel.data.files import dataset, is_file, members, records
 from lit_bilevel.errors import UserError
 from lit_bilevel.resources import locate
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Added = tuple[str, np.ndarray] | None
 
@@ -94,7 +97,7 @@ class Lines(Pool):
 class Table(Pool):
     """Records of a parquet file or a dataset, with their schema."""
 
-    def __init__(self, table: Any, id_column: str):
+    def __init__(self, table: pyarrow.Table, id_column: str):
         self.table = table
         known = id_column in table.column_names
         keys = table[id_column].to_pylist() if known else [None] * len(table)
@@ -181,7 +184,7 @@ def _json_lines(path: Path) -> list[bytes]:
     return [_line(record) for record in records]
 
 
-def _parquet_table(path: Path) -> Any:
+def _parquet_table(path: Path) -> pyarrow.Table:
     import pyarrow
     import pyarrow.parquet
 
@@ -191,7 +194,7 @@ def _parquet_table(path: Path) -> Any:
         raise UserError(f"{path} is not a readable parquet file ({error}).") from error
 
 
-def _table(records: list[dict[str, Any]]) -> Any:
+def _table(records: list[dict[str, Any]]) -> pyarrow.Table:
     import pyarrow
 
     columns = dict.fromkeys(name for record in records for name in record)
@@ -206,7 +209,7 @@ def _table(records: list[dict[str, Any]]) -> Any:
     return pyarrow.table(arrays)
 
 
-def _write_parquet(path: Path, table: Any, added: Added) -> None:
+def _write_parquet(path: Path, table: pyarrow.Table, added: Added) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -233,14 +236,14 @@ def _write_csv(path: Path, records: list[dict[str, Any]], added: Added) -> None:
         writer.writerows(records)
 
 
-def _line(record: Any) -> bytes:
+def _line(record: object) -> bytes:
     try:
         return json.dumps(record, ensure_ascii=False, default=plain).encode("utf-8")
     except UnicodeEncodeError:  # half of a surrogate pair: only its escape can be written
         return json.dumps(record, default=plain).encode("utf-8")
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> str:
     """Values of a table that JSON lacks."""
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()

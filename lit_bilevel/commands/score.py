@@ -1,4 +1,4 @@
-"""`lit-bilevel score`: what one pass of a policy says of every pool row, before anything is trained, as a parquet file.
+"""`lit-bilevel score`: scores every pool row by one pass of a policy, before anything is trained, as a parquet file.
 
     lit-bilevel score --config configs/quality.yaml --data.pool P --data.validation V --model.policy.path M \\
         --output scores.parquet
@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,6 +34,13 @@ from lit_bilevel.scores.columns import COLUMNS
 from lit_bilevel.scores.density import LEAST_TRUSTED
 from lit_bilevel.scores.sweep import sweep_for
 from lit_bilevel.scores.table import Scores, write_scores
+from lit_bilevel.training.trainer import callbacks_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+    from lit_bilevel.data.module import BilevelDataModule
+    from lit_bilevel.policy.policy import Policy
 
 NOTHING = -1
 """Stands for no part: Lightning refuses a process that has nothing to do while others have."""
@@ -77,11 +84,11 @@ class Scoring(LightningModule):
         output: the file to be written.
     """
 
-    def __init__(self, settings: PolicySettings, data: Any, output: Path):
+    def __init__(self, settings: PolicySettings, data: BilevelDataModule, output: Path):
         super().__init__()
         self.settings, self.data, self.output = settings, data, output
         self.tokenizer = load_tokenizer(settings)
-        self.policy: Any = None
+        self.policy: Policy | None = None
 
     def setup(self, stage: str) -> None:
         self.data.trainer = self.trainer
@@ -97,9 +104,10 @@ class Scoring(LightningModule):
         if self.policy is None:
             self.policy = load_policy(self.settings, torch.get_default_dtype())
 
-    def predict_dataloader(self) -> Any:
+    def predict_dataloader(self) -> list[int]:
         """Numbers of the parts that this process has to do; the policy is there by now."""
         trainer, data = self.trainer, self.data
+        assert self.policy is not None
         folder = self.output.with_name(self.output.name + ".parts")
         self.sweep = sweep_for(trainer, self.policy, self.tokenizer, data, folder)
         if trainer.is_global_zero and (known := self.sweep.files.open()):
@@ -129,9 +137,10 @@ def _score(options: argparse.Namespace, shared: list[str]) -> None:
     started = time.perf_counter()
     configs = locate_configs([part for name in options.config for part in ("--config", name)])
     cli = Settings(["fit", *configs, *shared])
-    trainer: Any = cli.trainer
+    trainer = cli.trainer
     _check(trainer.strategy)
-    trainer.callbacks, trainer.loggers = [], []  # those of a fit
+    callbacks_of(trainer).clear()  # those of a fit
+    trainer.loggers = []
     scoring = Scoring(_as_it_is(cli.model.policy_settings), cli.datamodule, output)
     trainer.predict(scoring, return_predictions=False)
     trainer.strategy.barrier("scored")
@@ -147,7 +156,7 @@ def _score(options: argparse.Namespace, shared: list[str]) -> None:
     _tell(columns, data, output, time.perf_counter() - started)
 
 
-def _check(strategy: Any) -> None:
+def _check(strategy: Strategy) -> None:
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
         raise UserError(
             f"`trainer.strategy` is {type(strategy).__name__}, which spreads the policy over processes that would have"
@@ -163,7 +172,7 @@ def _as_it_is(settings: PolicySettings) -> PolicySettings:
     return replace(settings, lora=None)
 
 
-def _tell(columns: dict[str, np.ndarray], data: Any, output: Path, seconds: float) -> None:
+def _tell(columns: dict[str, np.ndarray], data: BilevelDataModule, output: Path, seconds: float) -> None:
     rows = len(data.sets["pool"])
     for name, values in columns.items():
         if name in COLUMNS and (missing := int(np.isnan(values).sum())):

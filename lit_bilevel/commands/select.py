@@ -1,4 +1,4 @@
-"""`lit-bilevel select`: the rows of a pool that their learned weights, or scores, speak for, as a new file.
+"""`lit-bilevel select`: writes the rows of a pool with the highest learned weights, or scores, as a new file.
 
     --keep f | --top_k K      the highest weights; equal weights at the cut are drawn, not taken by position
     --threshold T             w_i ≥ T (the mean weight is 1)

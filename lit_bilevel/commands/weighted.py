@@ -1,4 +1,4 @@
-"""The weights or scores of rows from a file, and the rows of a pool that they belong to, joined by id.
+"""Joins the weights or scores of a file with the rows of a pool, by id.
 
 Left out: reading the pool, and the choice of rows.
 """

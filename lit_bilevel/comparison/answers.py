@@ -1,4 +1,4 @@
-"""What is measured on generated answers, and pairs of answers for an outside judge.
+"""Measures generated answers, and writes pairs of answers for an outside judge.
 
     exact_match    share of answers that are the reference, white space at the ends aside
     bleu, rougeL   torchmetrics' corpus BLEU-4 (where answers have four words), and mean F1 of the longest common
@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.files import replace_text
 from lit_bilevel.inspection.folder import read_lines
 from lit_bilevel.resources import locate
+
+if TYPE_CHECKING:
+    from lit_bilevel.cli import BilevelCLI
 
 REFUSALS = re.compile(
     r"\bI\s?(['’]m|am) (sorry|afraid|(not|un) ?(able|willing|going to))"
@@ -63,7 +66,7 @@ def measures(answers: Sequence[str], references: Sequence[str], expected: Sequen
     return scores
 
 
-def answer(cli: Any, folder: Path) -> dict[str, float]:
+def answer(cli: BilevelCLI, folder: Path) -> dict[str, float]:
     """Answer the test prompts greedily, and measure the answers, which stay in the folder's `predictions.jsonl`.
 
     Args:
@@ -73,7 +76,7 @@ def answer(cli: Any, folder: Path) -> dict[str, float]:
     test, path = cli.datamodule.sets["test"], cli.datamodule.paths["test"]
     cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     answers = [record["response"] for record in read_lines(folder / "predictions.jsonl")]
-    paths = [path] if isinstance(path, str) else path
+    paths = [path] if isinstance(path, str) else path or []
     files = [file for one in paths for file in members(locate(one))]
     raw = [record for file in files for _, record in records(file)]
     expected = [raw[row].get("expected") for row in test["row"][:]]

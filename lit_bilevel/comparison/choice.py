@@ -1,4 +1,4 @@
-"""Whether the monitor part of the validation file can tell which method is best.
+"""Tells whether the monitor part of the validation file is large enough to choose between methods.
 
 The loss of each monitor row under two policies is a pair, so what counts is the standard error of the mean difference.
 Example: on 32 rows B is 0.020 above A with an error of 0.025; a set of 32 other rows may well put B first. To tell them

@@ -1,4 +1,4 @@
-"""`lit-bilevel diagnose`: is the validation set large and clean enough to learn weights from?
+"""`lit-bilevel diagnose`: tells whether the validation set is large and clean enough to learn weights from.
 
     halves   rank correlation of the weights learned from the two halves of the validation file, same seed (they share
              the order of the pool, and with it some noise)
@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,9 @@ from lit_bilevel.files import replace_text
 from lit_bilevel.inspection.curves import Curve, read_curves
 from lit_bilevel.inspection.statistics import correlation, ranks
 from lit_bilevel.resources import locate
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 GOOD, SOME = 0.6, 0.3
 """Rank correlations from which weights are called stable, and from which they say something."""
@@ -90,7 +93,7 @@ class Diagnosis:
             cli = build(config, self.shared)
         if not cli.model.learns_weights:
             raise UserError(f"the method of {config} learns no weights; diagnose one that does: `configs/curate.yaml`.")
-        self.data: Any = cli.config.data
+        self.data: Namespace = cli.config.data
         self.phases, self.callbacks = read_parts(cli.config)
         self.sets = cli.datamodule.sets
         digest = hashlib.sha256(Path(locate(config)).read_bytes()).hexdigest()
@@ -122,7 +125,7 @@ class Diagnosis:
             "monitor": self._monitor(),
         }
 
-    def _halves(self) -> tuple[Any, Any]:
+    def _halves(self) -> tuple[str | list[str], str | list[str]]:
         """Files with every other row of the validation file, in the order of a hash of the ids."""
         parts = [self.sets[name] for name in ("upper", "monitor")]
         rows = [pair for part in parts for pair in zip(part["id"][:], part["row"][:], strict=True)]

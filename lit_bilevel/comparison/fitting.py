@@ -1,4 +1,4 @@
-"""One fit in a folder of its own, continued where an earlier one with the same flags was interrupted.
+"""Runs one fit in a folder of its own, and continues one that was interrupted under the same flags.
 
 Left out: calling the program anew for every fit; importing it takes longer than a small run.
 """
@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.data.fingerprint import rows_digest
@@ -18,16 +17,16 @@ from lit_bilevel.policy.origin import tokenizer_path
 from lit_bilevel.resources import locate
 
 
-def build(config: str, flags: Sequence[str]) -> Any:
+def build(config: str, flags: Sequence[str]) -> BilevelCLI:
     """A `BilevelCLI` with its module and its data, set up and not run."""
-    cli: Any = BilevelCLI([f"--config={locate(config)}", *flags], run=False)
+    cli = BilevelCLI([f"--config={locate(config)}", *flags], run=False)
     if cli.datamodule.tokenizer is None:
         cli.datamodule.tokenizer = tokenizer_path(cli.model.policy_settings)
     cli.datamodule.setup()
     return cli
 
 
-def data_digests(cli: Any) -> dict[str, str]:
+def data_digests(cli: BilevelCLI) -> dict[str, str]:
     """A digest of the rows of every set of a `BilevelCLI` that was built, for telling whether they changed."""
     return {name: rows_digest(table) for name, table in cli.datamodule.sets.items()}
 
@@ -48,6 +47,6 @@ def fit(folder: Path, config: str, flags: Sequence[str]) -> BilevelCLI:
     return BilevelCLI(["fit", f"--config={locate(config)}", *flags, own_folder, *further])
 
 
-def data_flag(name: str, files: Any) -> str:
+def data_flag(name: str, files: str | Sequence[str]) -> str:
     """The flag for a file, or a list of files, of a set."""
     return f"--data.{name}={files if isinstance(files, str) else json.dumps(files)}"

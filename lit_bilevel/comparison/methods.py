@@ -1,4 +1,4 @@
-"""What a method's name means: flags that turn the shared configuration into it, and rows that are left out.
+"""Turns a method's name into flags for the shared configuration and a filter of rows.
 
     mixing             both sets, with the configuration's schedule of λ;  mixing@0.25: λ = 0.25 from the first step on
     constant_mixing    both sets from the first step on, with the configuration's λ
@@ -207,7 +207,7 @@ class Method:
             earlier: folder of the run that the method needs, or of the weights that it was given.
         """
         mine = [callback for callback in configured if is_one_of(callback, "SelfRefine")]
-        chosen: list[Any] = callbacks_of(self.recipe, [callback for callback in configured if callback not in mine])
+        chosen = callbacks_of(self.recipe, [callback for callback in configured if callback not in mine])
         if self.refine:
             callback = (mine or [REFINE])[0]
             own = (self.variant.refine if self.variant else None) or {}

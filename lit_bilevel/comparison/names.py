@@ -1,4 +1,4 @@
-"""What the parts of a method's name stand for: flags of `lit-bilevel fit`, classes, callbacks.
+"""Tables of what the parts of a method's name stand for: flags of `lit-bilevel fit`, classes, callbacks.
 
 A class is named in short, as the comparison's own names are made from those of the classes, or by its path:
 
@@ -13,7 +13,7 @@ import importlib
 import inspect
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lit_bilevel.refinement.response_weights
 import lit_bilevel.solvers
@@ -24,6 +24,9 @@ from lit_bilevel.refinement.consensus import Agreement
 from lit_bilevel.refinement.response_weights import ResponseWeights
 from lit_bilevel.solvers import BilevelSolver
 from lit_bilevel.weights import ExampleWeights
+
+if TYPE_CHECKING:
+    from types import ModuleType
 
 CONSTANT = ("--model.upper_weight_decay=0",)  # and the phases' λ, see `Method.constant`
 UNIFORM = ("--model.weights=UniformWeights", "--model.solver=Mixing")
@@ -53,7 +56,7 @@ EARLY_STOPPING: dict[str, Any] = {
 STOPWATCH: dict[str, Any] = {"class_path": "lit_bilevel.comparison.stopwatch.Stopwatch"}
 
 
-def short_names(room: Any, kind: type, suffix: str = "") -> dict[str, type[Any]]:
+def short_names(room: ModuleType, kind: type, suffix: str = "") -> dict[str, type[Any]]:
     """The concrete classes of one kind in a room, by short names such as `one_step` and `softmax`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Showing progress, and keeping what libraries print out of it.
+"""Shows progress, and keeps what libraries print in a file.
 
 Left out: progress inside a run; it is in the run's `log.txt` and event files.
 """

@@ -1,4 +1,4 @@
-"""Phases of a run in a comparison: a recipe's own, or what is left of the configuration's for methods of other kinds.
+"""The phases of a compared run: a recipe's own, or what is left of the configuration's for methods of other kinds.
 
     --config configs/curate.yaml     `curate` has the configuration's weights, solver, phases and callbacks; the others
                                      have one phase, with λ of its last
@@ -27,7 +27,7 @@ CALLBACKS = ("ScoredPrior", "ClosingSweep")
 """Callbacks that belong to a recipe's phases."""
 
 
-def read_parts(settings: Any) -> tuple[Settings | None, Settings]:
+def read_parts(settings: Namespace) -> tuple[Settings | None, Settings]:
     """The phases and the callbacks of a configuration that was parsed."""
     own = settings.trainer.callbacks
     phases, callbacks = settings.model.phases, own if isinstance(own, list) else [own] if own else []
@@ -82,7 +82,7 @@ def other_flags(configured: Settings | None, constant: bool) -> list[str]:
     return [f"--model.phases={json.dumps([{**phase, 'upper_weight': None} for phase in configured])}"]
 
 
-def callbacks_of(path: str, configured: Settings) -> list[Any]:
+def callbacks_of(path: str, configured: Settings) -> list[Mapping[str, Any]]:
     """The configuration's callbacks with those of a recipe, or without them where there is none.
 
     Args:

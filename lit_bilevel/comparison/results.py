@@ -1,4 +1,4 @@
-"""The files of a comparison: `results.csv`, one row a run, and `test_losses.parquet`, each test row under every method.
+"""Reads and writes the files of a comparison: `results.csv`, a row a run, and `test_losses.parquet`, a row a test row.
 
 A run is finished when its row is in `results.csv`. Files are written beside their place and moved there, so a kill
 leaves whole ones. Left out: merging two folders.
@@ -9,12 +9,15 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replace_text, replacing
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Result = dict[str, Any]
 Losses = dict[str, dict[int, np.ndarray]]
@@ -90,7 +93,7 @@ class Results:
         import pyarrow
         import pyarrow.parquet
 
-        table: Any = None
+        table: pyarrow.Table | None = None
         losses: Losses = {}
         for row in self.rows:
             path = self.run_folder(str(row.get("chosen") or row["method"]), row["seed"]) / "test_losses.parquet"
@@ -103,6 +106,7 @@ class Results:
             if table is None:
                 table = run_losses.select(["id", "tokens"])
             losses.setdefault(row["method"], {})[row["seed"]] = run_losses["loss"].to_numpy()
+        assert table is not None  # there is a row, or there would be nothing to write down
         for method, parts in losses.items():
             table = table.append_column(method, pyarrow.array(np.mean(list(parts.values()), axis=0)))
         with replacing(self.folder / "test_losses.parquet") as partial:
@@ -129,7 +133,7 @@ class Results:
         return losses
 
 
-def _number(name: str, text: str) -> Any:
+def _number(name: str, text: str) -> str | float:
     if name in ("method", "chosen"):
         return text
     return int(text) if name == "seed" else float(text)

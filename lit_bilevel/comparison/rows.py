@@ -1,4 +1,4 @@
-"""Parts of a data set as new files: every record as it is in the original, chosen by its position there.
+"""Writes parts of a data set as new files: records unchanged, chosen by their position.
 
 Records are never rebuilt from rows, so earlier turns, system prompts and every other field stay. A record without an id
 gets the one it has in the original. Left out: keeping bytes and schemas as `lit-bilevel select` does; only the next run
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,8 +21,12 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.files import replacing
 from lit_bilevel.resources import locate
 
+Stratum = TypeVar("Stratum", str, tuple[str, str])
 
-def copy_records(path: str | Sequence[str], columns: Mapping[str, str], chosen: Mapping[int, str], folder: Path) -> Any:
+
+def copy_records(
+    path: str | Sequence[str], columns: Mapping[str, str], chosen: Mapping[int, str], folder: Path
+) -> str | list[str]:
     """Write the chosen records of a set.
 
     Args:
@@ -58,7 +62,7 @@ def _line(record: dict[str, Any], columns: Mapping[str, str], key: str) -> str:
     return json.dumps(record, ensure_ascii=False, default=plain) + "\n"
 
 
-def stratify(strata: Sequence[Any], count: int, seed: int, what: str = "`--subset`") -> np.ndarray:
+def stratify(strata: Sequence[Stratum], count: int, seed: int, what: str = "`--subset`") -> np.ndarray:
     """[count] positions in order, from every stratum its share of the whole, drawn without replacement.
 
     Args:

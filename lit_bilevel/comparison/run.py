@@ -1,4 +1,4 @@
-"""One method, one seed: choose rows where the method filters, fit, and score the monitor-best policy on the test set.
+"""Runs one method with one seed: chooses rows where it filters, fits, and scores the best policy on the test set.
 
 Every run has the same policy steps and batch sizes; a method that trains on fewer rows sees them more often. `seconds`
 counts choosing rows and fitting, and the runs that a method needs first. A killed run goes on from its checkpoint.
@@ -14,11 +14,14 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from datasets import Dataset
+from jsonargparse import Namespace
+from lightning.pytorch import Trainer
 
 from lit_bilevel.callbacks.run import run_checkpoint
+from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.comparison.answers import answer
 from lit_bilevel.comparison.filters import CleanRows
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
@@ -33,6 +36,7 @@ from lit_bilevel.comparison.stopwatch import Stopwatch
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
+from lit_bilevel.training.trainer import find_callbacks, policy_of
 
 
 class Runner:
@@ -78,7 +82,7 @@ class Runner:
             if subset is not None:
                 self.shared.append(data_flag("pool", self._subset(cli, subset)))
                 cli = build(config, self.shared)
-        self.settings: Any = cli.config
+        self.settings: Namespace = cli.config
         if cli.trainer.world_size > 1:
             raise UserError(
                 f"a comparison runs in one process and the settings ask for {cli.trainer.world_size}; set"
@@ -168,7 +172,7 @@ class Runner:
         window = self.settings.data.batch_size * self.settings.model.accumulate_grad_batches
         return math.ceil(len(self.sets["pool"]) / window)
 
-    def _run_steps(self, trainer: Any) -> int:
+    def _run_steps(self, trainer: Trainer) -> int:
         """Policy steps of a run on the whole pool.
 
         Raises:
@@ -196,9 +200,9 @@ class Runner:
             return flags
         return [f"--trainer.max_steps={self.steps}", *flags, f"--model.upper_weight_decay_every={self._epoch_steps}"]
 
-    def _subset(self, cli: Any, count: int) -> Any:
+    def _subset(self, cli: BilevelCLI, count: int) -> str | list[str]:
         """Files with a part of the pool, stratified by source and, where there is a truth, by kind of corruption."""
-        data: Any = cli.config.data
+        data = cli.config.data
         pool = cli.datamodule.sets["pool"]
         ids = pool["id"][:]
         truth = cli.datamodule.truth
@@ -208,7 +212,7 @@ class Runner:
         chosen = {positions[row]: ids[row] for row in rows}
         return copy_records(data.pool, data.columns or {}, chosen, self.results.folder / "subset")
 
-    def _kinds(self, pool: Any) -> list[str] | None:
+    def _kinds(self, pool: Dataset) -> list[str] | None:
         """Kind of corruption of every row of a pool, where there is a truth."""
         return read_truth(self.truth, pool["id"][:]) if self.truth else None
 
@@ -232,7 +236,7 @@ class Runner:
 
     def _choose(
         self, method: Method, parts: list[str], folder: Path, earlier: Path | None, seed: int
-    ) -> tuple[Any, Result, float]:
+    ) -> tuple[str | list[str], Result, float]:
         """Files with the rows that a filter keeps, AUROC of its scores, and the time it took."""
         assert method.filter is not None
         started = time.perf_counter()
@@ -265,7 +269,7 @@ class Runner:
         result = flat(aurocs(torch.tensor(weights), kinds)) if kinds is not None else {}
         return result, time.perf_counter() - started + evidence.seconds
 
-    def _score(self, cli: Any, folder: Path) -> Result:
+    def _score(self, cli: BilevelCLI, folder: Path) -> Result:
         """What is measured of a finished fit, whose module holds the monitor-best policy."""
         import pyarrow
         import pyarrow.parquet
@@ -276,11 +280,11 @@ class Runner:
         own = run_checkpoint(cli.trainer)
         if own is not None and own.best_model_score is not None:
             row["monitor_loss"] = float(own.best_model_score)
-        stopwatch = next(callback for callback in cli.trainer.callbacks if isinstance(callback, Stopwatch))
+        (stopwatch,) = find_callbacks(cli.trainer, Stopwatch)
         row["steps"], row["seconds"] = cli.trainer.global_step, stopwatch.seconds
         if cli.model.learns_weights or cli.model.weights.needs_scoring:
             row |= {key: value for key, value in metrics.items() if key.startswith("auroc/")}
-        policy = cli.model.policy.to(cli.trainer.strategy.root_device)  # Lightning moved it away at the end
+        policy = policy_of(cli.model).to(cli.trainer.strategy.root_device)  # Lightning moved it away at the end
         with cli.trainer.precision_plugin.forward_context():
             objective = cli.model.evaluation.upper
             losses = {

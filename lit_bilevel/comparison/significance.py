@@ -1,4 +1,4 @@
-"""How sure a mean or a difference is.
+"""Confidence intervals of means, and permutation tests of differences.
 
     interval       mean ± t_{0.975, n−1} · s / √n               over seeds (Student)
     error          s / √n                                       of a mean over n rows

@@ -1,4 +1,4 @@
-"""How long a fit took, also where it was killed and continued.
+"""Measures how long a fit took, also where it was killed and continued.
 
 Lightning's `Timer` does the same and cannot be put into a `config.yaml`. Left out: the time after the last checkpoint
 of a killed run; that work was lost.

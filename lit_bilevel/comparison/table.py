@@ -1,4 +1,4 @@
-"""`results.md` and `results.png`: every method beside mixing and the oracle.
+"""Writes `results.md` and `results.png`: every method beside mixing and the oracle.
 
     gap closed     (mixing − method) / (mixing − oracle), of mean test losses
     Δ mixing       mean over test rows of the paired difference to mixing, losses averaged over seeds, and its p
@@ -13,9 +13,8 @@ import importlib.util
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -39,7 +38,11 @@ def markdown(rows: Sequence[Result], losses: Losses, monitor: Losses, command: s
     mean = {name: interval(values(part, "test_loss"))[0] for name, part in methods.items()}
     names = [name for name in dict.fromkeys(n for row in rows for n in row) if name not in HIDDEN]
     names.sort(key=lambda name: (name != "test_loss", name.startswith("auroc/")))
-    shown: list[tuple[str, Any]] = [(name, lambda method, name=name: cell(methods[method], name)) for name in names]
+
+    def measured(name: str) -> Callable[[str], str]:
+        return lambda method: cell(methods[method], name)
+
+    shown: list[tuple[str, Callable[[str], str]]] = [(name, measured(name)) for name in names]
     if "mixing" in methods:
         extra = [("Δ mixing (p)", lambda method: difference(method, losses))]
         if "oracle" in methods:
@@ -52,7 +55,7 @@ def markdown(rows: Sequence[Result], losses: Losses, monitor: Losses, command: s
     shown.append(("seeds", lambda method: str(len(methods[method]))))
     lines = ["| method | " + " | ".join(title for title, _ in shown) + " |", "|---" * (len(shown) + 1) + "|"]
     for method in sorted(methods, key=lambda name: mean[name]):
-        lines.append(f"| {method} | " + " | ".join(str(make(method)) for _, make in shown) + " |")
+        lines.append(f"| {method} | " + " | ".join(make(method) for _, make in shown) + " |")
     return "\n".join([*lines, "", *notes(rows, losses, monitor, command)]) + "\n"
 
 

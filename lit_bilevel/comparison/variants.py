@@ -1,4 +1,4 @@
-"""Methods under names of one's own: a method, settings that only it has, and perhaps a part of the data of its own.
+"""Methods under names of one's own: a method with settings, and perhaps a part of the data, that only it has.
 
     contrast:                                      a row of the table; also two_stage:contrast, best:contrast,mixing,
                                                    of which the first sees the rows of `contrast` under its own settings

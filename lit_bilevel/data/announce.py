@@ -1,4 +1,4 @@
-"""What a user is told about the data: `skipped.jsonl` and a summary of the sets at the start.
+"""Tells the user about the data: `skipped.jsonl` and a summary of the sets at the start.
 
 Left out: statistics of the texts.
 """
@@ -10,12 +10,16 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lit_bilevel.data.table import column, is_paired
 from lit_bilevel.files import replace_text
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 MOST = 20
 """Files that are named one by one."""
@@ -23,7 +27,10 @@ DIM, NORMAL = "\x1b[2m", "\x1b[0m"
 
 
 def announce(
-    sets: Mapping[str, Any], skipped: Mapping[str, Sequence[str]], formats: Mapping[str, str], tokenizer: Any
+    sets: Mapping[str, Dataset],
+    skipped: Mapping[str, Sequence[str]],
+    formats: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Log the summary, and the first row of the pool as the policy sees it."""
     rank_zero_info(summary(sets, skipped, formats))
@@ -46,7 +53,7 @@ def write_skipped(folder: Path, skipped: Mapping[str, Sequence[str]]) -> None:
     replace_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def notices(table: Any) -> dict[str, tuple[int, str]]:
+def notices(table: Dataset) -> dict[str, tuple[int, str]]:
     """In what rows are rendered otherwise than they say: the kind → how many rows, and place and text of the first."""
     kinds: dict[str, tuple[int, str]] = {}
     texts = column(table, "notice")
@@ -59,7 +66,7 @@ def notices(table: Any) -> dict[str, tuple[int, str]]:
     return kinds
 
 
-def tell(name: str, unread: Sequence[str], kinds: Mapping[str, Sequence[Any]]) -> None:
+def tell(name: str, unread: Sequence[str], kinds: Mapping[str, tuple[int, str]]) -> None:
     """Say once which fields of a set are not read, and in what its rows are rendered otherwise than they say."""
     if unread:
         rank_zero_info(f"{name}: fields that are not read: {', '.join(unread)}")
@@ -72,7 +79,7 @@ def tell(name: str, unread: Sequence[str], kinds: Mapping[str, Sequence[Any]]) -
             rank_zero_info(text)
 
 
-def summary(sets: Mapping[str, Any], skipped: Mapping[str, Sequence[str]], formats: Mapping[str, str]) -> str:
+def summary(sets: Mapping[str, Dataset], skipped: Mapping[str, Sequence[str]], formats: Mapping[str, str]) -> str:
     """Formats of the files; rows, longest sequence, truncated and skipped rows of each set."""
     import pyarrow.compute
 
@@ -88,7 +95,9 @@ def summary(sets: Mapping[str, Any], skipped: Mapping[str, Sequence[str]], forma
     return "\n".join(lines)
 
 
-def show_row(tokenizer: Any, table: Any, marks: Sequence[str] = (DIM, NORMAL), row: int = 0) -> str:
+def show_row(
+    tokenizer: PreTrainedTokenizerBase, table: Dataset, marks: Sequence[str] = (DIM, NORMAL), row: int = 0
+) -> str:
     """A row as the policy sees it, the tokens that are not learned between two marks."""
     record = table[row]
     ids, start = record["input_ids"], record["response_start"]
@@ -98,7 +107,7 @@ def show_row(tokenizer: Any, table: Any, marks: Sequence[str] = (DIM, NORMAL), r
         if not pieces or pieces[-1][0] != (position in learned):
             pieces.append((position in learned, []))
         pieces[-1][1].append(token)
-    texts = [(known, _printable(tokenizer.decode(part))) for known, part in pieces]
+    texts = [(known, _printable(cast("str", tokenizer.decode(part)))) for known, part in pieces]
     return "".join(text if known else f"{marks[0]}{text}{marks[1]}" for known, text in texts)
 
 

@@ -1,4 +1,4 @@
-"""Examples to batches: right padding or packing, and flat indices of the tokens that are predicted.
+"""Collates examples into batches: right padding or packing, and flat indices of the tokens that are predicted.
 
 Offline and generated sequences go into the same batch. The indices are made here, on the CPU, so that the training step
 selects response positions without asking the device how many there are. Left out: padding on the left.
@@ -32,6 +32,7 @@ def collate(
     """
     responses = itertools.count()
     sequences = [s for index, example in enumerate(examples) for s in _sequences(example, index, responses)]
+    # neighbours are of like length then, which is what `_parts` cuts by
     sequences.sort(key=lambda sequence: len(sequence.ids))
     width = len(sequences[-1].ids)
     input_ids = np.zeros((len(sequences), width), dtype=np.int64)
@@ -146,6 +147,7 @@ def _collate_generated(examples: Sequence[Example], sequences: list[_Sequence]) 
 
 def share_of_rank(examples: list[Example], rank: int, world_size: int) -> list[Example]:
     """This process's part of a global window: sorted by length and dealt out, the same count on every rank."""
+    # every process gets short and long rows alike, or all would wait for the one with the longest
     ordered = sorted(examples, key=lambda example: (len(example.input_ids), example.row))
     each = -(-len(ordered) // world_size)
     mine = ordered[rank::world_size]

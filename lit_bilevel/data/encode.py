@@ -1,4 +1,4 @@
-"""Rows to token ids, the prompt separated from the response that is learned.
+"""Turns rows into token ids, the prompt separated from the response that is learned.
 
 With the tokenizer's chat template, a row has the template's own token ids, and what is learned is found in this order:
 by the template's `{% generation %}` blocks; else by prefixes, each of which is verified: the text before an assistant
@@ -18,9 +18,9 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lit_bilevel.data.masks import Draft, Span, by_blocks, draft
+from lit_bilevel.data.masks import Draft, Span, by_blocks, covering, draft
 from lit_bilevel.data.template import (
     ERRORS,
     Conversation,
@@ -33,6 +33,9 @@ from lit_bilevel.data.template import (
 )
 from lit_bilevel.errors import UserError
 from lit_bilevel.types import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Encoder:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         truncation: Literal["right", "left"] = "right",
         train_on: Literal["last", "all"] = "last",
@@ -230,7 +233,7 @@ class Encoder:
                 encoded.append(one)
                 continue
             ids, offsets = next(rendered)
-            spans = [self._upto_eos(ids, _covering(offsets, span)) for span in one.spans]
+            spans = [self._upto_eos(ids, covering(offsets, span)) for span in one.spans]
             encoded.append(self._finish(ids, spans, one.notice))
         return encoded
 
@@ -291,10 +294,3 @@ class Encoder:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False).input_ids
-
-
-def _covering(offsets: list[Span], span: Span) -> Span:
-    """The tokens that reach into a span of characters."""
-    start = next((i for i, (_, end) in enumerate(offsets) if end > span[0]), len(offsets))
-    stop = next((i for i in range(start, len(offsets)) if offsets[i][0] >= span[1]), len(offsets))
-    return start, stop

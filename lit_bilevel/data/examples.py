@@ -1,17 +1,23 @@
-"""Tables to examples: rows are read from the memory map when they are asked for, so a step costs the same at any size.
+"""Reads the rows of a table as examples when they are asked for, so that a step costs the same at any size.
 
 Left out: the order of training, which is the stream's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
 from lit_bilevel.types import PADDING_ROW, Example, Question
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Item = TypeVar("Item")
 
 
 class Window:
@@ -38,7 +44,7 @@ class Examples:
         pairs: whether the rows are preference pairs and both answers are wanted.
     """
 
-    def __init__(self, table: Any, sources: Mapping[str, int], pairs: bool = False):
+    def __init__(self, table: Dataset, sources: Mapping[str, int], pairs: bool = False):
         names = ["source", "input_ids", "response_start", "earlier", *(["rejected_ids"] if pairs else [])]
         self.table = table.select_columns(names)
         self.sources = sources
@@ -53,7 +59,7 @@ class Examples:
         ]
 
 
-class Batches:
+class Batches(Generic[Item]):
     """Batches that are made when they are asked for, as many on every process.
 
     No `DataLoader`, for Lightning would deal the batches of each process out to all of them once more (under
@@ -64,13 +70,13 @@ class Batches:
         count: how many there are.
     """
 
-    def __init__(self, make: Callable[[int], Any], count: int):
+    def __init__(self, make: Callable[[int], Item], count: int):
         self.make, self.count = make, count
 
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Item]:
         return map(self.make, range(self.count))
 
 
@@ -105,7 +111,14 @@ class EvaluationWindows:
         return Window(own + filler, self.total)
 
 
-def questions_of(table: Any) -> list[Question]:
+def question_batches(questions: list[Question], size: int, rank: int, world_size: int) -> Batches[list[Question]]:
+    """This process's share of questions, in as many batches as every other has; the last ones may be empty."""
+    own = questions[rank::world_size]
+    count = math.ceil(math.ceil(len(questions) / world_size) / size)
+    return Batches(lambda number: own[number * size : (number + 1) * size], count)
+
+
+def questions_of(table: Dataset) -> list[Question]:
     """The prompts of a set, the shortest first, with their ids as they are in training."""
     columns = [table[name][:] for name in ("id", "prompt", "input_ids", "response_start")]
     questions = [

@@ -1,4 +1,4 @@
-"""What the fields of a record mean that stand beside role and text.
+"""Reads the fields of a record that stand beside role and text, and refuses those that change what it means.
 
 Honoured: `weight: 0` or `train: false` of an answer (it is not learned), `reasoning_content` or `thinking` of an answer
 and `tools` of a record (both handed to the chat template), `tool_calls` and `function_call` of an answer, and turns of

@@ -1,4 +1,4 @@
-"""Files to records: json, jsonl, csv, parquet, a folder or a hub id, read one record at a time.
+"""Reads files as records, one at a time: json, jsonl, csv, parquet, a folder or a hub id.
 
 A folder of data files is the list of its files: `data/` with `b.csv`, `sub/a.jsonl` and `README.md` is read as
 `data/b.csv` and then `data/sub/a.jsonl`, each as it would be alone. A copy of a dataset on the hub, whose `README.md`
@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lit_bilevel.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 SAVED = ("state.json", "dataset_dict.json")
@@ -247,7 +251,7 @@ def _parquet_records(path: Path) -> Records:
         raise UserError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}).") from error
 
 
-def dataset(source: str) -> Any:
+def dataset(source: str) -> Dataset:
     """The dataset in a folder or on the hub, as `datasets` reads it.
 
     Raises:
@@ -276,7 +280,7 @@ def dataset(source: str) -> Any:
         ) from error
 
 
-def _number(batches: Any) -> Records:
+def _number(batches: Iterable[pyarrow.RecordBatch]) -> Records:
     number = 0
     for batch in batches:
         for record in _pylist(batch):
@@ -284,7 +288,7 @@ def _number(batches: Any) -> Records:
             yield f"row {number}", record
 
 
-def _pylist(batch: Any) -> list[Any]:
+def _pylist(batch: pyarrow.RecordBatch) -> list[Any]:
     """The records of an Arrow batch; one that cannot become Python values is an exception."""
     try:
         return batch.to_pylist()

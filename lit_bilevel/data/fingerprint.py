@@ -1,4 +1,4 @@
-"""What the data of a run is, in a few strings: ids, texts and learned token ids of each set, and their order.
+"""Sums up the data of a run in a few strings: ids, texts and learned token ids of each set, and their order.
 
 Neither where the files lie nor when they are read is part of it. Example: a chat template that writes today's date into
 the prompt gives other token ids tomorrow, and the run goes on.

@@ -1,4 +1,4 @@
-"""What a record means: the columns of a file turned into the turns of a conversation.
+"""Turns the columns of a record into the turns of a conversation.
 
 One small class a format; `detect` chooses by the columns that are there. Of a preference pair both answers are read;
 which are trained on is for the objective to say. Left out: what fields beside role and text mean (`fields.py`).

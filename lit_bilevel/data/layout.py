@@ -1,4 +1,4 @@
-"""How sequences are laid out for the policy's calls, as the Trainer's strategy and the policy want it.
+"""Chooses how sequences are laid out for the policy's calls, by the Trainer's strategy and the policy.
 
 Left out: measuring what a call costs.
 """
@@ -6,9 +6,14 @@ Left out: measuring what a call costs.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from lit_bilevel.policy.policy import Policy
 
 
 class Layout(NamedTuple):
@@ -23,7 +28,7 @@ class Layout(NamedTuple):
     pack_width: float | None = None
 
 
-def layout_for(trainer: Any, packing: bool) -> Layout:
+def layout_for(trainer: Trainer | None, packing: bool) -> Layout:
     """The layout under this Trainer; without one, a single call of padded or packed rows.
 
     A sharded policy needs as many calls on every process: one a batch, which packed ones have anyway.
@@ -31,7 +36,8 @@ def layout_for(trainer: Any, packing: bool) -> Layout:
     if trainer is None:
         return Layout(math.inf, 0.0 if packing else None)
     if packing:
-        return Layout(math.inf, math.inf if trainer.lightning_module.policy.takes_any_length else 0.0)
+        policy = cast("Policy", trainer.lightning_module.policy)
+        return Layout(math.inf, math.inf if policy.takes_any_length else 0.0)
     if isinstance(trainer.strategy, ModelParallelStrategy):
         return Layout()
     return Layout(256 if trainer.strategy.root_device.type == "cpu" else 4096)

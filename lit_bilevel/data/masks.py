@@ -1,4 +1,4 @@
-"""What of a rendered conversation is learned: by the template's generation blocks, or by verified prefixes.
+"""Finds what of a rendered conversation is learned: by the template's generation blocks, or by verified prefixes.
 
 Example: in `<user>2+3?<assistant>5<end>` the answer begins where `<user>2+3?<assistant>`, the same conversation
 rendered up to the question, ends. What is learned is then compared with what the row says. Left out: cutting to
@@ -8,7 +8,7 @@ rendered up to the question, ends. What is learned is then compared with what th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from lit_bilevel.data.template import Conversation, Template, says
 
@@ -93,7 +93,7 @@ def by_blocks(
         )
     else:
         spans = spans if every else spans[-1:]
-    said = [template.tokenizer.decode(ids[start:stop]) for start, stop in spans]
+    said = [cast("str", template.tokenizer.decode(ids[start:stop])) for start, stop in spans]
     return ids, spans, _notice(template, talk, template.render(talk.messages, talk.tools), said, learned)
 
 
@@ -115,3 +115,10 @@ def _notice(
         if len(said) == len(learned):
             return f"the chat template rewrites the answer: {left[:60]!r} is learned of {message['content'][:60]!r}"
     return template.find_omission(talk, text)
+
+
+def covering(offsets: list[Span], span: Span) -> Span:
+    """The tokens that reach into a span of characters."""
+    start = next((i for i, (_, end) in enumerate(offsets) if end > span[0]), len(offsets))
+    stop = next((i for i in range(start, len(offsets)) if offsets[i][0] >= span[1]), len(offsets))
+    return start, stop

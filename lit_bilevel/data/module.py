@@ -10,12 +10,11 @@ result independent of the number of processes.
 from __future__ import annotations
 
 import functools
-import math
 import os
 import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from datasets import Dataset
@@ -24,7 +23,7 @@ from lightning.pytorch import LightningDataModule
 from lit_bilevel.data.announce import announce, write_skipped
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
-from lit_bilevel.data.examples import Batches, EvaluationWindows, Examples, Window, questions_of
+from lit_bilevel.data.examples import Batches, EvaluationWindows, Examples, Window, question_batches, questions_of
 from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
 from lit_bilevel.data.layout import layout_for
 from lit_bilevel.data.prepare import Preparation, cache_folder, load_tokenizer
@@ -36,6 +35,9 @@ from lit_bilevel.data.table import column, is_paired, source_numbers
 from lit_bilevel.errors import UserError
 from lit_bilevel.resources import locate
 from lit_bilevel.types import Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class BilevelDataModule(LightningDataModule):
@@ -114,7 +116,7 @@ class BilevelDataModule(LightningDataModule):
         self.responses = ResponseStore()
         self.pair_levels: Collection[str] = ()
         """The levels, `lower` or `upper`, whose objective learns from pairs; with a Trainer, its module says."""
-        self._read_for: tuple[Any, list[str]] = (None, [])
+        self._read_for: tuple[PreTrainedTokenizerBase | None, list[str]] = (None, [])
         self._stream: PairedStream | None = None
         self._position = 0
         check_settings(self)
@@ -146,7 +148,7 @@ class BilevelDataModule(LightningDataModule):
         self.seed = self._own_seed
         self.__dict__.pop("fingerprint", None)  # also of the number of rows in a step
 
-    def _read(self, tokenizer: Any) -> None:
+    def _read(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._preparation = Preparation(  # kept, for a temporary folder lasts as long as it does
             Encoder(tokenizer, self.max_length, **self.encoding),
             cache_folder(self.cache),
@@ -161,15 +163,15 @@ class BilevelDataModule(LightningDataModule):
         self.__dict__.pop("fingerprint", None)
         announce(self.sets, self.skipped, formats, tokenizer)
 
-    def _load_tokenizer(self) -> Any:
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is not None:
             return self._given_tokenizer
         if self.trainer is None:
             raise UserError("`data.tokenizer` is not set and there is no policy to take it from; give a folder or id.")
-        return self.trainer.lightning_module.tokenizer
+        return cast("PreTrainedTokenizerBase", self.trainer.lightning_module.tokenizer)
 
     @functools.cached_property
-    def _given_tokenizer(self) -> Any:
+    def _given_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(locate(self.tokenizer or ""))
 
     def _examples(self, name: str) -> Examples:
@@ -231,11 +233,8 @@ class BilevelDataModule(LightningDataModule):
         """The test prompts, dealt out to the processes: lists of `Question`, the last of which may be empty."""
         if "test" not in self.sets:
             raise UserError("`data.test` is not set, so there are no prompts to answer; give a file of held-out rows.")
-        rank, world_size = self._process
-        questions, size = questions_of(self.sets["test"]), self.eval_batch_size
-        own = questions[rank::world_size]
-        count = math.ceil(math.ceil(len(questions) / world_size) / size)
-        return Batches(lambda number: own[number * size : (number + 1) * size], count)
+        questions = questions_of(self.sets["test"])
+        return question_batches(questions, self.eval_batch_size, *self._process)
 
     def evaluation_loader(self, name: str) -> Batches:
         """Every row of a set once, dealt out to the processes."""

@@ -1,4 +1,4 @@
-"""Sequences one after the other in few rows, in place of one padded row each.
+"""Packs sequences one after the other into few rows, in place of one padded row each.
 
 Every sequence keeps positions of its own, from 0; by these a transformers model sees where it begins and lets no token
 look into another one. Rows are filled evenly, the longest sequence first into the emptiest row (Graham 1969, LPT), and

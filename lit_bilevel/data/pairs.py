@@ -1,4 +1,4 @@
-"""Preference pairs to token ids: both answers after the same prompt.
+"""Turns preference pairs into token ids: both answers after the same prompt.
 
 Each answer is encoded as a row of its own. Where their prompts differ at the end (a tokenizer may merge it with the
 beginning of an answer), what is predicted begins at the earlier of the two places, so that both are conditioned on the

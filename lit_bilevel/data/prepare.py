@@ -1,4 +1,4 @@
-"""Files to tables of token ids, kept on disk so that the next run starts at once.
+"""Turns files into tables of token ids, kept on disk so that the next run starts at once.
 
 A prepared set is a folder, named by a digest of everything that its contents depend on: the bytes of the files, their
 names, the settings of their reading, the tokenizer with its chat template, those of the encoding, and this program. It
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import datasets
 import filelock
@@ -41,6 +41,11 @@ from lit_bilevel.errors import UserError, gather
 from lit_bilevel.files import sync
 from lit_bilevel.types import Row
 from lit_bilevel.version import __version__
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow
+    from transformers import PreTrainedTokenizerBase
 
 SHOWN_FROM = 20_000
 """Rows from which on progress is shown."""
@@ -198,7 +203,7 @@ def cache_folder(setting: bool | str) -> Path | None:
     return Path(setting).expanduser()
 
 
-def load_tokenizer(path: str) -> Any:
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or of a hub id.
 
     Raises:
@@ -222,7 +227,7 @@ def _about(target: Path) -> dict[str, Any] | None:
     return about if whole else None
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Its files, without what they say of how it was loaded."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
@@ -238,7 +243,7 @@ def _add_file(digest: Any, path: Path) -> None:
             digest.update(block)
 
 
-def _positions(mask: Any) -> Any:
+def _positions(mask: pyarrow.ChunkedArray) -> np.ndarray:
     return mask.to_numpy().nonzero()[0]
 
 

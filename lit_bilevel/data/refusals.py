@@ -1,16 +1,19 @@
-"""Settings of the data module without meaning, refused before any file is read.
+"""Validates the settings of the data module before any file is read.
 
 Left out: what can only be told from the files; `prepare` and the module say that.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_bilevel.errors import gather
 
+if TYPE_CHECKING:
+    from lit_bilevel.data.module import BilevelDataModule
 
-def check_settings(data: Any) -> None:
+
+def check_settings(data: BilevelDataModule) -> None:
     """Refuse settings of a `BilevelDataModule` that have no meaning, all in one message.
 
     Raises:

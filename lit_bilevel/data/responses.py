@@ -1,4 +1,4 @@
-"""The store of generated responses: overlays pool rows in the main process and never edits them.
+"""Stores generated responses, and overlays pool rows with them in the main process without editing the rows.
 
 Loaders and their workers never see it, so no worker is stale and nothing is reloaded. A row once chosen stays chosen;
 each round replaces its responses. A row none of whose responses is usable keeps its offline pair.
@@ -118,6 +118,7 @@ class ResponseStore:
         self.round += 1
         self.source = self.round
         self.offline_share, self.temperature = offline_share, temperature
+        # a constant of the round: divided by its own length, a response would pull towards short ones
         self.mean_length = sum(len(response.token_ids) for response in every) / len(every) if every else 1.0
         self.mean_agreement = sum(response.agreement for response in every) / len(every) if every else 1.0
         self._keep({row: group for row, group in usable.items() if group})
@@ -143,6 +144,7 @@ class ResponseStore:
                 own = tuple(self._responses[example.row])
                 group = Group(own, self.mean_length, self.temperature, self.mean_agreement)
                 prompt = example.input_ids[: example.response_start]
+                # numbered behind the pool's rows, so that a row and its group can be told apart in one batch
                 result.append(replace(example, row=pool_rows + position, input_ids=prompt, group=group))
         return result
 

@@ -1,4 +1,4 @@
-"""Files to rows, one at a time and checked record by record.
+"""Reads files as rows, one at a time, and checks every record.
 
 A row's `row` is its position in the source and never changes; `id` is the user's own where there is one. A record that
 cannot be read gives a `Problem` in its place, with file and line; `prepare` decides what comes of it.
@@ -134,7 +134,9 @@ class Source:
             raise UserError(f"`data.format` is {self.format!r}; the known formats are: auto, {', '.join(names)}.")
         return names[self.format]
 
-    def _row_or_problem(self, position: int, place: str, item: Any, path: str) -> Row | Problem:
+    def _row_or_problem(
+        self, position: int, place: str, item: tuple[Format, dict[str, Any]] | Exception, path: str
+    ) -> Row | Problem:
         try:
             return self._row(position, place, item, path)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""The sets of a run from its files: pool, upper, monitor and perhaps test, checked, split and tokenized.
+"""Makes the sets of a run from its files: pool, upper, monitor and perhaps test.
 
 Left out: keeping them between runs; `prepare` does that file by file.
 """

@@ -1,4 +1,4 @@
-"""Keeping the sets apart: no prompt in two of the three files, and the validation file split in two by prompts.
+"""Keeps the sets apart: no prompt in two of the three files, and the validation file split in two by prompts.
 
 Left out: near-duplicates; only prompts that are equal after stripping white space are found.
 """

@@ -1,4 +1,4 @@
-"""The training stream: which pool rows and which validation rows meet in which policy step.
+"""Says which pool rows and which validation rows meet in which policy step: the training stream.
 
 A pure function of (seed, epoch, step), so a resumed run needs only its position to see the same data. The pool
 defines the epoch: a fresh permutation, cut into windows of nearly equal size so that none is left with a single row,
@@ -13,13 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lit_bilevel.data.collate import share_of_rank
 from lit_bilevel.data.examples import Examples, Window
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,19 @@ class Schedule:
     @property
     def steps(self) -> int:
         """Policy steps in an epoch."""
+        # the second bound leaves no window with one row alone: its score would have none to be compared with
         return max(1, min(-(-self.pool_rows // self.window), self.pool_rows // min(self.window, 2)))
 
     def lower(self, epoch: int, step: int) -> list[int]:
         """Pool rows of a step."""
+        # sizes differ by one row at most; with a short window at the end, its few rows would count for a whole step
         start, stop = (self.pool_rows * (step + i) // self.steps for i in (0, 1))
         return _pool_order(self.pool_rows, self.seed, epoch)[start:stop].tolist()
 
     def upper(self, position: int) -> list[int]:
         """Validation rows of the step `position`, counted from the start of the run."""
+        # by the steps of the run and not of the epoch: a chain that began anew with the pool would show the first
+        # validation rows more often than the last, and always beside the same pool rows
         first = position * self.upper_window
         rows = []
         for i in range(first, first + self.upper_window):
@@ -61,6 +67,8 @@ class Schedule:
 
 
 def _permutation(size: int, seed: int, turn: int) -> torch.Tensor:
+    # a generator of its own, so that nothing else that draws can change the order; seeds are far enough apart that
+    # the orders of two of them coincide in no run
     generator = torch.Generator().manual_seed((seed * 1_000_003 + turn) % (1 << 63))
     return torch.randperm(size, generator=generator)
 
@@ -94,6 +102,7 @@ class StepMaker:
         return {level: self._window(self.sets[level], rows[level]) for level in rows}
 
     def _window(self, examples: Examples, rows: list[int]) -> Window:
+        # the number of all rows goes along: losses are divided by it, so a process count changes no step
         return Window(share_of_rank(examples(rows), self.rank, self.world_size), len(rows))
 
 
@@ -107,7 +116,7 @@ class _Steps(Dataset):
         return self.make(*address)
 
 
-def pass_on(item: Any) -> Any:
+def pass_on(item: Item) -> Item:
     """What it is given: loaders here collate nothing."""
     return item
 
@@ -148,11 +157,12 @@ class PairedStream:
         self.position = state_dict["position"]
 
     def __iter__(self) -> Iterator[dict[str, Window]]:
+        # under `limit_train_batches` an epoch is that much shorter, and the position is counted in such epochs
         steps = min(self.steps, self.epoch_steps())
         epoch, start = divmod(self.position, steps)
         loader = DataLoader(
             _Steps(self.make),
-            batch_size=None,
+            batch_size=None,  # an item is a whole policy step, with both levels of it
             collate_fn=pass_on,
             sampler=[(epoch, step, epoch * steps + step) for step in range(start, steps)],
             num_workers=self.num_workers,

@@ -1,4 +1,4 @@
-"""Rows on disk: an Arrow file of the rows of a source, and one with their token ids, both read through the memory map.
+"""Keeps rows on disk: an Arrow file of a source's rows, and one with their token ids, read through the memory map.
 
 Neither is ever whole in memory. What has to be known of all rows at once is kept as digests of 16 bytes: of what a row
 asks (`question`, no two sets may share one) and of what it is (`digest`, for telling whether data changed).
@@ -12,7 +12,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from datasets import Dataset, Features, List, Value
@@ -22,6 +22,11 @@ from lit_bilevel.data.pairs import encode_with_pairs
 from lit_bilevel.data.rows import Problem, Source
 from lit_bilevel.data.template import cut_after_learned
 from lit_bilevel.types import Row
+
+if TYPE_CHECKING:
+    import pyarrow
+
+Item = TypeVar("Item")
 
 CHUNK = 1000
 ROWS = Features(
@@ -135,7 +140,7 @@ def _optional(value: str | None) -> list[str]:
     return [value] if value else []
 
 
-def _chunks(items: Iterable[Any]) -> Iterable[list[Any]]:
+def _chunks(items: Iterable[Item]) -> Iterable[list[Item]]:
     iterator = iter(items)
     return iter(lambda: list(itertools.islice(iterator, CHUNK)), [])
 
@@ -208,7 +213,7 @@ def question(row: Row) -> tuple[str, ...]:
 # ---- columns ----
 
 
-def column(table: Dataset, name: str) -> Any:
+def column(table: Dataset, name: str) -> pyarrow.ChunkedArray:
     """A whole column as a pyarrow `ChunkedArray`; read from the memory map unless rows were taken out."""
     return table.select_columns([name]).with_format("arrow")[:][name]
 

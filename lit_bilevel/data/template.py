@@ -1,4 +1,4 @@
-"""Conversations as a chat template renders them, and whether it says what the row says.
+"""Renders conversations by a chat template, and checks whether the text says what the row says.
 
 The clock stands still while rows are encoded, so a template that writes the time gives every row the same one. Fields
 that a template takes or leaves out (reasoning, tools, calls of tools) are found by rendering without them too: where
@@ -16,12 +16,15 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from jinja2 import TemplateError
 
 from lit_bilevel.data.fields import REASONING
 from lit_bilevel.types import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
 CLOCK = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
@@ -84,7 +87,7 @@ class Template:
         tokenizer: a transformers tokenizer with a template.
     """
 
-    def __init__(self, tokenizer: Any):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer, self.special = tokenizer, special_tokens(tokenizer)
         self._now = datetime.datetime.now()
 
@@ -96,13 +99,14 @@ class Template:
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] = (), prompt: bool = False) -> str:
         """The text of a conversation, with the beginning of an answer after it where it is a prompt."""
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             list(messages),
             chat_template=self._still(tools),
             tools=list(tools) or None,
             tokenize=False,
             add_generation_prompt=prompt,
         )
+        return cast("str", text)
 
     def apply_with_masks(self, messages: Sequence[Message], tools: Sequence[Any]) -> Any:
         """Token ids (`input_ids`) and what the template's generation blocks hold (`assistant_masks`)."""
@@ -170,7 +174,7 @@ class Template:
         return None
 
 
-def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Matches the texts that a tokenizer reads as control tokens."""
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     special = sorted({*special, *tokenizer.all_special_tokens}, key=len, reverse=True)

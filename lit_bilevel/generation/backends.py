@@ -13,14 +13,20 @@ import importlib
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.generation.base import GenerationBackend, Request, Sample, Sampling, cut_at_end
 from lit_bilevel.generation.ending import without_settings
+from lit_bilevel.policy.causal import embeddings_of
 from lit_bilevel.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from transformers import ContinuousBatchingConfig
 
 VLLM_OLDEST, VLLM_NEWEST = (0, 10), (1, 0)
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the largest ranks it can be made for
@@ -54,7 +60,7 @@ class ContinuousBatching(GenerationBackend):
         requests: Sequence[Request],
         sampling: Sampling,
         end_ids: Sequence[int],
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Sample]:
         """As in the socket.
 
@@ -64,7 +70,7 @@ class ContinuousBatching(GenerationBackend):
         """
         from transformers import GenerationConfig
 
-        device = policy.causal_lm.get_input_embeddings().weight.device
+        device = embeddings_of(policy.causal_lm).device
         limit = max(request.max_new_tokens for request in requests)
         config = GenerationConfig(
             max_new_tokens=min(limit, sampling.max_new_tokens),
@@ -80,7 +86,8 @@ class ContinuousBatching(GenerationBackend):
         with policy.evaluating(), without_settings(policy.causal_lm), forked:
             torch.manual_seed(requests[0].seed)
             prompts = [request.prompt_ids for request in requests]
-            outputs = list(policy.causal_lm.generate_batch(prompts, generation_config=config, **further).values())
+            library: Any = policy.causal_lm  # it mixes `generate_batch` into models without telling their types
+            outputs = list(library.generate_batch(prompts, generation_config=config, **further).values())
         failed = [output.error for output in outputs if output.error]
         if failed or len(outputs) != len(requests):
             raise RuntimeError(
@@ -95,7 +102,7 @@ class ContinuousBatching(GenerationBackend):
             progress(sum(len(sample.token_ids) for sample in samples))
         return samples
 
-    def _options(self) -> Any:
+    def _options(self) -> ContinuousBatchingConfig:
         try:
             return importlib.import_module("transformers").ContinuousBatchingConfig(**self.options)
         except (AttributeError, TypeError) as error:
@@ -130,7 +137,7 @@ class VLLM(GenerationBackend):
         requests: Sequence[Request],
         sampling: Sampling,
         end_ids: Sequence[int],
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Sample]:
         """As in the socket.
 
@@ -166,7 +173,7 @@ class VLLM(GenerationBackend):
             progress(sum(len(sample.token_ids) for sample in samples))
         return samples
 
-    def _adapter(self, vllm: Any, policy: Policy, folder: str) -> Any:
+    def _adapter(self, vllm: ModuleType, policy: Policy, folder: str) -> Any:
         """The policy's adapter as vLLM takes it, from a folder; makes the engine at the first call."""
         configs = getattr(policy.model, "peft_config", None)
         if not configs:
@@ -202,7 +209,7 @@ class VLLM(GenerationBackend):
         return request(f"policy-{self._handed_over}", self._handed_over, folder)
 
 
-def _vllm() -> Any:
+def _vllm() -> ModuleType:
     try:
         module = importlib.import_module("vllm")
     except ImportError as error:

@@ -17,7 +17,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lit_bilevel.errors import gather
 from lit_bilevel.policy.policy import Policy
@@ -119,7 +118,7 @@ class GenerationBackend(ABC):
         requests: Sequence[Request],
         sampling: Sampling,
         end_ids: Sequence[int],
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Sample]:
         """One sample per request, in the order of the requests.
 

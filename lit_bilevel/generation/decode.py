@@ -1,4 +1,4 @@
-"""How a policy is decoded, chosen by trying: what it gives for a token must be what one pass over the same ids gives.
+"""Chooses how a policy is decoded, by trying: each token's logits must be those of one pass over the same ids.
 
     |logits while decoding − logits of one pass over the row alone|  ≤  tolerance · |logits of two rows differ|
 
@@ -12,7 +12,7 @@ Left out: faults that only long sequences show.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +22,11 @@ from lit_bilevel.generation.base import Request, Sample, Sampling, cut_at_end
 from lit_bilevel.generation.padded import decode_padded
 from lit_bilevel.generation.sampling import draw, uniforms
 from lit_bilevel.generation.unpadded import decode_singly, decode_unpadded
+from lit_bilevel.policy.causal import embeddings_of
 from lit_bilevel.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Decoder = Callable[..., list[list[int]]]
 EXACT, ROUNDED = 1e-3, 0.2  # tolerances in float32 and above, and below it
@@ -35,7 +39,7 @@ def decode(
     requests: Sequence[Request],
     sampling: Sampling,
     end_ids: Sequence[int],
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Sample]:
     """One sample per request, all of them in one batch; the policy in evaluation mode, gradients off.
 
@@ -46,10 +50,12 @@ def decode(
     limits = [min(request.max_new_tokens, sampling.max_new_tokens) for request in requests]
     prompts = [request.prompt_ids for request in requests]
     decode = decoder_for(policy)
+    # beyond that length a row's rotary frequencies would follow the longest row of its batch
     if max(map(len, prompts)) + max(limits) > _alike_up_to(model.config.get_text_config()):
         decode = decode_unpadded
     if sampling.temperature > 0:
-        uniform = uniforms(requests, max(limits)).to(model.get_input_embeddings().weight.device)
+        # all numbers of a request at once, from its own stream: what it draws does not depend on who shares its batch
+        uniform = uniforms(requests, max(limits)).to(embeddings_of(model).device)
 
     def choose(row_B: Tensor, step: int, logits_BV: Tensor) -> Tensor:
         if sampling.temperature == 0:
@@ -65,9 +71,10 @@ def decoder_for(policy: Policy) -> Decoder:
     Raises:
         UserError: if none is.
     """
-    if policy.decoder is None:
+    if policy.decoder is None:  # kept with the policy: a round asks once a batch, and trying costs several passes
         model = policy.causal_lm
-        exact = policy.precise and not torch.is_autocast_enabled(model.get_input_embeddings().weight.device.type)
+        # under autocast logits are rounded whatever the parameters are, and two right ways differ by that
+        exact = policy.precise and not torch.is_autocast_enabled(embeddings_of(model).device.type)
         tolerance = EXACT if exact else ROUNDED
         ways = [decode_padded] if _holds_keys_and_values(model) else []
         for way in (*ways, decode_unpadded, decode_singly):
@@ -79,17 +86,18 @@ def decoder_for(policy: Policy) -> Decoder:
     return policy.decoder
 
 
-def _holds_keys_and_values(model: Any) -> bool:
+def _holds_keys_and_values(model: PreTrainedModel) -> bool:
     """Whether every layer of its cache is of a kind that rows can leave."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     return all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in DynamicCache(config=model.config).layers)
 
 
-def _deviation(model: Any, decode: Decoder) -> float:
+def _deviation(model: PreTrainedModel, decode: Decoder) -> float:
     """The largest deviation of logits from those of one pass, as a share of how much rows differ; inf on an error."""
-    device = model.get_input_embeddings().weight.device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    device = embeddings_of(model).device
+    vocabulary = embeddings_of(model).shape[0]
+    # not the first ids, which are padding and ends of text in many vocabularies and may be treated apart
     ids = torch.arange(3, 3 + sum(LENGTHS)) % vocabulary
     prompts = [part.tolist() for part in ids.split(LENGTHS)]
     seen: list[tuple[int, int, Tensor]] = []
@@ -97,7 +105,7 @@ def _deviation(model: Any, decode: Decoder) -> float:
 
     def choose(row_B: Tensor, step: int, logits_BV: Tensor) -> Tensor:
         seen.extend((row, step, logits_V) for row, logits_V in zip(row_B.tolist(), logits_BV.clone(), strict=True))
-        drawn_B = logits_BV.argmax(-1)
+        drawn_B = logits_BV.argmax(-1)  # whatever is drawn: both sides are given the same tokens
         for row, token in zip(row_B.tolist(), drawn_B.tolist(), strict=True):
             given[row].append(token)
         return drawn_B
@@ -108,15 +116,17 @@ def _deviation(model: Any, decode: Decoder) -> float:
         return float("inf")
 
     def alone(row: int, step: int) -> Tensor:
+        # one row, no cache, no padding: nothing that a decoder could get wrong has a part in it
         whole = torch.tensor([prompts[row] + given[row][:step]], device=device)
         return model(input_ids=whole, use_cache=False).logits[0, -1].float()
 
+    # logits have no scale of their own, so a deviation is held against what another prompt changes
     effect = (alone(0, 0) - alone(1, 0)).norm()
     worst = max(float((logits_V - alone(row, step)).norm() / effect) for row, step, logits_V in seen)
     return 0.0 if not effect.isfinite() else worst  # a policy of NaN says nothing of the decoder
 
 
-def _alike_up_to(config: Any) -> float:
+def _alike_up_to(config: PreTrainedConfig) -> float:
     """Tokens up to which positions mean the same whatever else is in the batch."""
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
@@ -128,7 +138,7 @@ def _alike_up_to(config: Any) -> float:
     return min(limits, default=float("inf"))
 
 
-def _undecodable(model: Any, deviation: float) -> UserError:
+def _undecodable(model: PreTrainedModel, deviation: float) -> UserError:
     import transformers
 
     how = (

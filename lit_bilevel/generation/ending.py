@@ -1,4 +1,4 @@
-"""Where answers end, and which of a model's own generation settings hold: its end tokens, and nothing else.
+"""Finds the tokens that end an answer, and sets aside a model's other generation settings.
 
 A model folder may ask for a temperature, a penalty or suppressed tokens. None of them is part of the distribution that
 is trained, so refinement samples without them, `predict` is greedy without them, and the exported folder says so in its
@@ -14,22 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_bilevel.policy.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NEUTRAL = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0}
 """Said in exported settings, for where they are handed to a model with others, which `generate` would fill in."""
 
 
-def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
+def end_tokens(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a response: the tokenizer's, which training teaches, and those the model came with."""
     own = getattr(policy.causal_lm.generation_config, "eos_token_id", None)
     others = [] if own is None else [own] if isinstance(own, int) else own
     return list(dict.fromkeys([tokenizer.eos_token_id, *(token for token in others if token >= 0)]))  # -1 is none
 
 
-def settings_to_export(policy: Policy, tokenizer: Any, max_new_tokens: int) -> Any:
+def settings_to_export(policy: Policy, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
     """The `GenerationConfig` under which `generate` answers as `predict` does.
 
     Args:
@@ -55,7 +58,7 @@ def settings_to_export(policy: Policy, tokenizer: Any, max_new_tokens: int) -> A
 
 
 @contextmanager
-def without_settings(model: Any) -> Iterator[None]:
+def without_settings(model: PreTrainedModel) -> Iterator[None]:
     """No generation settings of the model's own: `generate` fills what it is not given from them."""
     from transformers import GenerationConfig
 

@@ -1,4 +1,4 @@
-"""Generating responses by plain transformers: the default backend.
+"""Generates responses by plain transformers: the default backend.
 
 How a batch is decoded is chosen by trying what the model can do (see `decode`); what is sampled is the policy's
 distribution in any case, as `sampling` says. Of the model's own generation settings only its end tokens hold (see
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_bilevel.generation.base import GenerationBackend, Request, Sample, Sampling, batches_by_length
 from lit_bilevel.generation.decode import decode, decoder_for
@@ -21,6 +21,9 @@ from lit_bilevel.generation.ending import end_tokens
 from lit_bilevel.policy.context import context_of, room
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.types import Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class HFGenerate(GenerationBackend):
         requests: Sequence[Request],
         sampling: Sampling,
         end_ids: Sequence[int],
-        progress: Callable[[int], Any] | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> list[Sample]:
         samples: list[Sample | None] = [None] * len(requests)
         with policy.evaluating():
@@ -57,7 +60,9 @@ class HFGenerate(GenerationBackend):
         return [sample for sample in samples if sample is not None]
 
 
-def answers(policy: Policy, tokenizer: Any, questions: Sequence[Question], max_new_tokens: int) -> list[dict[str, str]]:
+def answers(
+    policy: Policy, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], max_new_tokens: int
+) -> list[dict[str, str]]:
     """Greedy answers as dicts of `id`, `prompt` and `response`, each within the policy's context."""
     context = context_of(policy.causal_lm.config)
     rooms = [room(context, len(q.prompt_ids), max_new_tokens) for q in questions]

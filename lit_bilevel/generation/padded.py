@@ -1,4 +1,4 @@
-"""Decoding prompts of different lengths together, for models whose cache holds keys and values and nothing else.
+"""Decodes prompts of different lengths together, for models whose cache holds keys and values and nothing else.
 
 Prompts are padded on the left, a mask and positions tell the model so, and rows that have ended leave the batch and its
 cache. A prompt that is to be answered several times is read once: its keys and values are copied.
@@ -10,22 +10,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from lit_bilevel.policy.causal import embeddings_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Choose = Callable[[Tensor, int, Tensor], Tensor]
 """From the rows [B] that go on, the number of the step and their logits [B, V] to their next tokens [B]."""
 
 
 def decode_padded(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[list[int]],
     limits: Sequence[int],
     end_ids: Sequence[int],
     choose: Choose,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
     """The new tokens of every prompt, its end token included.
 
@@ -51,14 +56,16 @@ def decode_padded(
 class _Padded:
     """One batch; row b of the tensors is the prompt `alive[b]`."""
 
-    def __init__(self, model: Any, prompts: Sequence[list[int]], limits: Sequence[int], end_ids: Sequence[int]):
+    def __init__(
+        self, model: PreTrainedModel, prompts: Sequence[list[int]], limits: Sequence[int], end_ids: Sequence[int]
+    ):
         from transformers import DynamicCache
 
         self.model, self.limits, self.end_ids = model, list(limits), frozenset(end_ids)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = embeddings_of(model).device
         self.tokens: list[list[int]] = [[] for _ in prompts]
         accepted = inspect.signature(model.forward).parameters
-        self.positions = "position_ids" in accepted
+        self.positions = "position_ids" in accepted  # models without rotary or learned positions take none
         self.last_only: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self.cache = DynamicCache(config=model.config)
         self.alive = list(range(len(prompts)))
@@ -69,6 +76,7 @@ class _Padded:
         for b, prompt in enumerate(prompts):
             ids[b, width - len(prompt) :] = torch.tensor(prompt)
             mask[b, width - len(prompt) :] = 1
+        # equal prompts, as the G answers of a row have, are read once; the cache is copied for the others
         first = {tuple(prompt): b for b, prompt in reversed(list(enumerate(prompts)))}
         index = {prompt: number for number, prompt in enumerate(first)}
         self.first = torch.tensor(list(first.values()), device=self.device)  # of each different prompt
@@ -108,6 +116,7 @@ class _Padded:
             if self.tokens[prompt][-1] not in self.end_ids and len(self.tokens[prompt]) < self.limits[prompt]
         ]
         self.input_ids = drawn_B[:, None]
+        # a row that stayed after its end would be computed until the longest one ends
         if len(going) < len(self.alive):
             self.alive = [self.alive[b] for b in going]
             kept = torch.tensor(going, dtype=torch.int64, device=self.device)

@@ -1,4 +1,4 @@
-"""Responses to requests with the faults of generation survived: out-of-memory errors, and failures on any process.
+"""Generates and scores responses, and survives out-of-memory errors and failures on any process.
 
 A batch that does not fit into memory is halved and tried again, down to single requests; what is sampled does not
 change, as every response has random numbers of its own. Any other error on one process becomes `GenerationFailed` on
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -41,6 +40,8 @@ def score(
         group = Group((unscored,), 1.0, temperature)
         examples.append(Example(0, 0, request.prompt_ids, len(request.prompt_ids), group))
     scored: dict[int, Response] = {}
+    # not the numbers that decoding had: through a cache they differ from those of training, and an unchanged policy
+    # would not have ratios of 1
     for chosen in batches_by_length(requests, SCORED_TOKENS):
         batch = collate([examples[i] for i in chosen], len(chosen)).to(device)
         lengths = [len(samples[i].token_ids) for i in chosen]
@@ -57,7 +58,7 @@ def respond(
     sampling: Sampling,
     end_ids: Sequence[int],
     device: torch.device,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Response]:
     """Generate and score one batch, in halves where it does not fit into memory.
 
@@ -110,14 +111,15 @@ def gather_responses(
         failure = (mistake, str(error) if mistake else _describe(error))
         if not mistake:
             log.warning("generation failed", exc_info=error)  # the run may go on, but where it failed must be known
-    parts: list[Any] = [(answers, failure)]
+    # also where this process failed: the others wait for it here
+    parts: list[tuple[Numbered, tuple[bool, str] | None]] = [(answers, failure)] * world_size
     if world_size > 1:
-        parts = [None] * world_size
         torch.distributed.all_gather_object(parts, (answers, failure))
     for process, (_, failed) in enumerate(parts):
         if failed is not None:
             mistake, text = failed
             raise UserError(text) if mistake else GenerationFailed(f"{text}, on process {process}")
+    # by request again: what is stored must not depend on how many processes shared the work
     pairs = sorted((pair for part, _ in parts for pair in part), key=lambda pair: pair[0])
     return [response for _, response in pairs]
 

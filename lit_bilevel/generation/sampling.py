@@ -1,4 +1,4 @@
-"""How one token is drawn.
+"""Draws one token from logits.
 
     y_t = F_t⁻¹(u_t)        F_t the distribution function of softmax(z_t / T), cut by top-k and top-p        u_t uniform
 
@@ -37,8 +37,10 @@ def draw(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
     probability_BV = logits_BV.softmax(-1)
     if sampling.top_p < 1:
         ordered_BV, index_BV = probability_BV.sort(dim=-1, descending=True, stable=True)
+        # without the token itself: the one that crosses the bound is inside
         outside_BV = ordered_BV.cumsum(-1) - ordered_BV >= sampling.top_p
         probability_BV = probability_BV.masked_fill(outside_BV.scatter(-1, index_BV, outside_BV), 0.0)
+    # float64, or tokens of a large vocabulary with small probabilities would be rounded away in the sum
     function_BV = probability_BV.cumsum(-1, dtype=torch.float64)
     target_B1 = uniform_B[:, None] * function_BV[:, -1:]
     return torch.searchsorted(function_BV, target_B1, right=True)[:, 0]

@@ -1,4 +1,4 @@
-"""Decoding prompts of equal length together, by the model's own `generate`: for every model that has one.
+"""Decodes prompts of equal length together, by the model's own `generate`: for every model that has one.
 
 A state that runs through a sequence (Mamba, RWKV, hybrids) would run through padding too, and caches that hold one
 cannot lose rows. So prompts of one length go together, without padding, and rows that have ended stay until the last
@@ -10,7 +10,7 @@ Left out: batches of prompts of different lengths; where lengths are all differe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,21 +18,25 @@ from torch import Tensor
 from lit_bilevel.generation.base import cut_at_end
 from lit_bilevel.generation.ending import without_settings
 from lit_bilevel.generation.padded import Choose
+from lit_bilevel.policy.causal import embeddings_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def decode_unpadded(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[list[int]],
     limits: Sequence[int],
     end_ids: Sequence[int],
     choose: Choose,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
     """The new tokens of every prompt, its end token included; the arguments are those of `decode_padded`."""
     from transformers import GenerationConfig
 
     tokens: list[list[int]] = [[] for _ in prompts]
-    device = model.get_input_embeddings().weight.device
+    device = embeddings_of(model).device
     for length in sorted({len(prompt) for prompt in prompts}):
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
         row_B, limit_B = (torch.tensor(x, device=device) for x in (rows, [limits[row] for row in rows]))
@@ -43,8 +47,9 @@ def decode_unpadded(
             pad_token_id=next(iter(end_ids), 0),  # of rows that have ended; cut off below
         )
         input_ids = torch.tensor([prompts[row] for row in rows], device=device)
+        library: Any = model  # it mixes `generate` into models without telling their types
         with without_settings(model):
-            output = model.generate(
+            output = library.generate(
                 input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 generation_config=config,
@@ -59,12 +64,12 @@ def decode_unpadded(
 
 
 def decode_singly(
-    model: Any,
+    model: PreTrainedModel,
     prompts: Sequence[list[int]],
     limits: Sequence[int],
     end_ids: Sequence[int],
     choose: Choose,
-    progress: Callable[[int], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[list[int]]:
     """The same one prompt at a time, for models whose state mixes the rows of a batch (RWKV in transformers 5)."""
 

@@ -1,1 +1,1 @@
-"""Inspection: what a run wrote about its weights, read back, counted and shown."""
+"""Reads back, counts and shows what a run wrote about its weights."""

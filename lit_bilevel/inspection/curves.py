@@ -1,4 +1,4 @@
-"""Scalar curves of a run, read back from its TensorBoard event files.
+"""Reads scalar curves of a run back from its TensorBoard event files.
 
 A resumed or repeated run writes a new file into the same folder: from its first step on, it replaces what older files
 say. Left out: other kinds of records.

@@ -1,4 +1,4 @@
-"""Figures of a finished fit, as PNG in `figures/` of the run folder; they need matplotlib (`pip install .[figures]`).
+"""Draws the figures of a finished fit, as PNG in `figures/` of the run folder; needs the extra `figures` (matplotlib).
 
     weights        distribution of the weights of each source
     kinds          the same for clean rows and each kind of corruption, where `data.truth` is given
@@ -16,12 +16,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_bilevel.inspection.curves import read_curves, thin
 from lit_bilevel.inspection.folder import read_lines
 from lit_bilevel.inspection.page import COLOURS
 from lit_bilevel.inspection.truth import read_truth
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow
+    from matplotlib.figure import Figure, SubFigure
 
 LOSSES = ("upper/loss", "lower/loss", "monitor/loss")
 CLEAN, GOOD, CORRUPTED = "clean", *COLOURS[:2]
@@ -29,7 +34,7 @@ LEAST = 1e-3
 """Smaller weights are drawn here, where the scale is logarithmic."""
 
 
-def draw(run: Path, truth: str | None = None) -> dict[str, Any]:
+def draw(run: Path, truth: str | None = None) -> dict[str, Figure]:
     """Draw all figures that a run folder has data for, and write them to `figures/`.
 
     Args:
@@ -40,7 +45,7 @@ def draw(run: Path, truth: str | None = None) -> dict[str, Any]:
 
     folder = run / "figures"
     folder.mkdir(parents=True, exist_ok=True)
-    paints: dict[str, Callable[[Any, Path], bool]] = {
+    paints: dict[str, Callable[[Figure | SubFigure, Path], bool]] = {
         "weights": _weights,
         "kinds": functools.partial(_kinds, truth=truth),
         "trajectories": _trajectories,
@@ -57,14 +62,14 @@ def draw(run: Path, truth: str | None = None) -> dict[str, Any]:
     return figures
 
 
-def _table(run: Path) -> Any:
+def _table(run: Path) -> pyarrow.Table | None:
     import pyarrow.parquet
 
     path = run / "weights.parquet"
     return pyarrow.parquet.read_table(path) if path.is_file() else None
 
 
-def _weights(figure: Any, run: Path) -> bool:
+def _weights(figure: Figure | SubFigure, run: Path) -> bool:
     table = _table(run)
     if table is None:
         return False
@@ -72,7 +77,7 @@ def _weights(figure: Any, run: Path) -> bool:
     return True
 
 
-def _kinds(figure: Any, run: Path, truth: str | None) -> bool:
+def _kinds(figure: Figure | SubFigure, run: Path, truth: str | None) -> bool:
     table = _table(run)
     if table is None or truth is None:
         return False
@@ -81,12 +86,12 @@ def _kinds(figure: Any, run: Path, truth: str | None) -> bool:
     return True
 
 
-def _overview(figure: Any, run: Path, truth: str | None) -> bool:
-    left, right = figure.subfigures(1, 2)
+def _overview(figure: Figure | SubFigure, run: Path, truth: str | None) -> bool:
+    left, right = figure.subfigures(1, 2, squeeze=False)[0]
     return (_kinds(left, run, truth) or _weights(left, run)) and _losses(right, run)
 
 
-def _distributions(figure: Any, weights: Any, groups: list[str], most: int = 8) -> None:
+def _distributions(figure: Figure | SubFigure, weights: np.ndarray, groups: list[str], most: int = 8) -> None:
     """One histogram a group, above each other on one scale; the groups with most rows, `clean` first."""
     import numpy as np
 
@@ -105,7 +110,7 @@ def _distributions(figure: Any, weights: Any, groups: list[str], most: int = 8) 
     figure.suptitle("Weights of the rows")
 
 
-def _trajectories(figure: Any, run: Path) -> bool:
+def _trajectories(figure: Figure | SubFigure, run: Path) -> bool:
     epochs = read_lines(run / "inspection" / "epochs.jsonl")
     if not epochs:
         return False
@@ -129,7 +134,7 @@ def _trajectories(figure: Any, run: Path) -> bool:
     return True
 
 
-def _losses(figure: Any, run: Path) -> bool:
+def _losses(figure: Figure | SubFigure, run: Path) -> bool:
     curves = read_curves(run, LOSSES)
     if not curves:
         return False
@@ -143,7 +148,7 @@ def _losses(figure: Any, run: Path) -> bool:
     return True
 
 
-def _refinement(figure: Any, run: Path) -> bool:
+def _refinement(figure: Figure | SubFigure, run: Path) -> bool:
     responses = read_lines(run / "responses.jsonl")
     table = _table(run)
     if not responses or table is None:

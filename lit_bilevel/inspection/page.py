@@ -1,4 +1,4 @@
-"""The HTML page of `lit-bilevel inspect`: one file, inline SVG, no script and no address of a network.
+"""Builds the HTML page of `lit-bilevel inspect`: one file, inline SVG, no script and no address of a network.
 
 Every text from the data is escaped, and a Content-Security-Policy forbids loading anything. Left out: interaction;
 TensorBoard has that.

@@ -1,4 +1,4 @@
-"""Refinement on the page and on the terminal: what each round came to, and rows to judge at a glance.
+"""Shows refinement on the page and on the terminal: what each round came to, and rows to judge at a glance.
 
 A row of the table is a question with its old answer, the new ones of the last round (how often, agreement,
 log-probability per token), and what counts now. Left out: all rows; `responses.jsonl` has them.

@@ -1,4 +1,4 @@
-"""Were the new answers right? Refinement rounds of a run against a truth file with `original_response`.
+"""Compares refinement rounds of a run with a truth file that has `original_response`: were the new answers right?
 
     old right    share of right offline answers among the rows that were answered anew; of those replaced
     new right    share of right new answers: of all, of those trained on; where all answers to a question agree, and not

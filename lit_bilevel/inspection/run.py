@@ -1,4 +1,4 @@
-"""What is known about a run: everything that its folder holds, read for a report.
+"""Reads everything that a run folder holds, for a report.
 
 Whatever is missing is left empty, so an unfinished run can be looked at. Left out: how it is shown.
 """

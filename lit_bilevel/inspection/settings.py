@@ -1,4 +1,4 @@
-"""The settings of a run as a flat table of names and plain values: for the HParams tab, the model card, the summary.
+"""Flattens the settings of a run to names and plain values: for the HParams tab, the model card, the summary.
 
 Solvers, weightings, objectives, choosers of rows, response weights and `LitBilevel` keep the arguments of their
 constructors as attributes of the same name, so a class's signature says what to read. Two arguments of `LitBilevel` are
@@ -10,7 +10,6 @@ kept elsewhere, for their names are those of what they make: `policy`, the model
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -18,6 +17,7 @@ from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.origin import adapter_of
 from lit_bilevel.training.callbacks import refiners
 from lit_bilevel.training.phases import Phase
+from lit_bilevel.training.trainer import data_of
 
 Plain = str | int | float | bool
 
@@ -46,7 +46,7 @@ def run_settings(trainer: Trainer, module: LitBilevel) -> dict[str, Plain]:
     for name in ("gradient_clip_val", "upper_weight_decay_every"):
         if getattr(module, name) is not None:
             settings[name] = getattr(module, name)
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    data = data_of(trainer)
     for name in ("batch_size", "upper_batch_size", "max_length", "seed"):
         settings[f"data.{name}"] = getattr(data, name)
     for callback in refiners(trainer):

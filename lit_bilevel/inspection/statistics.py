@@ -1,4 +1,4 @@
-"""What a table of weights is summed up by, once an epoch: O(N log N), never in a step.
+"""Statistics of a table of weights, taken once an epoch: O(N log N), never in a step.
 
     rank correlation   Spearman's ρ = Pearson's of the ranks, ties at their mean rank
     mass of a source   Σ_{i in source} w_i / N

@@ -1,4 +1,4 @@
-"""Texts of rows made fit to be shown: on one line, in a Markdown table, counted.
+"""Makes texts of rows fit to be shown: on one line, in a Markdown table, counted.
 
     short("two\\nlines", 8)        two lin…
     tally(["7", "7", "8"])       ["7  (×2)", "8"]

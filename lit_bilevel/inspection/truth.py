@@ -1,4 +1,4 @@
-"""Scores of learned weights against a truth file: AUROC of clean rows against each kind of corruption.
+"""Scores learned weights against a truth file: AUROC of clean rows against each kind of corruption.
 
 A truth file (`id`, `corrupted` or `harmful`, `kind`) scores and never trains; only callbacks and scripts read it.
 Left out: thresholds. A ranking does not depend on where somebody would cut it.

@@ -1,4 +1,4 @@
-"""LoRA adapters that a policy folder holds: found, put on their base again, or merged into it.
+"""LoRA adapters in a policy folder: finds them, puts them on their base again, or merges them into it.
 
 A run that tunes an adapter leaves one in its `policy/`, and so do peft and TRL. A folder with `adapter_config.json` has
 no model of its own: the model is the base that this file names, plus the adapter. Example: `runs/a/policy` has an
@@ -12,10 +12,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.resources import locate
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModelForCausalLM
+    from transformers import PreTrainedModel
+
+    from lit_bilevel.policy.settings import LoraSettings
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODELS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -35,7 +41,7 @@ class Adapter:
 
     path: str
     base: str
-    config: Any
+    config: LoraConfig
 
 
 def find_adapter(path: str) -> Adapter | None:
@@ -100,7 +106,7 @@ def _refuse_content(folder: Path) -> None:
         )
 
 
-def put_on(model: Any, adapter: Adapter, trainable: bool, allow_pickle: bool) -> Any:
+def put_on(model: PreTrainedModel, adapter: Adapter, trainable: bool, allow_pickle: bool) -> PeftModelForCausalLM:
     """The model with the adapter's values, by peft.
 
     Args:
@@ -139,7 +145,7 @@ def _misfit(adapter: Adapter, reason: str) -> UserError:
     )
 
 
-def merge(model: Any, adapter: Adapter) -> Any:
+def merge(model: PeftModelForCausalLM, adapter: Adapter) -> PreTrainedModel:
     """A model that an adapter was put on, with the adapter added to its parameters.
 
     Raises:
@@ -157,14 +163,14 @@ def merge(model: Any, adapter: Adapter) -> Any:
     return whole.requires_grad_(True)  # peft froze it under the adapter
 
 
-def _targets(config: Any) -> tuple[str, ...]:
+def _targets(config: LoraConfig) -> tuple[str, ...]:
     targets = config.target_modules
     return (targets,) if isinstance(targets, str) else tuple(targets or ())
 
 
-def differences(config: Any, lora: Any) -> list[str]:
+def differences(config: LoraConfig, lora: LoraSettings) -> list[str]:
     """What `model.policy.lora` says that an adapter is not: `["r is 16 and the adapter has 4"]`."""
-    pairs = {
+    pairs: dict[str, tuple[object, object]] = {
         "r": (lora.r, config.r),
         "alpha": (lora.alpha, config.lora_alpha),
         "dropout": (lora.dropout, config.lora_dropout),

@@ -1,4 +1,4 @@
-"""A policy evaluated in float32 arithmetic, whatever precision it is trained in.
+"""Evaluates a policy in float32 arithmetic, whatever precision it is trained in.
 
     values   as they are; those of fewer bits (`bf16-true`, a bfloat16 or float16 base) are widened while they are used
     sums     in float32: no autocast, no TF32, 4-bit matrices unpacked to float32, no attention that takes 16 bits only

@@ -1,4 +1,4 @@
-"""What a model must be before a policy is made of it: each token's prediction sees earlier tokens only.
+"""Checks that a model is causal: each token's prediction sees earlier tokens only.
 
     logits at t of y_1 … y_T  =  logits at t of y_1 … y_t        tried on a few tokens when the model is loaded
 
@@ -10,16 +10,25 @@ Left out: models that look ahead over long distances only.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor, nn
 
 from lit_bilevel.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOLERANCE = 0.1  # of how much an earlier token changes the logits; bfloat16 keeps three digits
 
 
-def check_causal(model: Any) -> None:
+def embeddings_of(model: PreTrainedModel) -> Tensor:
+    """[V, D] the input embeddings of a model, whose device and number of tokens are the model's."""
+    return cast("nn.Embedding", model.get_input_embeddings()).weight
+
+
+def check_causal(model: PreTrainedModel) -> None:
     """Refuse a model whose tokens see later ones.
 
     Args:
@@ -28,7 +37,7 @@ def check_causal(model: Any) -> None:
     Raises:
         UserError: naming it.
     """
-    embeddings = model.get_input_embeddings().weight
+    embeddings = embeddings_of(model)
     if embeddings.is_meta:
         return
     ids = torch.arange(3, 10, device=embeddings.device)[None] % embeddings.shape[0]

@@ -1,4 +1,4 @@
-"""Compiling the policy (torch.compile), decoder layer by decoder layer.
+"""Compiles the policy (torch.compile), decoder layer by decoder layer.
 
 Layers are compiled in place, so parameters keep their names, and one after the other, so that all of them share their
 code and a deep model takes no longer to compile than a shallow one. Passes that compiled code cannot make run as they

@@ -1,4 +1,4 @@
-"""How many tokens a policy takes, and how many different ones, from its configuration.
+"""Reads from a configuration how many tokens a policy takes, and how many different ones.
 
     GPT-2, n_positions 64: an answer to a prompt of 60 tokens has room for 4
 
@@ -7,18 +7,21 @@ Left out: contexts that a configuration does not name; Mamba, RWKV and BLOOM hav
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 NAMES = ("max_position_embeddings", "max_seq_len")
 
 
-def context_of(config: Any) -> int | None:
+def context_of(config: PreTrainedConfig) -> int | None:
     """Positions that a model was made for; `None` where its configuration does not say."""
     text = config.get_text_config()
     return next((value for name in NAMES if (value := getattr(text, name, None)) is not None), None)
 
 
-def vocabulary_of(config: Any) -> int:
+def vocabulary_of(config: PreTrainedConfig) -> int:
     """Tokens that a model has embeddings for."""
     return config.get_text_config().vocab_size
 

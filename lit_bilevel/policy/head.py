@@ -1,4 +1,4 @@
-"""How a causal LM gets from its decoder's last hidden states to its logits, found by trying.
+"""Finds out, by trying, how a causal LM gets from its decoder's last hidden states to its logits.
 
     z = cap·tanh(scale·(h·Wᵀ + b)/cap), or without cap scale·(h·Wᵀ + b)
 
@@ -10,10 +10,13 @@ large enough for a cap to bite. Left out: models with other steps in between; th
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "softcap")
@@ -28,7 +31,7 @@ class Shape(NamedTuple):
     cap: float | None = None
 
 
-def head_shape(model: Any) -> Shape | None:
+def head_shape(model: PreTrainedModel) -> Shape | None:
     """The scale and cap of a model's output layer; `None` where its logits are something else.
 
     Args:
@@ -57,7 +60,7 @@ def head_shape(model: Any) -> Shape | None:
         model.config._attn_implementation = attention
 
 
-def _run(model: Any, head: nn.Linear, ids: Tensor, factor: float) -> tuple[Tensor | None, Tensor, Tensor]:
+def _run(model: PreTrainedModel, head: nn.Linear, ids: Tensor, factor: float) -> tuple[Tensor | None, Tensor, Tensor]:
     """What the output layer was given and gave, and the logits, with its input multiplied by a factor."""
     given: list[Tensor] = []
     handles = [
@@ -72,7 +75,7 @@ def _run(model: Any, head: nn.Linear, ids: Tensor, factor: float) -> tuple[Tenso
     return (given[0], given[1].float(), logits.float()) if len(given) == 2 else (None, logits, logits)
 
 
-def _candidates(config: Any) -> list[Shape]:
+def _candidates(config: PreTrainedConfig) -> list[Shape]:
     scales = [value for name in SCALES if isinstance(value := getattr(config, name, None), int | float) and value]
     caps = [value for name in CAPS if isinstance(value := getattr(config, name, None), int | float) and value]
     every = itertools.product([1.0, *scales, *(1 / scale for scale in scales)], [None, *caps])

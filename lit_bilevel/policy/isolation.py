@@ -1,4 +1,4 @@
-"""Whether sequences that share a row are kept apart, found by trying on short ones.
+"""Checks, on short sequences, that those that share a row are kept apart.
 
 Transformers tells packed sequences from positions that start again, where there is neither an attention mask nor a
 cache; which models and attention functions heed that differs. A sequence b is put after a and after c, with positions

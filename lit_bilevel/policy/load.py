@@ -1,4 +1,4 @@
-"""Loading a policy: a causal LM folder or hub id, tuned whole or through LoRA, or an adapter on one.
+"""Loads a policy: a causal LM folder or hub id, tuned whole or through LoRA, or an adapter on one.
 
 Left out: other adapters than LoRA (prompt-learning ones change the input, which the generation code relies on), and
 `trust_remote_code`, and weights that are pickled, unless they are asked for by name.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -22,10 +22,14 @@ from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.settings import LoraSettings, PolicySettings
 from lit_bilevel.resources import locate
 
+if TYPE_CHECKING:
+    from peft import PeftModelForCausalLM
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 __all__ = ["LoraSettings", "PolicySettings", "checkpoint_activations", "load_policy", "load_tokenizer"]
 
 
-def load_tokenizer(settings: PolicySettings, path: str | None = None) -> Any:
+def load_tokenizer(settings: PolicySettings, path: str | None = None) -> PreTrainedTokenizerBase:
     """The policy's tokenizer, or that at another path.
 
     Raises:
@@ -51,7 +55,7 @@ def context_length(settings: PolicySettings) -> int | None:
     return None if config is None else context_of(config)
 
 
-def policy_config(settings: PolicySettings) -> Any | None:
+def policy_config(settings: PolicySettings) -> PreTrainedConfig | None:
     """The configuration of the policy; `None` where it cannot be read."""
     from transformers import AutoConfig
 
@@ -84,13 +88,15 @@ def load_policy(settings: PolicySettings, default_dtype: torch.dtype) -> Policy:
         if continues:
             model.enable_input_require_grads()
     if settings.lora is not None and not continues:
-        model = _with_lora(model, settings)
+        model = _with_lora(cast("PreTrainedModel", model), settings)
     policy = Policy(model)
     policy.merged = adapter is not None and not continues
     return policy.train()  # `from_pretrained` returns eval mode, and Lightning keeps what it finds
 
 
-def load_model(settings: PolicySettings, adapter: Adapter | None, dtype: torch.dtype, **quantized: Any) -> Any:
+def load_model(
+    settings: PolicySettings, adapter: Adapter | None, dtype: torch.dtype, **quantized: BitsAndBytesConfig
+) -> PreTrainedModel | PeftModelForCausalLM:
     """The transformers or peft model at `settings.path`, before anything new is put on it.
 
     Args:
@@ -106,7 +112,7 @@ def load_model(settings: PolicySettings, adapter: Adapter | None, dtype: torch.d
 
     path = settings.path if adapter is None else adapter.base
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             locate(path),
             dtype=dtype,
             attn_implementation=settings.attn_implementation,
@@ -127,17 +133,17 @@ def load_model(settings: PolicySettings, adapter: Adapter | None, dtype: torch.d
     if adapter is None:
         return model
     continues = settings.adapter != "merge"
-    model = put_on(model, adapter, continues, settings.allow_pickle)
-    return model if continues else merge(model, adapter)
+    adapted = put_on(model, adapter, continues, settings.allow_pickle)
+    return adapted if continues else merge(adapted, adapter)
 
 
-def checkpoint_activations(model: Any) -> None:
+def checkpoint_activations(model: PreTrainedModel | PeftModelForCausalLM) -> None:
     """Let a transformers model compute its layers again in the backward pass instead of keeping what they gave."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
-def keep_backward(model: Any) -> None:
+def keep_backward(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from packing 4-bit weights anew, which it does at the first evaluation pass on some CPUs.
 
     Those are CPUs with AVX512-BF16; layers packed in that way have no backward pass, and say nothing.
@@ -148,7 +154,7 @@ def keep_backward(model: Any) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
-def _quantization(settings: PolicySettings) -> Any:
+def _quantization(settings: PolicySettings) -> BitsAndBytesConfig:
     if settings.quantization not in ("4bit", "8bit"):
         raise UserError(f"`model.policy.quantization` is {settings.quantization!r}; it must be 4bit, 8bit, or null.")
     if not tunes_adapter(settings):
@@ -170,7 +176,7 @@ def _quantization(settings: PolicySettings) -> Any:
     )
 
 
-def _with_lora(model: Any, settings: PolicySettings) -> Any:
+def _with_lora(model: PreTrainedModel, settings: PolicySettings) -> PeftModelForCausalLM:
     from peft import LoraConfig, get_peft_model
 
     lora = settings.lora
@@ -185,7 +191,7 @@ def _with_lora(model: Any, settings: PolicySettings) -> Any:
     if settings.activation_checkpointing:
         model.enable_input_require_grads()
     try:
-        return get_peft_model(model, config)
+        return cast("PeftModelForCausalLM", get_peft_model(model, config))
     except ValueError as error:
         raise UserError(f"LoRA does not fit {settings.path}: {error}") from error
 

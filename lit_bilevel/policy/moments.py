@@ -1,4 +1,4 @@
-"""A direction scaled as the next step of the policy's own optimizer would scale it.
+"""Scales a direction as the next step of the policy's own optimizer would scale it.
 
     P·d = d / (√v̂ + eps)        v̂ = (β·v + (1−β)·d²) / (1 − β^{t+1}), Adam's second moments after a step along d
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,10 @@ from lit_bilevel.policy.isolation import is_isolated, refusal
 from lit_bilevel.problem import Values
 from lit_bilevel.types import Batch
 
+if TYPE_CHECKING:
+    from peft import LoraModel, PeftModelForCausalLM
+    from transformers import PreTrainedModel
+
 
 class Policy(nn.Module):
     """The model that is tuned.
@@ -41,7 +45,7 @@ class Policy(nn.Module):
         model: a transformers causal LM, or a peft model around one.
     """
 
-    def __init__(self, model: Any):
+    def __init__(self, model: PreTrainedModel | PeftModelForCausalLM):
         super().__init__()
         self.model = model
         self.head_shape: Shape | None = head_shape(self.causal_lm)
@@ -55,9 +59,11 @@ class Policy(nn.Module):
         """How it generates, once that was tried."""
 
     @property
-    def causal_lm(self) -> Any:
+    def causal_lm(self) -> PreTrainedModel:
         """The transformers model, with adapters in place but without peft's wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if hasattr(self.model, "get_base_model"):
+            return cast("PreTrainedModel", cast("PeftModelForCausalLM", self.model).get_base_model())
+        return cast("PreTrainedModel", self.model)
 
     def trainable(self) -> list[nn.Parameter]:
         """The parameters that are tuned, in a fixed order."""
@@ -70,6 +76,7 @@ class Policy(nn.Module):
 
     def layers(self) -> list[nn.Module]:
         """The decoder layers, by the name that the model gives their class; none where it gives no name."""
+        # the name that transformers itself uses to keep a layer on one device
         names = set(getattr(self.causal_lm, "_no_split_modules", None) or ())
         return [module for module in self.modules() if type(module).__name__ in names]
 
@@ -131,6 +138,7 @@ class Policy(nn.Module):
             ids_ST: token ids.
             offset_ST: position of each token in its sequence, where a row holds several.
         """
+        # no mask and no cache: with either, transformers lets packed sequences see each other
         positions = {} if offset_ST is None else {"position_ids": offset_ST}
         if self.head_shape is None:
             return self.causal_lm(input_ids=ids_ST, use_cache=False, **positions).logits
@@ -167,6 +175,7 @@ class Policy(nn.Module):
         Not inference mode: tensors that it makes cannot be used in a backward pass later. Autocast forgets the casts
         it made here, for they carry no gradient and would be reused by the training pass.
         """
+        # every module's own mode: frozen parts may be in evaluation mode during training
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
@@ -180,7 +189,8 @@ class Policy(nn.Module):
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """The model that the adapter was put on, also while the tuned values are substituted."""
-        adapted = self.model.base_model  # peft's; `model.disable_adapter()` would look at every parameter each time
+        # peft's own layers; `model.disable_adapter()` would look at every parameter each time
+        adapted = cast("LoraModel", cast("PeftModelForCausalLM", self.model).base_model)
         adapted.disable_adapter_layers()
         try:
             yield

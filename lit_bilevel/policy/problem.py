@@ -1,4 +1,4 @@
-"""The two levels of one policy step on a real policy: each quantity a solver asks for, computed once.
+"""One policy step of a real policy as a bilevel problem: computes each quantity that a solver asks for, once.
 
     gradient left on the parameters:  λ·∇f + (1−λ)·∇ mean_i w_i·ℓ_i          (lit_bilevel/README.md 7)
 
@@ -129,7 +129,7 @@ class PolicyProblem(BilevelProblem):
             scale = self.engine.loss_scale
             gradients = [_gradient(parameter) for parameter in self.parameters]
             self._upper_gradient = gradients if scale == 1 else scale_values(gradients, 1 / scale)
-            for parameter in self.parameters:
+            for parameter in self.parameters:  # the lower pass begins at none; `backward` adds λ·∇f again
                 parameter.grad = None
         return self._upper_gradient
 
@@ -140,6 +140,7 @@ class PolicyProblem(BilevelProblem):
                 final = last and index == len(self.upper) - 1
                 with nullcontext() if final else self.engine.unsynchronised():
                     loss_B = self.policy.losses(self.upper_objective, batch)
+                    # gradients are averaged over processes, of which each has a share of the window's rows
                     loss = loss_B.sum() * (self.engine.world_size / batch.window_rows)
                     if self.engine.one_backward and not last:
                         self._waiting = loss * factor
@@ -153,7 +154,8 @@ class PolicyProblem(BilevelProblem):
     def lower_losses(self) -> Tensor:
         if self._lower_losses is None:
             self._finish_upper()
-            single = len(self.lower) == 1 and self.upper_weight < 1  # its graph waits for `backward`
+            # its graph waits for `backward`; the graphs of several would not fit, so their losses are computed twice
+            single = len(self.lower) == 1 and self.upper_weight < 1
             with self._lower_pass(), nullcontext() if single else torch.no_grad():
                 losses = [self._lower_losses_of(batch) for batch in self.lower]
             if not single:  # or autocast gives its casts, which know no gradient, to the passes that follow
@@ -197,6 +199,7 @@ class PolicyProblem(BilevelProblem):
                 torch._foreach_add_(totals, self._derivative(objective))
                 losses.append(loss_B.detach())
                 start += batch.size
+        # by hand, for no strategy knows of values that are no parameters
         return torch.cat(losses), self.engine.average(totals)
 
     def lower_jvp(self, direction: Values) -> Tensor:
@@ -275,7 +278,7 @@ class PolicyProblem(BilevelProblem):
         else:
             self._backward_lower()
         if self._upper_gradient is not None and self.upper_weight > 0:
-            gradients = [_gradient(parameter) for parameter in self.parameters]
+            gradients = [_gradient(parameter) for parameter in self.parameters]  # which carry the loss scale
             torch._foreach_add_(gradients, self._upper_gradient, alpha=self.upper_weight * self.engine.loss_scale)
         self._done = True
 

@@ -1,4 +1,4 @@
-"""The random numbers of dropout: the same ones in all passes of a step over the same rows, new ones in the next step.
+"""Repeats dropout's random numbers in all passes of a step over the same rows; the next step draws new ones.
 
     first pass over a level in a step     draws, and moves the generators on
     every other pass of that step         starts where the first one did; the generators stand afterwards as before
@@ -38,6 +38,7 @@ class Masks:
             self._first = _states(self.device)
             yield
         else:
+            # put back afterwards: how often a solver looks at rows must not change what is drawn later
             now = _states(self.device)
             _restore(self._first, self.device)
             try:

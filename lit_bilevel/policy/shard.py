@@ -1,4 +1,4 @@
-"""A policy whose parameters are spread over processes (FSDP2): sharding it, and what solvers need of it then.
+"""Shards a policy over processes (FSDP2), and gives solvers what they need of a sharded one.
 
 Every decoder layer is a unit, the rest (embeddings, last norm, output layer) another one around them: a unit's
 parameters are gathered when it runs and let go afterwards. `Values` are then distributed tensors, so sums and norms
@@ -14,7 +14,7 @@ import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.problem import Values, whole
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 Slot = tuple[nn.Module, str, Tensor]
 
@@ -78,15 +81,15 @@ def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
             yield from _own_modules(child)
 
 
-def _hooks(unit: Any, slots: list[Slot]) -> list[Any]:
+def _hooks(unit: nn.Module, slots: list[Slot]) -> list[RemovableHandle]:
     """Put duals in the place of the gathered parameters (instance attributes hide them), and take them away again."""
 
-    def before(*_: Any) -> None:
+    def before(*_: object) -> None:
         for module, name, tangent in slots:
             primal = getattr(module, name).detach()
             module.__dict__[name] = forward_ad.make_dual(primal, whole(tangent).to(primal.dtype))
 
-    def after(*_: Any) -> None:
+    def after(*_: object) -> None:
         for module, name, _tangent in slots:
             module.__dict__.pop(name, None)
 

@@ -1,4 +1,4 @@
-"""When two answers say the same, and how far the answers to one question agree (arXiv 2203.11171).
+"""Tells when two answers say the same, and how far the answers to one question agree (arXiv 2203.11171).
 
     agreement of an answer = share of the other G − 1 answers to its question that say the same
 

@@ -1,4 +1,4 @@
-"""Which rows are refined: one small class a rule, and a socket for others.
+"""Chooses which rows are refined: one small class a rule, and a socket for others.
 
 All of them see the weights of all rows that have a question, on every process the same. Left out: rules that read the
 policy's losses; the weights already sum up what the losses said.
@@ -49,6 +49,7 @@ class LowestFraction(RowChooser):
         self.fraction = _check(fraction)
 
     def rows(self, weight_N: Tensor, seed: int) -> Tensor:
+        # by lot, or a pool whose weights are still equal would be refined from its beginning on
         lot = torch.randperm(len(weight_N), generator=torch.Generator().manual_seed(seed))
         return lot[weight_N[lot].argsort(stable=True)[: _count(self.fraction, len(weight_N))]]
 

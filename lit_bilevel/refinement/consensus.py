@@ -53,6 +53,7 @@ class Product(ResponseWeights):
         return weights.prod(0), clipped.any(0)
 
     def direction(self, problem: BilevelProblem) -> Values:
+        # the first one's: a step makes one pass, along one direction
         rule = next(rule for rule in self.rules if rule.needs_alignment)
         return rule.direction(problem)
 
@@ -60,7 +61,7 @@ class Product(ResponseWeights):
         return torch.cat([rule.singles(ratios) for rule in self.rules])
 
     def follow(self, sums: Tensor) -> None:
-        start = 0
+        start = 0  # the rules' numbers come one after the other, as `singles` puts them
         for rule in self.rules:
             rule.follow(sums[start : start + rule.counted])
             start += rule.counted

@@ -1,4 +1,4 @@
-"""The groups of refined rows during training: their data weights, and how these meet the offline ones.
+"""Weighs the groups of refined rows during training, and joins their weights with the offline ones.
 
     a refined row contributes   κ·w_i·ℓ_i + (1−κ)·w̃_i·ℓ̃_i        w̃ mean 1 over the refined rows, 1 as a round begins
 
@@ -70,7 +70,7 @@ class Refinement(nn.Module):
         """
         if self.template.learnable:
             groups = copy.deepcopy(self.template)
-            groups.build(torch.arange(2))
+            groups.build(torch.arange(2))  # two rows of two sources, which is enough for any weighting
             check_optimizer(groups, self.make_optimizer(list(groups.parameters())))
 
     @property
@@ -103,6 +103,7 @@ class Refinement(nn.Module):
     def _build(
         self, rows_M: Tensor, source_M: Tensor, pool_rows: int, offline_share: float, dtype: torch.dtype
     ) -> None:
+        # nothing is taken over from the round before: what was learned there is of answers that are gone
         self.weights = self.optimizer = self._optimizer_state = None
         self.rows, self._source, self.offline_share = rows_M, source_M, offline_share
         self.frozen = torch.zeros(pool_rows, dtype=torch.bool)
@@ -123,6 +124,7 @@ class Refinement(nn.Module):
         position_B = torch.where(group_B, features.row_B - len(self.frozen), PADDING_ROW)
         source_B = features.source_B.masked_fill(~group_B, 0)  # the groups need not have every source of the pool
         groups = replace(features, row_B=position_B, source_B=source_B)
+        # every example has a place in one of the two and is padding in the other, where it weighs 0
         return weight_B + (1 - self.offline_share) * self.weights(groups)
 
     def observe(self, offline: ExampleWeights, optimizer: Optimizer | None, features: Features) -> None:
@@ -130,7 +132,7 @@ class Refinement(nn.Module):
         own, groups = self._part(features)
         self._undos = [Undo(offline, optimizer, features.row_B[own])]
         if self.weights is not None:
-            if self.optimizer is None:
+            if self.optimizer is None:  # made here, where the weights are on the device for certain
                 self._make_optimizer(self.weights)
             self._undos.append(Undo(self.weights, self.optimizer, features.row_B[groups] - len(self.frozen)))
         if len(own):
@@ -144,6 +146,8 @@ class Refinement(nn.Module):
             _step(offline, optimizer, features, s_B)
             return
         own, groups = self._part(features)
+        # a refined row's own pair is no longer what is trained on; its weight stays what chose it, for `select` and for
+        # the next round
         own = own[~self.frozen[features.row_B[own]]]
         parts = ((offline, optimizer, own, 0), (self.weights, self.optimizer, groups, len(self.frozen)))
         for weights, stepped, chosen, first in parts:

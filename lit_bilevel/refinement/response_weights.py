@@ -109,7 +109,7 @@ class ResponseWeights(ABC):
 
 
 def _clip(log_ratio: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    limit = math.log(clip)
+    limit = math.log(clip)  # in logarithms, for the product over a long response overflows before it is clipped
     return log_ratio.clamp(-limit, limit).exp(), log_ratio.abs() > limit
 
 
@@ -214,7 +214,7 @@ class _Relative(ResponseWeights):
 
     def follow(self, sums: Tensor) -> None:
         total, count = sums.tolist()
-        if count > 0 and math.isfinite(total):
+        if count > 0 and math.isfinite(total):  # one overflow would stay in the mean for good
             self._sum = DECAY * self._sum + total
             self._count = DECAY * self._count + count
 
@@ -243,6 +243,7 @@ class SelfNormalised(_Relative):
     def score(self, ratios: Ratios) -> Tensor:
         scaled_R = ratios.log_ratio_R / self.tau
         top_B = scaled_R.new_full((ratios.groups,), -torch.inf).scatter_reduce(0, ratios.group_R, scaled_R, "amax")
+        # less the largest of the group, as in any softmax; a lone response is compared with earlier ones by its size
         shift_R = torch.where(ratios.alone_R, 0.0, top_B[ratios.group_R])
         return (scaled_R - shift_R).clamp(-self.limit, self.limit).exp()
 

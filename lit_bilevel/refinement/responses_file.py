@@ -1,4 +1,4 @@
-"""`responses.jsonl`: every generated response of a run, one JSON object a line, on disk as soon as a round is done.
+"""Writes `responses.jsonl`: every response of a run, a JSON object a line, on disk as soon as a round is done.
 
 The file's length is in the checkpoint; a resumed run first cuts the file back to it, so that no round is there twice.
 Left out: rotating the file; ten thousand responses of a hundred tokens are about 25 MB.
@@ -10,11 +10,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from datasets import Dataset
 
 from lit_bilevel.types import Response
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ResponseFile:
@@ -46,14 +49,15 @@ class ResponseFile:
             os.fsync(file.fileno())
 
 
-def text_of(response: Response, tokenizer: Any) -> str:
+def text_of(response: Response, tokenizer: PreTrainedTokenizerBase) -> str:
     """What was answered, without control tokens."""
-    return tokenizer.decode(response.token_ids, skip_special_tokens=True)
+    text = tokenizer.decode(response.token_ids, skip_special_tokens=True)
+    return cast("str", text)  # one of one list of ids
 
 
 def records(
     pool: Dataset,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     responses: Mapping[int, Sequence[Response]],
     used: Mapping[int, Sequence[Response]],
     round: int,

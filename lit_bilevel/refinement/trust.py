@@ -1,4 +1,4 @@
-"""Whether new answers are to be trusted more than the old ones they would replace, judged by questions that have both.
+"""Judges whether new answers are better than the old ones they would replace, by questions that have both.
 
 Let c be how far an answer agrees with the others to its question. Of the answers that agree by c or more,
 
@@ -102,6 +102,7 @@ class Agreed(Trust):
         pool, trusted = ([self._compare(answered) for answered in side] for side in (chosen, monitor))
         first: Verdict | None = None
         for least in sorted({agreed for question in pool for agreed, _ in question}):
+            # the question added to each side counts against the new answers: a few lucky ones prove nothing
             a, known = _repetition(trusted, least, extra=0)
             b, _ = _repetition(pool, least, extra=1)
             if known < self.fewest:

@@ -37,6 +37,7 @@ def weigh_responses(problem: PolicyProblem, rule: ResponseWeights) -> ResponseTa
         generated = batch.generated
         if generated is None:
             continue
+        # float64, for ρ of a response is the exponential of a sum over its tokens
         log_ratio_J = (response_logprobs(problem.policy, batch) - generated.logprob_J).double()
         grouping = (generated.response_J, generated.example_R, batch.size)
         ratios = Ratios(log_ratio_J, *grouping, alignment_R, generated.agreement_R)
@@ -62,6 +63,7 @@ def weigh_responses(problem: PolicyProblem, rule: ResponseWeights) -> ResponseTa
 
 def _alignments(problem: PolicyProblem, rule: ResponseWeights) -> list[Tensor | None]:
     """⟨d, ∇ℓ⟩ of every response of every micro-batch, d the direction of the rule."""
+    # also where no response is on this process: ∇f is averaged over all of them, and the others would wait
     direction = rule.direction(problem)
     chosen = [keep_generated(batch) for batch in problem.lower if batch.generated is not None]
     if not chosen:

@@ -1,4 +1,4 @@
-"""How much more likely a row is among trusted rows than in the pool, from what a pass says of both.
+"""Estimates how much more likely a row is among trusted rows than in the pool, from what a pass says of both.
 
     w(x) = p_trusted(x) / p_pool(x) = odds of `trusted`, classes balanced      scaled to mean 1 over the pool
 
@@ -15,12 +15,16 @@ is fitted on: how well membership is told. Nothing else is looked at, a truth fi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.scores.columns import FEATURES
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import Pipeline
 
 FOLDS = 10
 INNER_FOLDS = 5
@@ -110,7 +114,7 @@ def _choose_strength(features_nF: np.ndarray, trusted_n: np.ndarray, seed: int) 
     return STRENGTHS[int(loss.argmin())]
 
 
-def _basis() -> Any:
+def _basis() -> Pipeline:
     """Features and their squares, standardised on the rows that it is fitted on."""
     from sklearn.impute import SimpleImputer
     from sklearn.pipeline import make_pipeline
@@ -124,7 +128,7 @@ def _basis() -> Any:
     )
 
 
-def _regression(strength: float) -> Any:
+def _regression(strength: float) -> LogisticRegression:
     from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(C=strength, class_weight="balanced", max_iter=2000)

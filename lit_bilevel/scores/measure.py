@@ -1,4 +1,4 @@
-"""The pass itself: what a policy says of rows, with their prompts and without.
+"""Measures rows by passes of a policy, with their prompts and without.
 
     features = Measure(policy, opening_of(tokenizer), tokenizer.eos_token_id)(examples, responses)
 

@@ -1,4 +1,4 @@
-"""A response without its prompt: the same tokens, after what every assistant turn begins with.
+"""Finds what every assistant turn begins with, so that a response can be scored without its prompt.
 
 With a chat template the response follows BOS (where the template sets it) and the tokens that all prompts end with: the
 end of a user turn and the beginning of an assistant's. So it looks to the model like an answer, to a question that it
@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.types import Example
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def opening_of(tokenizer: Any) -> list[int]:
+
+def opening_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that a response without a prompt follows; at least one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The pass in parts, each a file of its own: what is finished stays finished when the process is killed.
+"""Keeps a pass in parts, each a file of its own, so that a killed pass goes on where it was.
 
 Rows are sorted by length and cut into parts; a part is the unit of work of a process and of the disk. The cut depends
 on the rows alone, so one process or several, at once or in several attempts, compute the same batches.

@@ -1,4 +1,4 @@
-"""A pass over the pool and the trusted rows, kept in parts, and the same without files for a policy in training.
+"""Passes over the pool and the trusted rows in parts, or without files for a policy in training.
 
     columns = score_rows(policy, tokenizer, data.sets["pool"], data.sets["upper"])      # on one process
 
@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +30,13 @@ from lit_bilevel.scores.table import columns_of
 from lit_bilevel.types import Example
 from lit_bilevel.version import __version__
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from lightning.pytorch import Trainer
+    from transformers import PreTrainedTokenizerBase
+
+    from lit_bilevel.data.module import BilevelDataModule
+
 SAMPLED = 1024
 """Values of a parameter that count in the digest of a policy."""
 
@@ -41,7 +48,7 @@ class ScoredRows:
         table: a set of a `BilevelDataModule`.
     """
 
-    def __init__(self, table: Any):
+    def __init__(self, table: Dataset):
         self._examples = Examples(table, {})
         self._responses = table.select_columns(["response"])
         self.length_n = column(table, "length").to_numpy()
@@ -70,7 +77,7 @@ class Sweep:
         made_of: what else the numbers depend on, such as the precision.
     """
 
-    def __init__(self, measure: Measure, sets: Mapping[str, Any], folder: Path, made_of: Mapping[str, Any]):
+    def __init__(self, measure: Measure, sets: Mapping[str, Dataset], folder: Path, made_of: Mapping[str, Any]):
         self.measure = measure
         self.rows = {name: ScoredRows(table) for name, table in sets.items()}
         self.parts = plan({name: rows.length_n for name, rows in self.rows.items()})
@@ -104,7 +111,9 @@ class Sweep:
         return columns_of(tables["pool"], tables.get("upper"), seed)
 
 
-def sweep_for(trainer: Any, policy: Policy, tokenizer: Any, data: Any, folder: Path) -> Sweep:
+def sweep_for(
+    trainer: Trainer, policy: Policy, tokenizer: PreTrainedTokenizerBase, data: BilevelDataModule, folder: Path
+) -> Sweep:
     """The pass over the pool and the trusted rows of a `BilevelDataModule`, under a Trainer's precision and device.
 
     Args:
@@ -122,9 +131,9 @@ def sweep_for(trainer: Any, policy: Policy, tokenizer: Any, data: Any, folder: P
 
 def score_rows(
     policy: Policy,
-    tokenizer: Any,
-    pool: Any,
-    trusted: Any = None,
+    tokenizer: PreTrainedTokenizerBase,
+    pool: Dataset,
+    trusted: Dataset | None = None,
     batch_size: int = 64,
     call_cost: float = math.inf,
     seed: int = 0,

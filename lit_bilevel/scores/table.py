@@ -1,4 +1,4 @@
-"""The file of scores: one row a pool row, `id` and the columns of `columns.py`.
+"""Reads and writes the file of scores: one row a pool row, `id` and the columns of `columns.py`.
 
     weights = weights_from_score("ifd", read_scores("scores.parquet").columns["ifd"])
 
@@ -8,10 +8,10 @@ Left out: joining it to a pool; `select` and `compare` do that by id.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.files import replacing
 from lit_bilevel.scores.columns import COLUMNS, DIRECTION, FEATURES
 from lit_bilevel.scores.density import LEAST_TRUSTED, density_features, density_ratio
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,9 @@ def weights_from_score(name: str, directed_N: np.ndarray) -> np.ndarray:
     return weight_N / weight_N.mean()
 
 
-def write_scores(path: Path, ids: Any, columns: Mapping[str, np.ndarray], made_of: Mapping[str, Any]) -> None:
+def write_scores(
+    path: Path, ids: pyarrow.ChunkedArray | Sequence[str], columns: Mapping[str, np.ndarray], made_of: Mapping[str, Any]
+) -> None:
     """Write the file; it is there whole or not at all.
 
     Args:

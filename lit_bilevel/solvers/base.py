@@ -70,6 +70,7 @@ class BilevelSolver(ABC):
         Raises:
             ValueError: if the subclass returned another shape than the weights'.
         """
+        # checked here, for a wrong shape would broadcast against the weights and teach them nonsense without an error
         s_B = self.weight_gradient(problem)
         expected = problem.weights().shape
         if not isinstance(s_B, Tensor) or s_B.shape != expected:
@@ -77,6 +78,7 @@ class BilevelSolver(ABC):
             raise ValueError(
                 f"`{type(self).__name__}.weight_gradient` returned {got}; it must return a tensor {tuple(expected)}."
             )
+        # a number for the weight step; with its graph that step would run through the policy once more
         return torch.as_tensor(s_B).detach()
 
 

@@ -69,6 +69,7 @@ class Implicit(BilevelSolver):
 
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:
         gradient = problem.upper_gradient()
+        # H is that of the policy's own objective, λ·f + (1−λ)·g, for it is its minimiser that moves with ω
         solve = self._neumann if self.method == "neumann" else self._conjugate_gradient
         return -(1 - problem.upper_weight) * problem.lower_jvp(solve(problem, gradient))
 
@@ -77,11 +78,11 @@ class Implicit(BilevelSolver):
 
     def _conjugate_gradient(self, problem: BilevelProblem, right: Values) -> Values:
         solution = [torch.zeros_like(value) for value in right]
-        residual = direction = right
+        residual = direction = right  # from 0, so that the first direction is ∇f
         squared = dot(residual, residual)
         target = (self.tolerance * norm(right)) ** 2
         for iteration in range(self.iterations):
-            if squared <= target:
+            if squared <= target:  # waits for the device, which is little beside a Hessian-vector product
                 break
             product = self._product(problem, direction)
             curvature = dot(direction, product)
@@ -95,6 +96,7 @@ class Implicit(BilevelSolver):
         return solution
 
     def _neumann(self, problem: BilevelProblem, right: Values) -> Values:
+        # the series converges at any rate at which gradient descent on the policy's objective would
         alpha = problem.learning_rate if self.step_size is None else self.step_size
         term = total = right
         for _ in range(self.iterations - 1):

@@ -72,6 +72,7 @@ class OneStep(BilevelSolver):
         self.release()
 
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:
+        # ∇f first: its backward pass must be over before the graph of the lower losses is built
         return self._scores(problem, self._direction(problem))
 
     def scores_at_rest(self, problem: BilevelProblem) -> Tensor:
@@ -85,15 +86,19 @@ class OneStep(BilevelSolver):
         values = problem.values()
         epsilon = self.epsilon or (1e-4 if values[0].dtype == torch.float64 else 1e-2)
         length = norm(direction)  # 0 gives scores that are exactly 0, which the weights do not count as a step
+        # of a length that does not depend on ‖d‖: along d itself, differences would drown in rounding where ∇f is small
+        # and in curvature where it is large
         step = scale_values(direction, epsilon / length.clamp_min(torch.finfo(torch.float32).tiny))
         ahead_B = problem.lower_losses_at(add_values(values, step))
         if self._derivative(problem) == "central":
             behind_B = problem.lower_losses_at(add_values(values, step, -1.0))
             return (behind_B - ahead_B) * (length / (2 * epsilon))
+        # the losses of the training pass, under the same dropout masks: one more pass is enough
         return (problem.lower_losses() - ahead_B) * (length / epsilon)
 
     def _derivative(self, problem: BilevelProblem) -> str:
         if self.derivative == "auto":
+            # in float32 one more forward pass is the cheapest; below, a difference of losses is mostly rounding
             exact = not problem.differences or problem.values()[0].dtype == torch.float64
             return "forward" if exact else "one_sided"
         if self.derivative != "forward" and not problem.differences:
@@ -107,7 +112,7 @@ class OneStep(BilevelSolver):
     def _direction(self, problem: BilevelProblem) -> Values:
         if self._running.average is None or self._steps % self.direction_every == 0:
             self._running.take(problem.upper_gradient())
-        self._steps += 1
+        self._steps += 1  # of the solver, which may begin in a later phase than the run
         return self._running.mean(problem)
 
     def release(self) -> None:
@@ -116,6 +121,7 @@ class OneStep(BilevelSolver):
 
     def state_dict(self) -> dict[str, Any]:
         state = self._running.state_dict()
+        # empty before the first gradient: that is how a new fit tells a solver that was used
         return {**state, "steps": self._steps} if state else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

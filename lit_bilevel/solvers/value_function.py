@@ -68,6 +68,7 @@ class ValueFunction(BilevelSolver):
         return gamma * (policy_loss_B - pool_loss_B)
 
     def _begin(self, values: Values) -> None:
+        # copies: φ's optimizer writes into them, and the policy must not move along
         self._values = [value.detach().clone() for value in values]
         self._optimizer = self.optimizer(self._values)
 
@@ -76,9 +77,11 @@ class ValueFunction(BilevelSolver):
         assert self._optimizer is not None
         loss_B, gradient = problem.lower_gradient_at(self._values)
         if torch.isfinite(norm(gradient)):  # one overflow would spoil φ for the rest of the run
+            # the policy sees (1−λ)·g: on all of g φ would fit the pool faster than θ, and every row would look easier
+            # to φ, whether it is good or bad
             for value, part in zip(self._values, scale_values(gradient, 1 - problem.upper_weight), strict=True):
                 value.grad = part
-            for group in self._optimizer.param_groups:
+            for group in self._optimizer.param_groups:  # the policy's schedule may have moved since
                 group["lr"] = problem.learning_rate if self.learning_rate is None else self.learning_rate
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""What a fit begins with: weights of its own pool, and nothing that an earlier run of the same objects left in them.
+"""Begins a fit: builds the weights for its pool, and forgets what an earlier run of the same objects left in them.
 
 Where a module is fitted again to the same pool, policy, weights and solver go on as they are, as Lightning's modules
 do; counts of faults and refined rows begin anew, and so do the data's order and the callbacks. A module that learned on
@@ -9,7 +9,7 @@ Left out: a Trainer that goes on by itself; `ckpt_path` continues a run exactly.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,8 +17,12 @@ from lit_bilevel.data.fingerprint import rows_digest
 from lit_bilevel.errors import UserError, gather
 from lit_bilevel.policy.randomness import part_random_states
 
+if TYPE_CHECKING:
+    from lit_bilevel.data.module import BilevelDataModule
+    from lit_bilevel.module import LitBilevel
 
-def begin(module: Any, stage: str) -> None:
+
+def begin(module: LitBilevel, stage: str) -> None:
     """Give a `LitBilevel` the weights of the pool at hand, and forget an earlier fit.
 
     Args:
@@ -32,9 +36,10 @@ def begin(module: Any, stage: str) -> None:
     weights, fits = module.weights, stage == "fit"
     if weights.pool_rows and not fits:
         return  # a trained policy may be tested on any data
-    data: Any = getattr(module.trainer, "datamodule", None)
-    if getattr(data, "pool_sources", None) is None:
+    data: BilevelDataModule | None = getattr(module.trainer, "datamodule", None)
+    if data is None or getattr(data, "pool_sources", None) is None:
         raise UserError("`LitBilevel` needs a `BilevelDataModule`, to know how many rows to weight; pass one.")
+    # by content and not by number: a table of weights is only worth something for its own rows in their order
     pool = data.sets["pool"]
     digest = rows_digest(pool)
     if fits:
@@ -47,7 +52,7 @@ def begin(module: Any, stage: str) -> None:
     module.pool_digest = digest
 
 
-def begin_fit(module: Any) -> None:
+def begin_fit(module: LitBilevel) -> None:
     """What waits until the strategy has set the module up, and comes before a checkpoint is read."""
     part_random_states(module.global_rank)  # after the policy is made; a resumed run takes its own up later
     # under a precision below float32 DeepSpeed casts every parameter, and in bfloat16 small steps of weights are lost
@@ -56,7 +61,7 @@ def begin_fit(module: Any) -> None:
     module.uncast = []
 
 
-def _refuse_used(module: Any, digest: str, rows: int) -> None:
+def _refuse_used(module: LitBilevel, digest: str, rows: int) -> None:
     """Refuse what an earlier fit left a state in that is not of this module and this pool."""
     trainer, problems = module.trainer, []
     if trainer.global_step > 0 and trainer.ckpt_path is None:

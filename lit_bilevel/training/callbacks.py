@@ -1,4 +1,4 @@
-"""What training asks of a Trainer's callbacks: which cannot work here, which generate responses, which score rows.
+"""Finds among a Trainer's callbacks those that cannot work here, that generate responses, and that score rows.
 
 Those that cannot work are of Lightning: made for one optimizer, or writing beside a run's own files.
 Example: `EMAWeightAveraging` averages all parameters of the module, of which the data weights are none to average; it
@@ -8,9 +8,17 @@ Left out: callbacks of others, of which nothing is known.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch import callbacks
+
+from lit_bilevel.training.trainer import callbacks_of, find_callbacks
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from lit_bilevel.callbacks.refine import SelfRefine
+    from lit_bilevel.callbacks.scored_prior import ScoredPrior
 
 CANNOT: dict[type, str] = {
     callbacks.BaseFinetuning: (
@@ -34,26 +42,33 @@ CANNOT: dict[type, str] = {
 }
 
 
-def unfit_callbacks(trainer: Any) -> list[str]:
+def unfit_callbacks(trainer: Trainer) -> list[str]:
     """What is wrong with those of a Trainer's callbacks that cannot work, one line for each."""
     problems = []
-    for callback in trainer.callbacks:
+    for callback in callbacks_of(trainer):
         for kind, reason in CANNOT.items():
             if isinstance(callback, kind):
                 problems.append(f"the callback `{type(callback).__name__}` cannot be used: {reason}")
     return problems
 
 
-def drop_savers(trainer: Any) -> None:
+def drop_savers(trainer: Trainer) -> None:
     """Take out callbacks that would answer a refusal by saving a model that is not there yet."""
-    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, callbacks.OnExceptionCheckpoint)]
+    for saver in find_callbacks(trainer, callbacks.OnExceptionCheckpoint):
+        callbacks_of(trainer).remove(saver)
 
 
-def refiners(trainer: Any) -> list[Any]:
+def refiners(trainer: Trainer) -> list[SelfRefine]:
     """The callbacks that generate responses: `SelfRefine`, or made from it."""
-    return [callback for callback in trainer.callbacks if getattr(callback, "generates_responses", False)]
+    return [
+        cast("SelfRefine", callback)
+        for callback in callbacks_of(trainer)
+        if getattr(callback, "generates_responses", False)
+    ]
 
 
-def scorers(trainer: Any) -> list[Any]:
+def scorers(trainer: Trainer) -> list[ScoredPrior]:
     """The callbacks that score the rows before the first step: `ScoredPrior`, or made from it."""
-    return [callback for callback in trainer.callbacks if getattr(callback, "scores_rows", False)]
+    return [
+        cast("ScoredPrior", callback) for callback in callbacks_of(trainer) if getattr(callback, "scores_rows", False)
+    ]

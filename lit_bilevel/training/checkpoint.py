@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside Lightning's own entries, whole whatever form the parameters have.
+"""Saves and restores the project's part of a checkpoint, whole whatever form the parameters have.
 
 Of the policy it holds the parameters that are trained. All else comes with the base model: frozen parameters, buffers,
 and what a quantized layer adds to its state. The solver's state may have the shape of the policy's values; where these
@@ -11,7 +11,7 @@ that training would change, such as running means, which causal language models 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -20,13 +20,20 @@ from torch import Tensor
 from lit_bilevel.errors import UserError, misfit
 from lit_bilevel.policy.shard import spread
 from lit_bilevel.problem import whole
+from lit_bilevel.training.trainer import policy_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from lit_bilevel.module import LitBilevel
 
 SCHEMA = 6
 """Raised whenever an entry changes; a run is continued with the version it was started with."""
 
 
-def save_own(module: Any, checkpoint: dict[str, Any]) -> None:
+def save_own(module: LitBilevel, checkpoint: dict[str, Any]) -> None:
     """Add a `LitBilevel`'s state, and leave out what the base model brings; called on every process."""
+    # what is frozen comes with the base model: saving it would cost its size at every checkpoint
     kept = _select_kept(module, checkpoint["state_dict"])
     checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in kept}
     checkpoint["lit_bilevel"] = {
@@ -39,7 +46,7 @@ def save_own(module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["lit_bilevel"]["optimizer"] = module.own_optimizer.state_dict()
 
 
-def restore_own(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
+def restore_own(module: LitBilevel, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Take over what `save_own` added; returned is what has to wait for `restore_late`.
 
     Raises:
@@ -57,17 +64,18 @@ def restore_own(module: Any, checkpoint: dict[str, Any]) -> dict[str, Any]:
     return {name: own[name] for name in ("solver", "optimizer") if name in own}
 
 
-def restore_late(module: Any, own: dict[str, Any]) -> None:
+def restore_late(module: LitBilevel, own: dict[str, Any]) -> None:
     """Give solver and outer optimizer their states, once the policy is on its device; the solver's as the policy is."""
     if "solver" in own:
-        parameters: list[Tensor] = list(module.policy.trainable())
+        # late, for before the strategy has set it up the policy is not on its device, nor sharded
+        parameters: list[Tensor] = list(policy_of(module).trainable())
         state = move_data_to_device(own["solver"], parameters[0].device)
         module.solver.load_state_dict(apply_to_collection(state, Tensor, spread, parameters=parameters))
     if "optimizer" in own and module.own_optimizer is not None:
         module.own_optimizer.load_state_dict(own["optimizer"])
 
 
-def _own_part(checkpoint: dict[str, Any], trainer: Any) -> dict[str, Any]:
+def _own_part(checkpoint: dict[str, Any], trainer: Trainer | None) -> dict[str, Any]:
     """The project's part of a checkpoint, if it fits.
 
     Args:
@@ -88,12 +96,12 @@ def _own_part(checkpoint: dict[str, Any], trainer: Any) -> dict[str, Any]:
             " (`WarmStart` takes over its weights)."
         )
     data = getattr(trainer, "datamodule", None)
-    if data is not None and trainer.state.fn == "fit" and type(data).__qualname__ in checkpoint:
+    if trainer is not None and data is not None and trainer.state.fn == "fit" and type(data).__qualname__ in checkpoint:
         data.refuse_changes(checkpoint[type(data).__qualname__])
     return own
 
 
-def _select_kept(module: Any, names: Iterable[str]) -> list[str]:
+def _select_kept(module: LitBilevel, names: Iterable[str]) -> list[str]:
     """Those of the names that a checkpoint keeps; of tied parameters, which have several, all."""
     named = module.named_parameters(remove_duplicate=False)
     trained = {name for name, parameter in named if parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""Checkpoint files that are either the old one or the new one, whenever the process is killed.
+"""Writes checkpoint files that are either the old one or the new one, whenever the process is killed.
 
 Lightning writes to a temporary file too, but in the system's temporary folder, and then moves it: across file systems
 that is a copy, which a kill leaves half done. Here `replacing` writes beside the target. What is loaded may hold
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -18,6 +18,9 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replacing
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -51,7 +54,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
 
-def install(strategy: Any) -> None:
+def install(strategy: Strategy) -> None:
     """Let a strategy write its checkpoints this way, unless it was given a way of its own."""
     if strategy._checkpoint_io is None or type(strategy._checkpoint_io) is TorchCheckpointIO:
         strategy._checkpoint_io = AtomicCheckpointIO()

@@ -1,4 +1,4 @@
-"""Settings that would do nothing beside others, refused by name: who sets one wants something to happen.
+"""Finds settings that would do nothing beside the others, so that they can be refused by name.
 
 Left out: what a shared configuration brings along for other methods, `weight_optimizer` above all. Where no weights are
 learned the first lines of a run say so, and nothing is lost by it.
@@ -6,15 +6,18 @@ learned the first lines of a run say so, and nothing is lost by it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_bilevel.training.callbacks import scorers
+
+if TYPE_CHECKING:
+    from lit_bilevel.module import LitBilevel
 
 FLAT = ("constant", "constant_with_warmup")
 TYPES = {"16-true": "float16", "bf16-true": "bfloat16", "64-true": "float64"}
 
 
-def without_effect(module: Any) -> list[str]:
+def without_effect(module: LitBilevel) -> list[str]:
     """Settings of a `LitBilevel` that others of its settings leave without effect, and what to do."""
     problems = []
     if module.lr_scheduler_kwargs and module.lr_scheduler in FLAT:
@@ -29,7 +32,7 @@ def without_effect(module: Any) -> list[str]:
     return problems
 
 
-def without_callbacks(module: Any, refines: bool) -> list[str]:
+def without_callbacks(module: LitBilevel, refines: bool) -> list[str]:
     """Settings of generated responses in a fit that generates none, and of scores in one that scores no rows.
 
     Args:
@@ -45,7 +48,7 @@ def without_callbacks(module: Any, refines: bool) -> list[str]:
     return problems + _without_scores(module)
 
 
-def of_precision(module: Any) -> list[str]:
+def of_precision(module: LitBilevel) -> list[str]:
     """A type of the policy that the Trainer's precision turns into another."""
     asked, made = module.policy_settings.dtype, TYPES.get(module.trainer.precision)
     if made is None or asked in ("auto", made):
@@ -56,7 +59,7 @@ def of_precision(module: Any) -> list[str]:
     ]
 
 
-def _without_scores(module: Any) -> list[str]:
+def _without_scores(module: LitBilevel) -> list[str]:
     """Weights that read scores of rows in a fit that scores none."""
     names = module.weights.columns
     if not names or scorers(module.trainer):

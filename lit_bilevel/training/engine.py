@@ -1,4 +1,4 @@
-"""The problem of one policy step, made from a `LitBilevel`, and the machinery that its passes run in.
+"""Makes the problem of one policy step from a `LitBilevel`, and the machinery that its passes run in.
 
 Left out: what is exchanged besides gradients; see `exchange`.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
@@ -16,10 +16,16 @@ from torch.optim import Optimizer
 from lit_bilevel.policy.engine import Engine
 from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.problem import Values
+from lit_bilevel.training.trainer import policy_of
 from lit_bilevel.types import Batch
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
 
-def make_problem(module: Any, batch: dict[str, list[Batch]], optimizer: Optimizer) -> PolicyProblem:
+    from lit_bilevel.module import LitBilevel
+
+
+def make_problem(module: LitBilevel, batch: dict[str, list[Batch]], optimizer: Optimizer) -> PolicyProblem:
     """The two levels of one policy step.
 
     Args:
@@ -28,7 +34,7 @@ def make_problem(module: Any, batch: dict[str, list[Batch]], optimizer: Optimize
         optimizer: the policy's own, unwrapped.
     """
     return PolicyProblem(
-        module.policy,
+        policy_of(module),
         batch["lower"],
         batch["upper"],
         weigh=functools.partial(module.refinement.weigh, module.weights),
@@ -40,7 +46,7 @@ def make_problem(module: Any, batch: dict[str, list[Batch]], optimizer: Optimize
     )
 
 
-def lightning_engine(module: Any) -> Engine:
+def lightning_engine(module: LitBilevel) -> Engine:
     """The machinery around a step, from a `LitBilevel`'s strategy and precision."""
     trainer, strategy = module.trainer, module.trainer.strategy
     scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -51,10 +57,11 @@ def lightning_engine(module: Any) -> Engine:
     return Engine(
         backward=module.manual_backward,
         unsynchronised=unsynchronised,
+        # FSDP2 averages in its backward passes, through which all gradients go there
         average=(lambda values: values) if sharded else functools.partial(average, strategy=strategy),
         world_size=trainer.world_size,
         loss_scale=1.0 if scaler is None else scaler.get_scale(),
-        differences=_keeps_digits(trainer.precision) and module.policy.precise,
+        differences=_keeps_digits(trainer.precision) and policy_of(module).precise,
         sharded=sharded,
         one_backward=one_backward,
     )
@@ -65,6 +72,6 @@ def _keeps_digits(precision: str) -> bool:
     return precision == "64-true" or (precision == "32-true" and torch.get_float32_matmul_precision() == "highest")
 
 
-def average(values: Values, strategy: Any) -> Values:
+def average(values: Values, strategy: Strategy) -> Values:
     """The mean of each tensor over processes."""
     return [strategy.reduce(value, reduce_op="mean") for value in values]

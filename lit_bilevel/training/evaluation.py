@@ -1,4 +1,4 @@
-"""Losses of the monitor and test sets: per row (each row counts the same) and per token.
+"""Measures losses of the monitor and test sets: per row (each row counts the same) and per token.
 
 The monitor loss is that of the upper level, with its standard error beside it, for the monitor part is small. The test
 loss is always that of the responses (of pairs, the chosen ones); where the test rows are pairs and either level learns
@@ -63,6 +63,7 @@ class StandardError(Metric):
     def compute(self) -> Tensor:
         """The error of the mean, in the unit of the losses."""
         mean = self.total / self.count
+        # rounding can bring a variance of nearly 0 below it
         variance = (self.squares / self.count - mean.square()).clamp_min(0)
         return (variance / (self.count - 1)).sqrt()
 
@@ -93,6 +94,7 @@ class Evaluation(nn.Module):
     def forward(self, name: str, policy: Policy, batch: Batch) -> dict[str, Metric]:
         """Take in a batch of the set `name`; returns what to log."""
         if name == "monitor":
+            # by the upper objective, for it is what the policy and the weights are trained for
             loss_B = policy.losses(self.upper, batch)
             real_B = _real(batch, loss_B)
             self.monitor_loss.update(loss_B, real_B)

@@ -1,4 +1,4 @@
-"""What a policy step gathers from all processes: the scores of its rows, and the tally of its generated responses.
+"""Gathers from all processes what a policy step needs: the scores of its rows, and the tally of its responses.
 
 Scores of all processes are brought together, so that each of them takes the same weight step.
 O(global batch) numbers are exchanged, never O(N). Rows are ordered by their number, so the result does not depend on
@@ -7,7 +7,7 @@ how they were dealt out; rows that only filled a shape are dropped. Left out: gr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +16,13 @@ from lit_bilevel.policy.problem import PolicyProblem
 from lit_bilevel.refinement.tally import ResponseTally
 from lit_bilevel.types import PADDING_ROW, Features
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.strategies import Strategy
+
 
 def gather_scores(
-    problem: PolicyProblem, s_B: Tensor | None, strategy: Any, refined: bool
+    problem: PolicyProblem, s_B: Tensor | None, strategy: Strategy, refined: bool
 ) -> tuple[Features, Tensor, dict[str, Tensor]]:
     """Features with losses, scores, and the losses to log, over the global window.
 
@@ -38,6 +42,7 @@ def gather_scores(
         problem.weights(),
         torch.zeros_like(loss_B) if s_B is None else s_B,
     ]
+    # one table and one exchange; float64, for float32 counts rows up to 2^24 only
     table = torch.stack([column.double() for column in columns], dim=1)
     upper, rows = problem.upper_loss, problem.lower[0].window_rows
     if problem.engine.world_size > 1:
@@ -45,10 +50,12 @@ def gather_scores(
             most = 2 * -(-rows // problem.engine.world_size)
             table = torch.nn.functional.pad(table, (0, 0, 0, most - len(table)), value=PADDING_ROW)
         table = strategy.all_gather(table).flatten(0, 1)
+        # each process's part of f is a sum over its own rows times the number of processes
         upper = None if upper is None else strategy.reduce(upper, reduce_op="mean")
     if refined:
         table = table[table[:, 0] >= 0]
-    ordered = table[:, 0].argsort(descending=True)  # padding comes last
+    # by row and not by process, for float sums depend on their order; padding comes last
+    ordered = table[:, 0].argsort(descending=True)
     row, source, length, loss, weight, s = table[ordered if refined else ordered[:rows]].unbind(1)
     # the weights are those before the weight step
     losses = {"lower/loss": loss.mean(), "lower/weighted_loss": (weight * loss).sum() / rows}
@@ -57,7 +64,7 @@ def gather_scores(
     return Features(row.long(), source.long(), length.long(), loss), s, losses
 
 
-def gather_tally(tally: ResponseTally | None, trainer: Any) -> ResponseTally | None:
+def gather_tally(tally: ResponseTally | None, trainer: Trainer) -> ResponseTally | None:
     """The tally of the generated responses of all processes.
 
     Args:

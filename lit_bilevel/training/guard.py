@@ -1,4 +1,4 @@
-"""Numerical faults in training, each named with its step and rows and handled by a rule.
+"""Watches for numerical faults, and names each with its step and rows.
 
     the gradient is not finite       the step is skipped and counted; `max_skipped_steps` in a row stop the run
                                      (the weights' step is taken back with it, see `Refinement.take_back`)
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -25,7 +25,11 @@ from torch import Tensor
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.refinement.tally import ResponseTally
+from lit_bilevel.training.trainer import data_of
 from lit_bilevel.types import Features
+
+if TYPE_CHECKING:
+    from lit_bilevel.module import LitBilevel
 
 NAMED = 8
 
@@ -94,12 +98,14 @@ class Guard:
         worst = [unknown, unknown] if tally is None else [tally.max_ratio, tally.max_row]
         # stacked, as each read by itself would wait for the device
         numbers = [norm, unknown if effective_size is None else effective_size, *worst]
+        # one transfer: each number by itself would make the host wait for the device once more
         return Vitals(*torch.stack([number.double() for number in numbers]).tolist())
 
-    def watch_ratios(self, module: Any, vitals: Vitals) -> None:
+    def watch_ratios(self, module: LitBilevel, vitals: Vitals) -> None:
         """Look at the largest importance ratio of a policy step."""
         ratio = vitals.max_ratio
-        if ratio > self.settings.max_ratio and self._is_new(f"round {module.trainer.datamodule.responses.round}"):
+        # once a round: at the next one all ratios begin at 1 again
+        if ratio > self.settings.max_ratio and self._is_new(f"round {data_of(module.trainer).responses.round}"):
             row = name_rows(module, [int(vitals.max_row)])[0]
             self._tell(
                 f"{_step(module)}: importance ratios explode: a token of row {row} is"
@@ -108,10 +114,11 @@ class Guard:
                 "lower the policy's learning rate, or let rounds follow sooner (`every_n_steps` of `SelfRefine`)",
             )
 
-    def watch_weights(self, module: Any, effective_size: float) -> None:
+    def watch_weights(self, module: LitBilevel, effective_size: float) -> None:
         """Look at how many rows the weights are spread over."""
         limit = max(2.0, self.settings.min_effective_size * module.weights.pool_rows)
         if effective_size < limit and self._is_new("weights"):
+            # O(N), but once a run
             heaviest = module.weights.table().topk(min(NAMED, module.weights.pool_rows))
             pairs = zip(name_rows(module, heaviest.indices.tolist()), heaviest.values.tolist(), strict=True)
             self._tell(
@@ -122,7 +129,7 @@ class Guard:
                 "lower the weight optimizer's learning rate, or set `kl_to_prior` or `cap` of the weights",
             )
 
-    def watch_table(self, module: Any, weight_N: Tensor) -> None:
+    def watch_table(self, module: LitBilevel, weight_N: Tensor) -> None:
         """The same where all weights are at hand: some weightings have only an estimate in a step."""
         self.watch_weights(module, float(weight_N.sum() ** 2 / (weight_N**2).sum()))
 
@@ -130,7 +137,7 @@ class Guard:
         """Take note of a policy step that was taken."""
         self.in_a_row = 0
 
-    def count_skipped(self, module: Any, features: Features, of_scale: bool) -> None:
+    def count_skipped(self, module: LitBilevel, features: Features, of_scale: bool) -> None:
         """Count a policy step that was not taken, and stop the run after many in a row.
 
         Args:
@@ -140,7 +147,7 @@ class Guard:
         """
         self.skipped += 1
         module.log("skipped_steps", float(self.skipped))
-        if of_scale:
+        if of_scale:  # a loss scale that is searched from above overflows as a matter of course
             return
         self.in_a_row += 1
         where = _step(module)
@@ -183,11 +190,11 @@ class Guard:
             )
 
 
-def _step(module: Any) -> str:
+def _step(module: LitBilevel) -> str:
     return f"policy step {module.trainer.fit_loop.epoch_loop.total_batch_idx + 1}"
 
 
-def _culprits(module: Any, features: Features) -> str:
+def _culprits(module: LitBilevel, features: Features) -> str:
     """The rows whose loss is not finite, by id."""
     if features.loss_B is None:
         return "losses are not known"
@@ -198,9 +205,9 @@ def _culprits(module: Any, features: Features) -> str:
     return f"the loss is not finite on rows {', '.join(name_rows(module, rows[:NAMED]))}{more}"
 
 
-def name_rows(module: Any, rows: list[int]) -> list[str]:
+def name_rows(module: LitBilevel, rows: list[int]) -> list[str]:
     """Ids of rows as a step numbers them: pool rows, then the refined ones."""
     refined, pool_rows = module.refinement.rows.tolist(), module.weights.pool_rows
-    ids = module.trainer.datamodule.sets["pool"].select_columns(["id"])
+    ids = data_of(module.trainer).sets["pool"].select_columns(["id"])
     own = [(row, "") if row < pool_rows else (refined[row - pool_rows], " (a generated response)") for row in rows]
     return [f"{ids[row]['id']!r}{what}" for row, what in own]

@@ -1,4 +1,4 @@
-"""The phases of a run: which settings hold in which of its policy steps.
+"""Says which settings hold in which policy steps: the phases of a run.
 
     phases:
       - {name: weights, share: 0.4, upper_weight: 0.95, learning_rate: 0.02}
@@ -18,9 +18,12 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_bilevel.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_bilevel.module import LitBilevel
 
 ROUNDING = 1e-6
 """What the shares may miss of 1, and a border of a whole step."""
@@ -105,6 +108,7 @@ def borders(phases: Sequence[Phase], steps: float) -> list[float]:
     """
     if math.isinf(steps):
         return [math.inf] * len(phases)
+    # of sums and not of single shares, or their rounding would add up over the phases
     shares = itertools.accumulate(phase.share for phase in phases)
     return [min(steps, math.ceil(steps * share - ROUNDING)) for share in shares]
 
@@ -114,7 +118,7 @@ def index_at(phases: Sequence[Phase], step: int, steps: float) -> int:
     return min(bisect.bisect_right(borders(phases, steps), step), len(phases) - 1)
 
 
-def current_index(module: Any) -> int:
+def current_index(module: LitBilevel) -> int:
     """Which of its phases the step of a `LitBilevel` is in."""
     return index_at(module.phases, module.global_step, module.trainer.estimated_stepping_batches)
 
@@ -131,7 +135,7 @@ def index_of(phases: Sequence[Phase], name: str) -> int:
     return names.index(name)
 
 
-def enter_phase(module: Any) -> None:
+def enter_phase(module: LitBilevel) -> None:
     """Begin a policy step of a `LitBilevel`: log its phase, and free what the solver keeps where it runs no more."""
     index = current_index(module)
     module.log("phase", float(index))

@@ -1,4 +1,4 @@
-"""The policy's own step: its gradient is clipped, and its optimizer and its schedule are stepped.
+"""Takes the policy's own step: clips its gradient, steps its optimizer and its schedule.
 
     ‖gradient‖ ≤ `gradient_clip_val`, then θ ← optimizer, rate ← schedule        nothing where ‖gradient‖ is not finite
 
@@ -10,7 +10,7 @@ and takes back.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -18,11 +18,23 @@ from torch import Tensor
 
 from lit_bilevel.problem import norm as total_norm
 from lit_bilevel.refinement.tally import ResponseTally
+from lit_bilevel.training.trainer import policy_of
 from lit_bilevel.types import Features
+
+if TYPE_CHECKING:
+    from lightning.pytorch.core.optimizer import LightningOptimizer
+    from torch.amp import GradScaler
+    from torch.optim.lr_scheduler import LambdaLR
+
+    from lit_bilevel.module import LitBilevel
 
 
 def step_policy(
-    module: Any, optimizer: Any, features: Features, effective_size: Tensor | None, tally: ResponseTally | None
+    module: LitBilevel,
+    optimizer: LightningOptimizer,
+    features: Features,
+    effective_size: Tensor | None,
+    tally: ResponseTally | None,
 ) -> bool:
     """Clip the policy's gradient and take its step and that of its schedule, unless the gradient is not finite.
 
@@ -48,26 +60,26 @@ def step_policy(
     if engine is not None and not engine.was_step_applied():  # it looks at gradients by itself
         module.guard.count_skipped(module, features, getattr(engine.optimizer, "loss_scale", 1) > 1)
         return False
-    module.lr_schedulers().step()
+    cast("LambdaLR", module.lr_schedulers()).step()
     module.guard.watch_weights(module, vitals.effective_size)
     module.guard.count_taken()
     return True
 
 
-def clip_gradient(module: Any, scaler: Any) -> Tensor:
+def clip_gradient(module: LitBilevel, scaler: GradScaler | None) -> Tensor:
     """Clip the policy's gradient to `gradient_clip_val`, if that is set; returns the norm that it had before."""
     if _deepspeed_engine(module) is not None:
         # it keeps the gradients to itself, clips them and skips steps that overflowed
         return torch.zeros((), device=module.device)
     scale = 1.0 if scaler is None else scaler.get_scale()  # Lightning unscales in the step, and may do so once only
-    parameters = module.policy.trainable()
+    parameters = policy_of(module).trainable()
     norm = total_norm([p.grad for p in parameters if p.grad is not None])
     if module.gradient_clip_val is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, module.gradient_clip_val * scale, norm)
     return norm / scale
 
 
-def lower_loss_scale(scaler: Any) -> bool:
+def lower_loss_scale(scaler: GradScaler | None) -> bool:
     """Lower the loss scale after an overflow; returns whether it was above 1, so that the overflow was its own."""
     if scaler is None or scaler.get_scale() <= 1:
         return False
@@ -76,7 +88,7 @@ def lower_loss_scale(scaler: Any) -> bool:
     return True
 
 
-def _deepspeed_engine(module: Any) -> Any:
+def _deepspeed_engine(module: LitBilevel) -> Any:
     """DeepSpeed's engine, where that is the strategy."""
     strategy = module.trainer.strategy
     return strategy.model if isinstance(strategy, DeepSpeedStrategy) else None

@@ -10,7 +10,7 @@ All problems of one check are gathered into one error. Left out: settings of the
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lit_bilevel.errors import UserError, gather
 from lit_bilevel.training.callbacks import drop_savers, refiners, unfit_callbacks
@@ -20,8 +20,15 @@ from lit_bilevel.training.schedule import most_falls
 from lit_bilevel.training.sizes import find_oversized
 from lit_bilevel.training.strategies import of_kernels, of_strategy
 
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
-def check_settings(module: Any) -> None:
+    from lit_bilevel.module import LitBilevel
+    from lit_bilevel.solvers.base import BilevelSolver
+    from lit_bilevel.weights.base import ExampleWeights
+
+
+def check_settings(module: LitBilevel) -> None:
     """Refuse settings of a `LitBilevel` that have no meaning, all in one message.
 
     Raises:
@@ -74,12 +81,12 @@ def check_settings(module: Any) -> None:
         raise gather("bad settings", problems)
 
 
-def _need_upper_weight(*parts: Any) -> list[Any]:
+def _need_upper_weight(*parts: BilevelSolver | ExampleWeights) -> list[BilevelSolver | ExampleWeights]:
     """Those of the solver and the weights that have no meaning where λ is 0."""
     return [part for part in parts if part.needs_upper_weight]
 
 
-def _out_of_range(module: Any) -> list[str]:
+def _out_of_range(module: LitBilevel) -> list[str]:
     problems = []
     for name, least, most in (
         ("accumulate_grad_batches", 1, None),
@@ -99,7 +106,7 @@ def _out_of_range(module: Any) -> list[str]:
     return problems
 
 
-def check_flags(trainer: Any) -> None:
+def check_flags(trainer: Trainer) -> None:
     """Refuse flags of the Trainer that are arguments of the module here, and callbacks that cannot work with it.
 
     Raises:
@@ -117,7 +124,7 @@ def check_flags(trainer: Any) -> None:
         raise gather("settings of another kind of training", problems)
 
 
-def check_run(module: Any, stage: str) -> None:
+def check_run(module: LitBilevel, stage: str) -> None:
     """Refuse what cannot work under the Trainer's strategy and precision, all in one message.
 
     Raises:
@@ -135,7 +142,7 @@ def check_run(module: Any, stage: str) -> None:
         raise gather("this combination cannot run", problems)
 
 
-def _of_decay(module: Any) -> list[str]:
+def _of_decay(module: LitBilevel) -> list[str]:
     groups = [module.refinement.template] if refiners(module.trainer) else []
     own = [phase for phase in module.phases if phase.upper_weight is None]
     solvers = [module.solver] if any(phase.runs_solver for phase in own) else []
@@ -146,7 +153,7 @@ def _of_decay(module: Any) -> list[str]:
     if not names or decay == 0 or decay * most_falls(module) < module.upper_weight:
         return []
     falls, every = math.ceil(module.upper_weight / decay - 1e-9), module.upper_weight_decay_every
-    last = f"in epoch {falls + 1}" if module.trainer.max_epochs > 0 else "after some epochs"
+    last = f"in epoch {falls + 1}" if (module.trainer.max_epochs or -1) > 0 else "after some epochs"
     last = last if every is None else f"after {falls * every} policy steps"
     return [
         f"`model.upper_weight_decay` is {decay}, so λ is 0 {last}, where `{names[0]}` has no meaning; lower it, set"
@@ -154,7 +161,7 @@ def _of_decay(module: Any) -> list[str]:
     ]
 
 
-def _of_length(module: Any) -> list[str]:
+def _of_length(module: LitBilevel) -> list[str]:
     if module.trainer.max_epochs != -1 or module.trainer.max_steps != -1:
         return []
     if len(module.phases) == 1:
@@ -164,7 +171,7 @@ def _of_length(module: Any) -> list[str]:
     ]
 
 
-def check_precision(asked: Any, trainer: Any) -> None:
+def check_precision(asked: Any, trainer: Trainer) -> None:
     """Refuse a precision that Lightning has put another one in place of.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The schedules of a run: λ, and the learning rate of the policy, both by the number of the policy step.
+"""Schedules λ and the policy's learning rate, both by the number of the policy step.
 
     λ = that of the phase, if it sets one, else max(0, λ₀ − decay · k)
         k epochs that are over, or policy steps taken by `upper_weight_decay_every`
@@ -14,7 +14,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -22,8 +22,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_bilevel.errors import UserError
 from lit_bilevel.training.phases import borders
 
+if TYPE_CHECKING:
+    from lit_bilevel.module import LitBilevel
 
-def upper_weight_of(module: Any) -> float:
+
+def upper_weight_of(module: LitBilevel) -> float:
     """λ in this step of a `LitBilevel`."""
     if module.phase.upper_weight is not None:
         return module.phase.upper_weight
@@ -32,15 +35,15 @@ def upper_weight_of(module: Any) -> float:
     return max(0.0, module.upper_weight - module.upper_weight_decay * falls)
 
 
-def most_falls(module: Any) -> float:
+def most_falls(module: LitBilevel) -> float:
     """How often λ will have fallen in the last step of a fit; infinite where the fit's end is not known."""
     epochs, steps, every = module.trainer.max_epochs, module.trainer.max_steps, module.upper_weight_decay_every
     if every is None:
-        return epochs - 1 if epochs > 0 else math.inf
+        return epochs - 1 if epochs is not None and epochs > 0 else math.inf
     return (steps - 1) // every if steps > 0 else math.inf
 
 
-def learning_rate_factor(module: Any, steps: float) -> Callable[[int], float]:
+def learning_rate_factor(module: LitBilevel, steps: float) -> Callable[[int], float]:
     """What the policy's learning rate is multiplied with, as a function of the step.
 
     Args:
@@ -66,11 +69,12 @@ def learning_rate_factor(module: Any, steps: float) -> Callable[[int], float]:
     return factor
 
 
-def _schedule(module: Any, steps: float) -> Callable[[int], float]:
+def _schedule(module: LitBilevel, steps: float) -> Callable[[int], float]:
     """The schedule of transformers over so many steps, as a function of the step."""
     from transformers import get_scheduler
 
     length = None if math.isinf(steps) else max(1, int(steps))
+    # transformers makes a schedule for an optimizer; here only its function of the step is wanted
     unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     settings, name = module.lr_scheduler_kwargs, module.lr_scheduler
     if name == "constant" and module.warmup_steps:

@@ -1,4 +1,4 @@
-"""Whether the rows fit the policy, told before it is loaded: their lengths its context, their tokens its embeddings.
+"""Checks, before the policy is loaded, that the rows fit its context and their tokens its embeddings.
 
     context 64      a row of 70 tokens: refused by name        a prompt of 60, to be answered: room for 4
     4,096 embeddings and a tokenizer of 4,098 tokens: refused where a row has one of the two
@@ -8,17 +8,24 @@ Left out: rows that only an adapter or a tokenizer file added later would fit.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lit_bilevel.data.table import column
 from lit_bilevel.policy.context import context_of, vocabulary_of
 from lit_bilevel.policy.load import policy_config
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from datasets import Dataset
+
+    from lit_bilevel.module import LitBilevel
+
 NAMED = 5  # rows that a message names
 BLOCK = 1 << 16  # rows that are looked at together
 
 
-def find_oversized(module: Any, stage: str) -> list[str]:
+def find_oversized(module: LitBilevel, stage: str) -> list[str]:
     """What of the data does not fit the policy of a `LitBilevel`, as problems to be told."""
     sets = getattr(getattr(module.trainer, "datamodule", None), "sets", {})
     config = policy_config(module.policy_settings)
@@ -33,7 +40,7 @@ def find_oversized(module: Any, stage: str) -> list[str]:
     return problems + (_without_room(sets, context) if stage == "predict" else _beyond_context(sets, context))
 
 
-def _beyond_context(sets: dict[str, Any], context: int) -> list[str]:
+def _beyond_context(sets: Mapping[str, Dataset], context: int) -> list[str]:
     lengths = {name: column(table, "length").to_numpy() for name, table in sets.items() if len(table)}
     name = max(lengths, key=lambda name: lengths[name].max(), default="")
     if not lengths or (longest := lengths[name].max()) <= context:
@@ -45,7 +52,7 @@ def _beyond_context(sets: dict[str, Any], context: int) -> list[str]:
     ]
 
 
-def _without_room(sets: dict[str, Any], context: int) -> list[str]:
+def _without_room(sets: Mapping[str, Dataset], context: int) -> list[str]:
     ids = [
         id
         for table in sets.values()
@@ -62,7 +69,7 @@ def _without_room(sets: dict[str, Any], context: int) -> list[str]:
     ]
 
 
-def _beyond_vocabulary(module: Any, sets: dict[str, Any], vocabulary: int) -> list[str]:
+def _beyond_vocabulary(module: LitBilevel, sets: Mapping[str, Dataset], vocabulary: int) -> list[str]:
     for name, table in sets.items():
         for tokens in ("input_ids", "rejected_ids"):
             row = _first_beyond(table, tokens, vocabulary) if tokens in table.column_names else None
@@ -77,7 +84,7 @@ def _beyond_vocabulary(module: Any, sets: dict[str, Any], vocabulary: int) -> li
     return []
 
 
-def _first_beyond(table: Any, tokens: str, vocabulary: int) -> int | None:
+def _first_beyond(table: Dataset, tokens: str, vocabulary: int) -> int | None:
     """Position of the first row with an id from `vocabulary` on."""
     import pyarrow.compute
 

@@ -1,4 +1,4 @@
-"""What single strategies and kernels cannot do, named before a run starts.
+"""Names what single strategies and kernels cannot do, before a run starts.
 
     OneStep under DeepSpeed     evaluates the policy at other parameter values; use `Penalty`, or FSDP2
     fsdp (FSDP1)                no step with several backward passes; use FSDP2 or DDP
@@ -8,7 +8,7 @@ Left out: what follows from the settings of the module alone; see `refusals`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -18,10 +18,17 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
 )
 
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy
+
+    from lit_bilevel.module import LitBilevel
+    from lit_bilevel.refinement.response_weights import ResponseWeights
+    from lit_bilevel.solvers.base import BilevelSolver
+
 SHARDING = "configs/strategies/fsdp2.yaml"
 
 
-def takes_one_optimizer(strategy: Any) -> bool:
+def takes_one_optimizer(strategy: Strategy) -> bool:
     """Whether the outer optimizer has to be stepped and checkpointed by the module itself.
 
     DeepSpeed takes one optimizer. FSDP2 takes several, but Lightning cannot load one whose state is empty.
@@ -29,7 +36,7 @@ def takes_one_optimizer(strategy: Any) -> bool:
     return isinstance(strategy, DeepSpeedStrategy | ModelParallelStrategy)
 
 
-def of_strategy(module: Any, stage: str) -> list[str]:
+def of_strategy(module: LitBilevel, stage: str) -> list[str]:
     """What the Trainer's strategy does not allow, one line for each.
 
     Args:
@@ -56,15 +63,15 @@ def of_strategy(module: Any, stage: str) -> list[str]:
     if isinstance(strategy, ModelParallelStrategy):
         problems += _of_sharding(module, stage)
     if isinstance(strategy, DeepSpeedStrategy):
-        problems += _of_deepspeed(module)
+        problems += _of_deepspeed(module, strategy)
     return problems
 
 
-def of_kernels(module: Any) -> list[str]:
+def of_kernels(module: LitBilevel) -> list[str]:
     """Derivatives along a direction need forward mode below float32, and fused kernels do not have it."""
     settings = module.policy_settings
     problems: list[str] = []
-    directional = _aligned(module)
+    directional: list[BilevelSolver | ResponseWeights] = [*_aligned(module)]
     if module.solver.directional and module.learns_weights:
         directional.insert(0, module.solver)
     if not directional:
@@ -84,7 +91,7 @@ def of_kernels(module: Any) -> list[str]:
     return problems
 
 
-def _of_sharding(module: Any, stage: str) -> list[str]:
+def _of_sharding(module: LitBilevel, stage: str) -> list[str]:
     problems = []
     if stage == "predict":
         problems.append(
@@ -105,20 +112,20 @@ def _of_sharding(module: Any, stage: str) -> list[str]:
     return problems
 
 
-def _of_deepspeed(module: Any) -> list[str]:
+def _of_deepspeed(module: LitBilevel, strategy: DeepSpeedStrategy) -> list[str]:
     problems = []
-    takes_apart = [module.solver] if module.solver.substitutes and module.learns_weights else []
+    takes_apart: list[BilevelSolver] = [module.solver] if module.solver.substitutes and module.learns_weights else []
     for part in [*takes_apart, *_aligned(module)]:
         problems.append(
             f"`{type(part).__name__}` evaluates the policy at other parameter values or takes gradients apart, which"
             f" DeepSpeed does not allow; use `Penalty`, or FSDP2 ({SHARDING})"
         )
-    if module.trainer.strategy.zero_stage_3:
+    if strategy.zero_stage_3:
         problems.append(
             "DeepSpeed stage 3 would split the output layer, which the policy reads directly, and learnable weights;"
             f" use stage 2, or FSDP2 ({SHARDING})"
         )
-    if not (module.trainer.strategy.config.get("zero_optimization") or {}).get("stage"):
+    if not ((strategy.config or {}).get("zero_optimization") or {}).get("stage"):
         problems.append(
             "DeepSpeed without ZeRO does not look at its gradients in float32, so one that is not finite would be"
             " stepped on, and it shares nothing out; use stage 1 or 2, or `trainer.strategy: ddp`"
@@ -138,6 +145,6 @@ def _of_deepspeed(module: Any) -> list[str]:
     return problems
 
 
-def _aligned(module: Any) -> list[Any]:
+def _aligned(module: LitBilevel) -> list[ResponseWeights]:
     """The rule of the response weights where it asks for ∇f and derivatives along it."""
     return [module.refinement.rule] if module.refinement.rule.needs_alignment else []

@@ -74,6 +74,7 @@ class ExampleWeights(nn.Module, ABC):
         if kl_to_prior < 0:
             raise UserError(f"`kl_to_prior` is {kl_to_prior}; it must be at least 0.")
         self.kl_to_prior = kl_to_prior
+        # float64, as they run through the whole run: float32 would round small changes of them away
         for name in ("spread_average", "score_average", "updates"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
         self.register_buffer("visits", torch.zeros(0, dtype=torch.int32))
@@ -139,6 +140,7 @@ class ExampleWeights(nn.Module, ABC):
             raise UserError(
                 "the prior has weights that are not finite, below 0, or all 0; give finite ones, some above 0."
             )
+        # a weight of 0 would have the logarithm −∞, from which no step could bring a row back
         log_N = (weight_N / weight_N.max()).log().clamp_min(SMALLEST_LOG_WEIGHT)
         self.log_prior_N.copy_(log_N - log_N.exp().mean().log())
         self.recount()
@@ -170,6 +172,8 @@ class ExampleWeights(nn.Module, ABC):
         Raises:
             ValueError: if `weigh` returns another shape.
         """
+        # without a graph: scores are all that the weights learn from, and the policy's own loss would teach them to put
+        # their mass on rows that are easy
         with torch.no_grad():
             weight_B = self.weigh(features)
         if weight_B.shape != features.row_B.shape:
@@ -198,6 +202,8 @@ class ExampleWeights(nn.Module, ABC):
                 "the global batch has one row, so its score has no baseline to be compared with;"
                 " set `data.batch_size` (or `model.accumulate_grad_batches`) so that a step sees at least 2 rows."
             )
+        # dF/dω_k = p_k·(s_k − Σ_j p_j·s_j): b is what the window knows of that sum, under the weights before the step.
+        # Rows are masked and never taken out, for a shape that depends on numbers would wait for the device.
         w_B = self(features).double()
         valid_B = torch.isfinite(s_B) & torch.isfinite(w_B)
         s_B = torch.where(valid_B, s_B.double(), 0.0)
@@ -206,6 +212,7 @@ class ExampleWeights(nn.Module, ABC):
         score_B = (centred_B / self._scale(s_B, centred_B, valid_B)).clamp(-CUT, CUT)
         if self.kl_to_prior > 0:
             moved_B = w_B.clamp_min(TINY).log() - self.log_prior(features)
+            # a row that weighs next to nothing is pulled as one of e⁻²⁰, or it alone would make the mean
             pull_B = centre(moved_B.clamp_min(SMALLEST_LOG_WEIGHT), w_B)
             score_B = score_B + self.kl_to_prior * pull_B * valid_B
         self.assign_gradient(features, score_B)
@@ -218,10 +225,11 @@ class ExampleWeights(nn.Module, ABC):
         """
         rows = valid_B.sum()
         counts = ((rows > 1) & (s_B != 0).any()).double()
-        rate = (1 - DECAY) * counts
+        rate = (1 - DECAY) * counts  # 0 leaves the averages as they are, without asking the device
         self.updates += counts
         self.spread_average.lerp_(centred_B.abs().sum() / rows.clamp_min(1), rate)
         self.score_average.lerp_(s_B.abs().sum() / rows.clamp_min(1), rate)
+        # equal scores differ by rounding, 1e-4 of their size or less, which must not be scaled up to whole steps
         average = torch.maximum(self.spread_average, FLOOR * self.score_average)
         return (average / (1 - DECAY**self.updates).clamp_min(TINY)).clamp_min(TINY)
 

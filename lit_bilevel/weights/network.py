@@ -65,7 +65,7 @@ class NetworkWeights(RunningWeights):
             inputs = 2 + self.source_size + len(self.columns)
             last = nn.Linear(self.hidden_size, 1)
             self.network = nn.Sequential(nn.Linear(inputs, self.hidden_size), nn.Tanh(), last)
-        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.weight)  # equal weights at the start, whatever the features are
         nn.init.zeros_(last.bias)
         for module in (self.source_embedding, self.network):
             for parameter in module.parameters():
@@ -74,6 +74,7 @@ class NetworkWeights(RunningWeights):
     def log_unnormalised(self, features: Features) -> Tensor:
         assert features.loss_B is not None
         embedded_BE = self.source_embedding(features.source_B.clamp_min(0))
+        # losses and lengths lie orders of magnitude apart
         numbers_B2 = torch.stack([features.loss_B, features.length_B], dim=1).to(embedded_BE.dtype).log1p()
         column_BF = self.column_NF[features.row_B.clamp_min(0)]
         inputs = torch.cat([numbers_B2, embedded_BE, column_BF], dim=1)
@@ -93,6 +94,7 @@ class NetworkWeights(RunningWeights):
         features = replace(features, loss_B=torch.where(valid_B, features.loss_B, 0.0))
         score_B = score_B * valid_B
         with torch.enable_grad():
+            # Ẑ counts as a constant: with centred scores the term of its derivative is 0
             weight_B = (self.log_unnormalised(features) + self.log_prior(features) - self.log_normaliser).exp()
             parameters = list(self.parameters())
             gradients = torch.autograd.grad((weight_B * score_B).mean(), parameters)

@@ -50,6 +50,7 @@ class ExponentiatedGradient(Optimizer):
                 if gradient is None:
                     continue
                 if gradient.is_sparse:
+                    # not coalesced: a row that comes twice moves by both, and nothing has to be sorted
                     parameter.index_add_(0, gradient._indices()[0], gradient._values(), alpha=-group["lr"])
                 else:
                     parameter.add_(gradient, alpha=-group["lr"])

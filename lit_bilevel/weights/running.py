@@ -86,6 +86,8 @@ class RunningWeights(ExampleWeights):
             log_u_B = self.log_unnormalised(features) + self.log_prior(features)
         valid_B = torch.isfinite(log_u_B)
         any_valid = valid_B.any()
+        # such rows have no part in the mean, and a window without any other moves nothing; all by masks, for an `if`
+        # would wait for the device
         log_u_B = log_u_B.masked_fill(~valid_B, -math.inf)
         log_mean = log_u_B.logsumexp(0) - valid_B.sum().log()
         rate = torch.full_like(log_mean, 1 - self.decay)
@@ -100,12 +102,14 @@ class RunningWeights(ExampleWeights):
     def score(self, features: Features) -> None:
         assert features.loss_B is not None
         rows, loss_B = features.row_B, features.loss_B.to(self.loss_N.dtype)
+        # the last finite one: an overflow says nothing of a row
         self.loss_N[rows] = torch.where(loss_B.isfinite(), loss_B, self.loss_N[rows])
         self.length_N[rows] = features.length_B.to(torch.int32)
 
     @torch.no_grad()
     def table(self) -> Tensor:
         """[N] weights from the features last seen; rows not seen yet weigh 1."""
+        # in parts, for a network's hidden layer over all rows at once would not fit into memory
         log_u = torch.cat([self._recall(start) for start in range(0, self.pool_rows, CHUNK)])
         seen = ~self.loss_N.isnan()
         share_N = torch.softmax(log_u.masked_fill(~seen, -math.inf), 0) if seen.any() else torch.zeros_like(log_u)

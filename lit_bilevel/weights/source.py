@@ -72,6 +72,7 @@ class SourceWeights(ExampleWeights):
     def assign_gradient(self, features: Features, score_B: Tensor) -> None:
         total = torch.zeros_like(self.share_of_source).index_add_(0, features.source_B, score_B)
         count = torch.bincount(features.source_B, minlength=len(total))
+        # the mean, or a source with many rows in the window would step further than it should
         self.logits.grad = (total / count.clamp_min(1)).to(self.logits.dtype)
 
     def table(self) -> Tensor:

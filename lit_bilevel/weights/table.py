@@ -93,6 +93,7 @@ class TableWeights(ExampleWeights):
     # ---- u ----
 
     def _free(self, rows: Tensor | slice) -> Tensor:
+        # float64, as sums of it are kept by adding differences over a whole epoch
         return self.log_unnormalised(self.logits.detach()[rows].double() / self.temperature) + self.log_prior_N[rows]
 
     def _limit(self, log_u: Tensor) -> Tensor:
@@ -114,13 +115,17 @@ class TableWeights(ExampleWeights):
     # ---- the socket ----
 
     def weigh(self, features: Features) -> Tensor:
+        # O(batch): the sum over all rows is kept by `after_step` and not computed here
         u_B = self._log_u(features.row_B.clamp_min(0)).exp()
         return self._floor(u_B * (self.pool_rows / self.sums[0])).to(self.logits.dtype)
 
     def assign_gradient(self, features: Features, score_B: Tensor) -> None:
+        # a refined window may hold a row twice; the sums hold every row once
         rows = features.row_B.sort().values
         again = torch.cat([rows.new_zeros(1, dtype=torch.bool), rows[1:] == rows[:-1]])  # counts once
         self._pending = (rows, again, self._sums_once(rows, again))
+        # a dense gradient would have N numbers, and its zeros would be steps for an optimizer with momentum; to check
+        # the indices would wait for the device
         self.logits.grad = torch.sparse_coo_tensor(
             features.row_B[None], score_B.to(self.logits.dtype), self.logits.shape, check_invariants=False
         )
@@ -144,7 +149,7 @@ class TableWeights(ExampleWeights):
     def _recount(self, log_u: Tensor) -> None:
         """Set the ceiling, then sum over all rows."""
         if self.cap is not None:
-            self.log_ceiling.fill_(math.inf)
+            self.log_ceiling.fill_(math.inf)  # the old ceiling would hide what lies above it
             self.log_ceiling.copy_(_ceiling(self._limit(log_u), self.cap))
         log_u = self._limit(log_u)
         self.shift.copy_(log_u.max())
@@ -152,6 +157,7 @@ class TableWeights(ExampleWeights):
 
     def table(self) -> Tensor:
         u = self._log_u(slice(None)).exp()
+        # by its own sum, for the one that is kept has the rounding of an epoch's steps
         return self._floor(u * (len(u) / u.sum()))
 
     def set_prior(self, weight_N: Tensor) -> None:

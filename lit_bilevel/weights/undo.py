@@ -1,4 +1,4 @@
-"""Taking back what a step did to the weights, where the policy's own step is skipped.
+"""Takes back what a step did to the weights, where the policy's own step is skipped.
 
 The weights move before the policy does, and whether the policy's gradient is finite is known only after its backward
 pass. So what a step is about to change is copied first: the visited rows of what has an entry for each pool row, and

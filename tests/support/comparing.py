@@ -22,3 +22,7 @@ def compare(small, output, *more):
 def table_of(output):
     with (output / "results.csv").open() as file:
         return {row["method"]: row for row in csv.DictReader(file)}
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process."""

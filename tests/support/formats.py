@@ -9,7 +9,9 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from lit_bilevel.types import Row
 from support.files import write_jsonl
+from support.sources import Source
 
 SHORT = [("user", "What is a cat?"), ("assistant", "A small animal.")]
 LONG = [("system", "Be brief."), *SHORT, ("user", "And a dog?"), ("assistant", "Another.")]
@@ -73,3 +75,8 @@ def write(path, records):
     else:
         datasets.Dataset.from_list(records).save_to_disk(path)
     return str(path)
+
+
+def read(tmp_path, record, **settings) -> Row:
+    source = Source(write_jsonl(tmp_path / "p.jsonl", [record]), **settings)
+    return source.rows()[0]

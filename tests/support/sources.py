@@ -6,9 +6,11 @@ import tempfile
 from pathlib import Path
 
 from lit_bilevel.data import rows
+from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.data.table import rows_of, write_rows
 from lit_bilevel.errors import gather
 from lit_bilevel.types import Row
+from support.files import TOY
 
 
 class Source(rows.Source):
@@ -25,3 +27,9 @@ class Source(rows.Source):
             if self.skipped and self.on_bad_row == "error":
                 raise gather("bad data", self.skipped)
             return rows_of(table[:])
+
+
+def module(small, **settings) -> BilevelDataModule:
+    return BilevelDataModule(
+        small["pool"], small["validation"], small["test"], tokenizer=str(TOY / "model"), batch_size=8, **settings
+    )

@@ -1,4 +1,4 @@
-"""What a filter may look at: texts, losses and gradients of pool and validation rows, the truth for the oracle alone.
+"""What filters may look at: texts, losses and gradients of pool and validation rows, the truth for the oracle alone.
 
 Left out: several processes. Scores are computed on the first device of the configuration.
 """
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,6 +28,10 @@ from lit_bilevel.scores.sweep import policy_digest, score_rows
 from lit_bilevel.scores.table import Scores, read_scores, seconds_taken, write_scores
 from lit_bilevel.types import Batch
 
+if TYPE_CHECKING:
+    from lit_bilevel.cli import BilevelCLI
+    from lit_bilevel.data.module import BilevelDataModule
+
 
 class Evidence:
     """The data of a comparison as a filter sees it.
@@ -39,7 +43,7 @@ class Evidence:
         shared: folder for what several filters read; without, nothing is kept.
     """
 
-    def __init__(self, cli: Any, earlier: Path | None, seed: int, shared: Path | None = None):
+    def __init__(self, cli: BilevelCLI, earlier: Path | None, seed: int, shared: Path | None = None):
         self.data, self.trainer = cli.datamodule, cli.trainer
         self.settings = cli.model.policy_settings
         self.earlier, self.seed, self.shared = earlier, seed, shared
@@ -126,7 +130,7 @@ class Evidence:
 
 
 def row_losses(
-    policy: Policy, data: Any, name: str, objective: Objective | None = None
+    policy: Policy, data: BilevelDataModule, name: str, objective: Objective | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Loss of every row of a set, and its number of response tokens; dropout off.
 
