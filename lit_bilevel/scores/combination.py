@@ -57,7 +57,7 @@ def prior_weights(combined_N: np.ndarray, sharpness: float) -> np.ndarray:
     """[N] weights of mean 1, σ(sharpness · z).
 
     Args:
-        combined_N: z, of `combine`.
+        combined_N: z, of `combined`.
         sharpness: at least 0; 0 gives equal weights, 2 weighs rows one standard deviation from the mean 7 to 1.
     """
     weight_N = 1 / (1 + np.exp(-sharpness * combined_N))
