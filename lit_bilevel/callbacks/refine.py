@@ -221,15 +221,15 @@ class SelfRefine(Callback):
             self._length, self._refined_at, self._pending = 0, -1, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = module_of(pl_module)
-        if module.lower_objective.pairs:
-            raise UserError(
-                "`SelfRefine` replaces answers, and `model.lower_objective` learns from pairs; leave one of them out."
-            )
         if trainer.world_size > 1 and type(trainer.strategy) is not DDPStrategy:
             raise UserError(
                 f"`SelfRefine` scores different responses on every process, which `{type(trainer.strategy).__name__}`"
                 " does not allow; use `trainer.strategy: ddp`."
+            )
+        module = module_of(pl_module)
+        if module.lower_objective.pairs:
+            raise UserError(
+                "`SelfRefine` replaces answers, and `model.lower_objective` learns from pairs; leave one of them out."
             )
         if module.policy_settings.quantization == "8bit":
             rank_zero_warn(
