@@ -139,7 +139,7 @@ def test_the_recipe_says_what_it_does(whole):
     told = (whole.parent / "log").read_text()
     for text in (
         "scored 90 pool rows in",
-        "the weights begin at ifd + density_ratio, effective size",
+        "the weights begin at ifd + density_ratio + hidden_ratio, effective size",
         "phase 2 of 3, weights:",
         "all 90 rows were scored once more",
         "phase 3 of 3, policy:",

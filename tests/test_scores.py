@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from support import ranks
 from support.files import TOY, read_jsonl, write_jsonl
+from support.scoring import policy_of, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_bilevel.data.encode import Encoder
-from lit_bilevel.data.module import BilevelDataModule
-from lit_bilevel.policy.load import PolicySettings, load_policy
 from lit_bilevel.scores.columns import COLUMNS, FEATURES
 from lit_bilevel.scores.opening import opening_of
 from lit_bilevel.scores.sweep import score_rows
@@ -45,16 +44,6 @@ def chat_model(model, tmp_path_factory) -> Path:
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
     return folder
-
-
-def rows_of(model: Path, small: dict[str, str], **settings) -> BilevelDataModule:
-    data = BilevelDataModule(small["pool"], small["validation"], tokenizer=str(model), cache=False, **settings)
-    data.setup()
-    return data
-
-
-def policy_of(model: Path):
-    return load_policy(PolicySettings(str(model), dtype="float64"), torch.float64)
 
 
 @functools.cache

@@ -54,7 +54,10 @@ class ScoredPrior(Callback):
     """Read by `training/callbacks.py`, which does not know this class."""
 
     def __init__(
-        self, columns: Sequence[str] = ("ifd", "density_ratio"), sharpness: float = 2.0, scores: str | None = None
+        self,
+        columns: Sequence[str] = ("ifd", "density_ratio", "hidden_ratio"),
+        sharpness: float = 2.0,
+        scores: str | None = None,
     ):
         problems = []
         if not columns or not set(columns) <= set(COLUMNS):

@@ -30,7 +30,7 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.truth import aurocs, read_truth
 from lit_bilevel.policy.load import PolicySettings, context_length, load_policy, load_tokenizer
 from lit_bilevel.resources import locate_configs
-from lit_bilevel.scores.columns import COLUMNS
+from lit_bilevel.scores.columns import COLUMNS, RATIOS
 from lit_bilevel.scores.density import LEAST_TRUSTED
 from lit_bilevel.scores.sweep import sweep_for
 from lit_bilevel.scores.table import Scores, write_scores
@@ -185,8 +185,9 @@ def _tell(columns: dict[str, np.ndarray], data: BilevelDataModule, output: Path,
 
 
 def _reason(name: str) -> str:
-    if name == "density_ratio":
-        return f": fewer than {LEAST_TRUSTED} validation rows train the weights"
+    if name in RATIOS:
+        unknown = ", or the policy shows no hidden states" if name == "hidden_ratio" else ""
+        return f": fewer than {LEAST_TRUSTED} validation rows train the weights{unknown}"
     return ": the response was cut at `data.max_length`" if name == "end_loss" else ": no prompt is left before them"
 
 

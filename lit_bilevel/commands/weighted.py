@@ -14,9 +14,9 @@ import numpy as np
 
 from lit_bilevel.commands.originals import Pool
 from lit_bilevel.errors import UserError
-from lit_bilevel.scores.columns import DIRECTION
+from lit_bilevel.scores.columns import DIRECTION, RATIOS
 
-RATIOS = ("weight", "weight_refined", "density_ratio")
+DRAWABLE = ("weight", "weight_refined", *RATIOS)
 """What rows can be drawn in proportion to."""
 
 
@@ -76,7 +76,7 @@ def read_weights(path: str, by: str = "weight") -> Weights:
         raise UserError(f"{path} is not a table with `id`, `row`, `source` and `{by}` ({error}).") from error
     if missing := int((~np.isfinite(values)).sum()):
         raise UserError(f"{path} has no `{by}` for {missing:,} of {len(values):,} rows; use another column.")
-    if not len(values) or (by in RATIOS and values.min() < 0):
+    if not len(values) or (by in DRAWABLE and values.min() < 0):
         raise UserError(f"{path} has no weights, or some that are not numbers of at least 0; write it anew.")
     return Weights(ids, row, values, source, DIRECTION.get(by, 1))
 

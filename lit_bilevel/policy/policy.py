@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,20 @@ from lit_bilevel.types import Batch
 if TYPE_CHECKING:
     from peft import LoraModel, PeftModelForCausalLM
     from transformers import PreTrainedModel
+
+
+class Predictions(NamedTuple):
+    """What a policy says of predicted tokens.
+
+    Args:
+        nll_K: NLL of each, in nats.
+        entropy_K: entropy of its prediction, in nats.
+        hidden_KD: last hidden state before it; `None` where the output layer is not known.
+    """
+
+    nll_K: Tensor
+    entropy_K: Tensor
+    hidden_KD: Tensor | None
 
 
 class Policy(nn.Module):
@@ -91,8 +105,8 @@ class Policy(nn.Module):
             return logits_nll(outputs_K, batch.target_K, temperature)
         return token_nll(outputs_K, layer, batch.target_K, temperature)
 
-    def nll_and_entropy(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """NLL of each predicted token and entropy of its prediction, in nats, [K] each, without a graph.
+    def predictions(self, batch: Batch) -> Predictions:
+        """What the policy says of each predicted token, without a graph.
 
         Raises:
             UserError: as a call does.
@@ -100,8 +114,8 @@ class Policy(nn.Module):
         with torch.no_grad():
             outputs_K = self._predicting(batch)
             if (layer := self._output_layer()) is None:
-                return logits_nll_and_entropy(outputs_K, batch.target_K)
-            return token_nll_and_entropy(outputs_K, layer, batch.target_K)
+                return Predictions(*logits_nll_and_entropy(outputs_K, batch.target_K), None)
+            return Predictions(*token_nll_and_entropy(outputs_K, layer, batch.target_K), outputs_K)
 
     def _predicting(self, batch: Batch) -> Tensor:
         """[K, …] outputs at the positions before the predicted tokens."""

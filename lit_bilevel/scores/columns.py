@@ -8,7 +8,9 @@
     entropy               mean entropy of the predictions, nats
     length                tokens of the response
     compressed            size of the response, compressed by zlib, over its size in bytes
-    density_ratio         how much more likely the row is among trusted rows than in the pool, mean 1 over the pool
+    density_ratio         how much more likely the row is among trusted rows than in the pool, mean 1 over the pool:
+                          from numbers such as those above
+    hidden_ratio          the same, from the policy's last hidden states
 
 `ifd` is the published ratio. The paper keeps rows with a *high* one, below 1, to find hard examples in clean data; in
 unclean data a row whose prompt does not help is mostly a wrong one, so a *low* one is kept. Left out: sums of them.
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 COLUMNS = (
     *("loss", "loss_without_prompt", "pmi", "ifd", "end_loss", "entropy", "length", "compressed"),
-    "density_ratio",
+    *("density_ratio", "hidden_ratio"),
 )
 """The numbers of a row in the file of scores, after its `id`."""
 
@@ -39,6 +41,10 @@ DIRECTION = {
     "length": 1,
     "compressed": 1,
     "density_ratio": 1,
+    "hidden_ratio": 1,
     "weight": 1,
 }
 """1 where high values speak for a row, −1 where low ones do."""
+
+RATIOS = ("density_ratio", "hidden_ratio")
+"""Columns that are weights already; they compare with trusted rows."""

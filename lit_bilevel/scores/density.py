@@ -8,13 +8,16 @@ features cut at 5 standard deviations. It is cross-fitted: rows of pool and vali
 a row's odds come from the fit without its fold, so no row is told apart because its own label was learned.
 
 The strength of the penalty is chosen for every fold, by log loss with balanced classes on further folds of the rows it
-is fitted on: how well membership is told. Nothing else is looked at, a truth file least of all. Of a pool larger than
-`FITTED`, so many rows drawn by lot are fitted on; all are scored. Left out: interactions of features, and trees.
+is fitted on: how well membership is told. Nothing else is looked at, a truth file least of all. Of a larger pool 20,000
+rows drawn by lot are fitted on (5,000 with hidden states); all are scored.
+
+Left out: interactions of features, and trees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,11 +29,29 @@ if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import Pipeline
 
-FOLDS = 10
-INNER_FOLDS = 5
-STRENGTHS = tuple(10.0**power for power in range(-4, 2))
-"""Values of C, the inverse of the penalty, that are tried."""
-FITTED = 20_000
+
+@dataclass(frozen=True)
+class Regression:
+    """How membership is told.
+
+    Args:
+        squares: whether the squares of the features count, too.
+        most: pool rows that are fitted on at most.
+        folds: of the cross-fitting.
+        inner_folds: in which the strength of the penalty is chosen.
+        strengths: values of C, the inverse of the penalty, that are tried.
+    """
+
+    squares: bool
+    most: int
+    folds: int
+    inner_folds: int
+    strengths: tuple[float, ...]
+
+
+MEASURED = Regression(True, 20_000, 10, 5, (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0))
+HIDDEN = Regression(False, 5_000, 5, 3, (1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
+"""Of many features: without squares, which would be as many again, and on fewer rows, for each fit takes longer."""
 LEAST_TRUSTED = 10
 LIMIT = 5.0
 
@@ -54,6 +75,24 @@ def density_ratio(pool_NF: np.ndarray, trusted_MF: np.ndarray, seed: int = 0) ->
     Raises:
         UserError: if there are too few trusted rows.
     """
+    return _ratio(pool_NF, trusted_MF, MEASURED, seed)
+
+
+def hidden_ratio(pool_NS: np.ndarray, trusted_MS: np.ndarray, seed: int = 0) -> np.ndarray:
+    """[N] weights of the pool rows, mean 1, from their hidden states.
+
+    Args:
+        pool_NS: numbers of the pool rows, as in `hidden.py`.
+        trusted_MS: the same of trusted rows.
+        seed: of the folds.
+
+    Raises:
+        UserError: if there are too few trusted rows.
+    """
+    return _ratio(pool_NS, trusted_MS, HIDDEN, seed)
+
+
+def _ratio(pool_NF: np.ndarray, trusted_MF: np.ndarray, how: Regression, seed: int) -> np.ndarray:
     if len(trusted_MF) < LEAST_TRUSTED:
         raise UserError(
             f"a density ratio needs at least {LEAST_TRUSTED} trusted rows and there are {len(trusted_MF)}; give more"
@@ -61,25 +100,28 @@ def density_ratio(pool_NF: np.ndarray, trusted_MF: np.ndarray, seed: int = 0) ->
         )
     features_nF = np.concatenate([pool_NF, trusted_MF])
     trusted_n = np.arange(len(features_nF)) >= len(pool_NF)
-    log_odds_N = cross_fit_log_odds(features_nF, trusted_n, seed)[: len(pool_NF)]
+    log_odds_N = cross_fit_log_odds(features_nF, trusted_n, how, seed)[: len(pool_NF)]
     ratio_N = np.exp(log_odds_N - log_odds_N.max())
     return ratio_N / ratio_N.mean()
 
 
-def cross_fit_log_odds(features_nF: np.ndarray, trusted_n: np.ndarray, seed: int = 0) -> np.ndarray:
+def cross_fit_log_odds(
+    features_nF: np.ndarray, trusted_n: np.ndarray, how: Regression = MEASURED, seed: int = 0
+) -> np.ndarray:
     """[n] log odds of being trusted with balanced classes; no row's own label counts in its own odds.
 
     Args:
         features_nF: features of all rows.
         trusted_n: whether each row is trusted.
+        how: of the regression.
         seed: of the folds.
     """
     log_odds_n = np.empty(len(features_nF))
-    for fitted, held in _folds(len(features_nF), FOLDS, seed):
-        fitted = _draw(fitted, trusted_n, seed)
+    for fitted, held in _folds(len(features_nF), how.folds, seed):
+        fitted = _draw(fitted, trusted_n, how.most, seed)
         features, trusted = features_nF[fitted], trusted_n[fitted]
-        basis = _basis().fit(features)
-        model = _regression(_choose_strength(features, trusted, seed)).fit(basis.transform(features), trusted)
+        basis = _basis(how.squares).fit(features)
+        model = _regression(_choose_strength(features, trusted, how, seed)).fit(basis.transform(features), trusted)
         log_odds_n[held] = model.decision_function(basis.transform(features_nF[held]))
     return log_odds_n
 
@@ -91,40 +133,40 @@ def _folds(rows: int, count: int, seed: int) -> Iterator[tuple[np.ndarray, np.nd
         yield (fold_n != fold).nonzero()[0], (fold_n == fold).nonzero()[0]
 
 
-def _draw(rows: np.ndarray, trusted_n: np.ndarray, seed: int) -> np.ndarray:
-    """The trusted ones of some rows, and at most `FITTED` of the others."""
+def _draw(rows: np.ndarray, trusted_n: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """The trusted ones of some rows, and at most so many of the others."""
     others = rows[~trusted_n[rows]]
-    if len(others) <= FITTED:
+    if len(others) <= most:
         return rows
-    others = np.random.default_rng(seed).choice(others, FITTED, replace=False)
+    others = np.random.default_rng(seed).choice(others, most, replace=False)
     return np.sort(np.concatenate([rows[trusted_n[rows]], others]))
 
 
-def _choose_strength(features_nF: np.ndarray, trusted_n: np.ndarray, seed: int) -> float:
+def _choose_strength(features_nF: np.ndarray, trusted_n: np.ndarray, how: Regression, seed: int) -> float:
     """C with the lowest log loss on held-out rows, classes balanced; of equal ones the smallest."""
-    loss = np.zeros(len(STRENGTHS))
-    for fitted, held in _folds(len(features_nF), INNER_FOLDS, seed + 1):
-        basis = _basis()
+    loss = np.zeros(len(how.strengths))
+    for fitted, held in _folds(len(features_nF), how.inner_folds, seed + 1):
+        basis = _basis(how.squares)
         fitted_nF, held_nF = basis.fit_transform(features_nF[fitted]), basis.transform(features_nF[held])
-        for number, strength in enumerate(STRENGTHS):
+        for number, strength in enumerate(how.strengths):
             model = _regression(strength).fit(fitted_nF, trusted_n[fitted])
             wrong = model.decision_function(held_nF) * np.where(trusted_n[held], -1, 1)
             nll = np.logaddexp(0, wrong)
             loss[number] += sum(nll[trusted_n[held] == kind].mean() for kind in np.unique(trusted_n[held]))
-    return STRENGTHS[int(loss.argmin())]
+    return how.strengths[int(loss.argmin())]
 
 
-def _basis() -> Pipeline:
-    """Features and their squares, standardised on the rows that it is fitted on."""
+def _basis(squares: bool) -> Pipeline:
+    """Features and perhaps their squares, standardised on the rows that it is fitted on."""
     from sklearn.impute import SimpleImputer
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
+    more = [FunctionTransformer(_with_squares), StandardScaler()]  # or the penalty would weigh squares otherwise
     return make_pipeline(
         SimpleImputer(keep_empty_features=True),  # a feature that a row does not have is as in the mean of rows
         StandardScaler(),
-        FunctionTransformer(_with_squares),
-        StandardScaler(),  # or the penalty would weigh squares otherwise
+        *(more if squares else ()),
     )
 
 

@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from lit_bilevel.data.collate import collate
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.scores.columns import FEATURES
+from lit_bilevel.scores.hidden import NUMBERS, last_states
 from lit_bilevel.scores.opening import has_prompt, last_response, without_prompt
 from lit_bilevel.types import Example
 
@@ -53,7 +55,7 @@ class Measure:
         responses: Sequence[str],
         counted: Callable[[int], object] = lambda tokens: None,
     ) -> np.ndarray:
-        """[n, F] float32 numbers, F in the order of `FEATURES`; NaN where a row has none.
+        """[n, F] float32 numbers, in the order of `FEATURES` and then those of `hidden.py`; NaN where a row has none.
 
         Args:
             examples: the rows.
@@ -63,8 +65,11 @@ class Measure:
         examples = [last_response(example) for example in examples]
         prompted = [index for index, example in enumerate(examples) if has_prompt(example)]
         scores: list[dict[str, float]] = [{} for _ in examples]
+        hidden = np.full((len(examples), NUMBERS), math.nan, dtype=np.float32)
         with self.policy.evaluating():
-            for index, nll, entropy in self._pass(examples, counted):
+            for index, nll, entropy, state in self._pass(examples, counted):
+                if state is not None:
+                    hidden[index] = state
                 ended = examples[index].input_ids[-1] == self.end_token
                 scores[index] = {
                     "loss": nll.mean(),
@@ -75,30 +80,36 @@ class Measure:
                     "largest_loss": nll.max(),
                 }
             alone = [without_prompt(examples[index], self.opening) for index in prompted]
-            for number, nll, _ in self._pass(alone, counted):
+            for number, nll, *_ in self._pass(alone, counted):
                 ended = alone[number].input_ids[-1] == self.end_token
                 scores[prompted[number]]["loss_without_prompt"] = nll.mean()
                 scores[prompted[number]]["loss_before_end_without_prompt"] = _before_end(nll, ended)
         for own, example, response in zip(scores, examples, responses, strict=True):
             own |= {"length": example.response_length, "prompt_length": example.response_start}
             own["compressed"] = compress(response)
-        return np.array([[own.get(name, math.nan) for name in FEATURES] for own in scores], dtype=np.float32)
+        measured = np.array([[own.get(name, math.nan) for name in FEATURES] for own in scores], dtype=np.float32)
+        return np.hstack([measured, hidden])
 
     def _pass(
         self, examples: Sequence[Example], counted: Callable[[int], object]
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """Place of every example, and the NLL and the entropy of its predicted tokens, float64."""
+    ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray | None]]:
+        """Place of every example, the NLL and the entropy of its predicted tokens, and its last state, where known."""
         device = next(self.policy.parameters()).device
         order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
         for start in range(0, len(order), self.batch_size):
             indices = order[start : start + self.batch_size]
             rows = [replace(examples[index], row=number) for number, index in enumerate(indices)]
             batch = collate(rows, len(rows), self.call_cost)
-            both = [values_K.cpu().double().numpy() for values_K in self.policy.nll_and_entropy(batch.to(device))]
+            nll_K, entropy_K, hidden_KD = self.policy.predictions(batch.to(device))
             segment = batch.segment_K.numpy()
             tokens = segment.argsort(kind="stable")
-            ends = np.bincount(segment).cumsum()[:-1]
-            yield from zip(indices, *(np.split(v[tokens], ends) for v in both), strict=True)
+            ends = np.bincount(segment).cumsum()
+            both = [values_K.cpu().double().numpy() for values_K in (nll_K, entropy_K)]
+            states: Sequence[np.ndarray | None] = [None] * len(indices)
+            if hidden_KD is not None:
+                last_B = torch.from_numpy(tokens[ends - 1]).to(hidden_KD.device)
+                states = list(last_states(hidden_KD, last_B).cpu().numpy())
+            yield from zip(indices, *(np.split(v[tokens], ends[:-1]) for v in both), states, strict=True)
             counted(sum(len(row.input_ids) for row in rows))
 
 

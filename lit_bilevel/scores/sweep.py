@@ -3,7 +3,9 @@
     columns = score_rows(policy, tokenizer, data.sets["pool"], data.sets["upper"])      # on one process
 
 Only the `upper` part of the validation file is trusted here: the `monitor` part chooses checkpoints and nothing else.
-Memory: a part's token ids, the logits of a chunk, and eleven float32 numbers a row. Left out: refined responses.
+Memory: a part's token ids, the logits of a chunk, and 267 float32 numbers a row (1.1 GB at a million).
+
+Left out: refined responses.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from lit_bilevel.data.layout import layout_for
 from lit_bilevel.data.table import column
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.scores.columns import FEATURES
+from lit_bilevel.scores.hidden import NUMBERS
 from lit_bilevel.scores.measure import Measure
 from lit_bilevel.scores.opening import opening_of
 from lit_bilevel.scores.parts import Part, PartFiles, plan
@@ -86,6 +89,7 @@ class Sweep:
             "sets": {name: rows_digest(table) for name, table in sets.items()},
             "policy": policy_digest(measure.policy),
             "opening": measure.opening,
+            "numbers": [*FEATURES, NUMBERS],
             "batch_size": measure.batch_size,
             "call_cost": str(measure.call_cost),
             **made_of,
@@ -144,10 +148,10 @@ def score_rows(
         policy: on any device; its mode and its gradients stay as they are.
         tokenizer: of the policy.
         pool: a set of a `BilevelDataModule`, such as `data.sets["pool"]`.
-        trusted: the rows that `density_ratio` compares with, such as `data.sets["upper"]`; without, it is NaN.
+        trusted: the rows that both ratios compare with, such as `data.sets["upper"]`; without, they are NaN.
         batch_size: most rows in a call of the policy.
         call_cost: how many tokens' computation one more call is worth saving.
-        seed: of the folds of the density ratio.
+        seed: of the folds of the ratios.
 
     Returns:
         [N] float32 numbers by name, in the order of the pool: all of `COLUMNS` and of `FEATURES`.
@@ -157,7 +161,7 @@ def score_rows(
     for name, table in (("pool", pool), ("upper", trusted)):
         if table is not None:
             rows = ScoredRows(table)
-            tables[name] = np.empty((len(rows), len(FEATURES)), dtype=np.float32)
+            tables[name] = np.empty((len(rows), len(FEATURES) + NUMBERS), dtype=np.float32)
             for part in plan({name: rows.length_n}):
                 tables[name][part.rows] = measure(*rows(part.rows.tolist()))
     return columns_of(tables["pool"], tables.get("upper"), seed)

@@ -17,8 +17,8 @@ import numpy as np
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replacing
-from lit_bilevel.scores.columns import COLUMNS, DIRECTION, FEATURES
-from lit_bilevel.scores.density import LEAST_TRUSTED, density_features, density_ratio
+from lit_bilevel.scores.columns import COLUMNS, DIRECTION, FEATURES, RATIOS
+from lit_bilevel.scores.density import LEAST_TRUSTED, density_features, density_ratio, hidden_ratio
 
 if TYPE_CHECKING:
     import pyarrow
@@ -57,8 +57,9 @@ def _why(name: str) -> str:
         return ", because they have no prompt"
     if name == "end_loss":
         return ", because their response was cut at `data.max_length`"
-    if name == "density_ratio":
-        return f", because there were fewer than {LEAST_TRUSTED} trusted rows"
+    if name in RATIOS:
+        unknown = ", or the policy shows no hidden states" if name == "hidden_ratio" else ""
+        return f", because there were fewer than {LEAST_TRUSTED} trusted rows{unknown}"
     return ""
 
 
@@ -66,35 +67,39 @@ def columns_of(pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0
     """All numbers of the pool rows by name, float32: the columns of the file, then the other features.
 
     Args:
-        pool_NF: what was measured of the pool rows, F in the order of `FEATURES`.
-        trusted_MF: the same of trusted rows; without, or with too few of them, `density_ratio` is NaN.
-        seed: of the folds of the density ratio.
+        pool_NF: what was measured of the pool rows, F in the order of `FEATURES`, then that of their hidden states.
+        trusted_MF: the same of trusted rows; without, or with too few of them, both ratios are NaN, and without hidden
+            states `hidden_ratio` is.
+        seed: of the folds of the ratios.
 
     Raises:
         UserError: if a loss is not finite.
     """
+    pool_NF, pool_NS = np.split(pool_NF, [len(FEATURES)], axis=1)
     columns = {name: pool_NF[:, column] for column, name in enumerate(FEATURES)}
     if wrong := int((~np.isfinite(columns["loss"])).sum()):
         raise UserError(f"the loss of {wrong:,} rows is not finite; check the policy, and `trainer.precision`.")
     columns["pmi"] = columns["loss_without_prompt"] - columns["loss"]
     with np.errstate(divide="ignore", invalid="ignore"):
         columns["ifd"] = columns["loss"] / columns["loss_without_prompt"]
-    if trusted_MF is None or len(trusted_MF) < LEAST_TRUSTED:
-        columns["density_ratio"] = np.full(len(pool_NF), np.nan, dtype=np.float32)
-    else:
+    columns |= {name: np.full(len(pool_NF), np.nan, dtype=np.float32) for name in RATIOS}
+    if trusted_MF is not None and len(trusted_MF) >= LEAST_TRUSTED:
+        trusted_MF, trusted_MS = np.split(trusted_MF, [len(FEATURES)], axis=1)
         ratio_N = density_ratio(density_features(pool_NF), density_features(trusted_MF), seed)
         columns["density_ratio"] = ratio_N.astype(np.float32)
+        if pool_NS.size and np.isfinite(pool_NS).all() and np.isfinite(trusted_MS).all():
+            columns["hidden_ratio"] = hidden_ratio(pool_NS, trusted_MS, seed).astype(np.float32)
     return {name: columns[name] for name in dict.fromkeys((*COLUMNS, *FEATURES))}
 
 
 def weights_from_score(name: str, directed_N: np.ndarray) -> np.ndarray:
-    """[N] weights of mean 1 from a score: a density ratio is one already, others go through σ(z) with z their z-score.
+    """[N] weights of mean 1 from a score: a ratio is one already, others go through σ(z) with z their z-score.
 
     Args:
         name: of the score.
         directed_N: its values, high for rows to be kept.
     """
-    if name == "density_ratio":
+    if name in RATIOS:
         weight_N = directed_N
     else:
         z_N = (directed_N - directed_N.mean()) / max(float(directed_N.std()), np.finfo(np.float64).tiny)
