@@ -21,7 +21,7 @@ from support.refining import REFINE
 from transformers import AutoModelForCausalLM
 
 from lit_bilevel import LoraSettings, PolicySettings
-from lit_bilevel.callbacks.export import saved_state
+from lit_bilevel.callbacks.export import read_saved_state
 from lit_bilevel.cli import main
 from lit_bilevel.policy.load import load_policy
 
@@ -113,7 +113,7 @@ def test_deepspeed_resumes_and_exports(flags, tmp_path, adapter):
     flags += [f"--model.policy.lora={LORA}"] if adapter else []
     whole = finished(flags, tmp_path / "whole", 2)
     same(whole, killed_and_continued(flags, tmp_path, 2))
-    saved = saved_state(whole / "checkpoints" / "best.ckpt")
+    saved = read_saved_state(whole / "checkpoints" / "best.ckpt")
     if adapter:
         assert all("lora_" in name for name in saved)
         from peft import PeftModel
@@ -153,7 +153,7 @@ def test_a_quantized_base_resumes_and_exports(flags, tmp_path, quantization):
     flags += [f"--model.policy.quantization={quantization}", "--figures.enabled=false"]
     whole = finished(flags, tmp_path / "whole")
     same(whole, killed_and_continued(flags, tmp_path))
-    saved = saved_state(whole / "checkpoints" / "best.ckpt")
+    saved = read_saved_state(whole / "checkpoints" / "best.ckpt")
     assert all("lora_" in name for name in saved)
     exported = load_file(whole / "policy" / "adapter_model.safetensors")
     assert {name.replace(".default", ""): value.shape for name, value in saved.items()} == {

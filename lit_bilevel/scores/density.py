@@ -100,12 +100,12 @@ def _ratio(pool_NF: np.ndarray, trusted_MF: np.ndarray, how: Regression, seed: i
         )
     features_nF = np.concatenate([pool_NF, trusted_MF])
     trusted_n = np.arange(len(features_nF)) >= len(pool_NF)
-    log_odds_N = cross_fitted_log_odds(features_nF, trusted_n, how, seed)[: len(pool_NF)]
+    log_odds_N = cross_fit_log_odds(features_nF, trusted_n, how, seed)[: len(pool_NF)]
     ratio_N = np.exp(log_odds_N - log_odds_N.max())
     return ratio_N / ratio_N.mean()
 
 
-def cross_fitted_log_odds(
+def cross_fit_log_odds(
     features_nF: np.ndarray, trusted_n: np.ndarray, how: Regression = MEASURED, seed: int = 0
 ) -> np.ndarray:
     """[n] log odds of being trusted with balanced classes; no row's own label counts in its own odds.
@@ -118,22 +118,22 @@ def cross_fitted_log_odds(
     """
     log_odds_n = np.empty(len(features_nF))
     for fitted, held in _folds(len(features_nF), how.folds, seed):
-        fitted = _drawn(fitted, trusted_n, how.most, seed)
+        fitted = _draw(fitted, trusted_n, how.most, seed)
         features, trusted = features_nF[fitted], trusted_n[fitted]
         basis = _basis(how.squares).fit(features)
-        model = _regression(_chosen_strength(features, trusted, how, seed)).fit(basis.transform(features), trusted)
+        model = _regression(_choose_strength(features, trusted, how, seed)).fit(basis.transform(features), trusted)
         log_odds_n[held] = model.decision_function(basis.transform(features_nF[held]))
     return log_odds_n
 
 
 def _folds(rows: int, count: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Positions to fit on and positions held out, whatever the labels."""
-    place = np.random.default_rng(seed).permutation(rows) % count
+    fold_n = np.random.default_rng(seed).permutation(rows) % count
     for fold in range(count):
-        yield (place != fold).nonzero()[0], (place == fold).nonzero()[0]
+        yield (fold_n != fold).nonzero()[0], (fold_n == fold).nonzero()[0]
 
 
-def _drawn(rows: np.ndarray, trusted_n: np.ndarray, most: int, seed: int) -> np.ndarray:
+def _draw(rows: np.ndarray, trusted_n: np.ndarray, most: int, seed: int) -> np.ndarray:
     """The trusted ones of some rows, and at most so many of the others."""
     others = rows[~trusted_n[rows]]
     if len(others) <= most:
@@ -142,7 +142,7 @@ def _drawn(rows: np.ndarray, trusted_n: np.ndarray, most: int, seed: int) -> np.
     return np.sort(np.concatenate([rows[trusted_n[rows]], others]))
 
 
-def _chosen_strength(features_nF: np.ndarray, trusted_n: np.ndarray, how: Regression, seed: int) -> float:
+def _choose_strength(features_nF: np.ndarray, trusted_n: np.ndarray, how: Regression, seed: int) -> float:
     """C with the lowest log loss on held-out rows, classes balanced; of equal ones the smallest."""
     loss = np.zeros(len(how.strengths))
     for fitted, held in _folds(len(features_nF), how.inner_folds, seed + 1):
