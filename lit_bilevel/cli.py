@@ -47,7 +47,7 @@ from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.parser import NOTE, Parser
-from lit_bilevel.resources import with_own_configs
+from lit_bilevel.resources import locate_configs
 from lit_bilevel.training.folder import try_folder, write_error
 from lit_bilevel.training.refusals import check_flags, check_precision
 from lit_bilevel.training.trainer import find_callbacks
@@ -76,7 +76,7 @@ COMMANDS = {
 WRITING = ("fit", "test", "predict")
 
 
-def _described(command: str, text: str) -> dict[str, str]:
+def _describe(command: str, text: str) -> dict[str, str]:
     return {"description": text, "epilog": NOTE.format(prefix=PREFIX, command=command.upper())}
 
 
@@ -117,7 +117,7 @@ class BilevelCLI(LightningCLI):
             auto_configure_optimizers=False,
             seed_everything_default=0,
             parser_class=Parser,
-            parser_kwargs={name: _described(name, text) for name, text in COMMANDS.items()},
+            parser_kwargs={name: _describe(name, text) for name, text in COMMANDS.items()},
             args=args,
             **settings,
         )
@@ -228,21 +228,21 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
         logger = logging.getLogger(name)
-        if _told not in logger.filters:
-            logger.addFilter(_told)
+        if _concerns_users not in logger.filters:
+            logger.addFilter(_concerns_users)
 
 
-def _told(record: logging.LogRecord) -> bool:
+def _concerns_users(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(UNTOLD)
 
 
 def main(args: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    given = with_own_configs(sys.argv[1:] if args is None else args)
-    return told(lambda: BilevelCLI(given), "lit-bilevel", "Continue with `--ckpt_path last`.")
+    given = locate_configs(sys.argv[1:] if args is None else args)
+    return tell_errors(lambda: BilevelCLI(given), "lit-bilevel", "Continue with `--ckpt_path last`.")
 
 
-def told(run: Callable[[], object], program: str, again: str) -> int:
+def tell_errors(run: Callable[[], object], program: str, again: str) -> int:
     """Run something, its errors in one message; returns the exit status.
 
     Args:

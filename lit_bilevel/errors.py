@@ -10,7 +10,7 @@ class UserError(ValueError):
     """A wrong setting, file or combination; the message says the fact, the cause and the remedy."""
 
 
-def gathered(title: str, problems: list[str], limit: int = 20) -> UserError:
+def gather(title: str, problems: list[str], limit: int = 20) -> UserError:
     """One error for many problems, with the first `limit` of them listed."""
     if len(problems) == 1:
         return UserError(f"{title}: {problems[0]}")

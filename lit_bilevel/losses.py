@@ -133,7 +133,7 @@ class _ChunkedNLL(torch.autograd.Function):
         partitions, losses = [], []
         with torch.autocast(hidden_KD.device.type, enabled=False):
             for hidden, target in zip(hidden_KD.split(rows), target_K.split(rows), strict=True):
-                logits = _tempered_(layer.logits(hidden), temperature)
+                logits = _temper_(layer.logits(hidden), temperature)
                 partitions.append(logits.logsumexp(1))
                 losses.append(partitions[-1] - logits.gather(1, target[:, None])[:, 0])
         ctx.save_for_backward(hidden_KD, weight_VD, bias_V, target_K, torch.cat(partitions))
@@ -158,7 +158,7 @@ class _ChunkedNLL(torch.autograd.Function):
             chunk = slice(start, start + ctx.rows)
             logits = layer.logits(hidden_KD[chunk])
             slope = layer.slope(logits) * (slope_K[chunk, None] / ctx.temperature)
-            slope_KV = _tempered_(logits, ctx.temperature).sub_(partition_K[chunk, None]).exp_()
+            slope_KV = _temper_(logits, ctx.temperature).sub_(partition_K[chunk, None]).exp_()
             slope_KV.scatter_add_(1, target_K[chunk, None], torch.full_like(slope_KV[:, :1], -1.0))
             slope_KV = slope_KV.mul_(slope).to(hidden_KD.dtype)
             if hidden_slope is not None:
@@ -173,7 +173,7 @@ class _ChunkedNLL(torch.autograd.Function):
         return *(None if slope is None else slope.to(x.dtype) for slope, x in pairs), None, None, None, None
 
 
-def _tempered_(logits: Tensor, temperature: float) -> Tensor:
+def _temper_(logits: Tensor, temperature: float) -> Tensor:
     """Logits divided by a temperature, in place."""
     return logits if temperature == 1.0 else logits.div_(temperature)
 

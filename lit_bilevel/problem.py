@@ -70,7 +70,7 @@ class BilevelProblem(ABC):
         """∇²_θ(λ·f + (1−λ)·g) · vector."""
 
     @abstractmethod
-    def preconditioned(self, direction: Values) -> Values:
+    def precondition(self, direction: Values) -> Values:
         """P·direction with P = 1/(√v̂′ + eps) of the policy's Adam, v̂′ being v̂ after a step along the direction.
 
         With v̂ alone, a parameter whose gradient was 0 so far (a rare token's embedding) would be scaled by 1/eps and
@@ -112,8 +112,8 @@ class RunningDirection:
         assert self.gradients is not None
         # no gradient was finite so far: 0, without asking the device
         corrected = (1 - self.decay**self.gradients).clamp_min(torch.finfo(torch.float32).tiny)
-        mean = scaled(self.average, (1 / corrected).to(self.average[0].dtype))
-        return problem.preconditioned(mean) if self.preconditioned else mean
+        mean = scale_values(self.average, (1 / corrected).to(self.average[0].dtype))
+        return problem.precondition(mean) if self.preconditioned else mean
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; empty before the first gradient."""
@@ -135,12 +135,12 @@ def norm(values: Sequence[Tensor]) -> Tensor:
     return whole(torch.nn.utils.get_total_norm(values))
 
 
-def scaled(values: Sequence[Tensor], factor: Tensor | float) -> Values:
+def scale_values(values: Sequence[Tensor], factor: Tensor | float) -> Values:
     """factor · values."""
     return list(torch._foreach_mul(list(values), factor))
 
 
-def added(values: Sequence[Tensor], other: Sequence[Tensor], factor: float = 1.0) -> Values:
+def add_values(values: Sequence[Tensor], other: Sequence[Tensor], factor: float = 1.0) -> Values:
     """values + factor · other."""
     return list(torch._foreach_add(list(values), list(other), alpha=factor))
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent
 CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 
 
-def located(name: str) -> str:
+def locate(name: str) -> str:
     """The name as it is, or the path of the package's own file where nothing of that name is here."""
     if not Path(name).exists():
         for start, folder in (("configs/", CONFIGS), ("lit_bilevel/toy/", PACKAGE / "toy")):
@@ -22,14 +22,14 @@ def located(name: str) -> str:
     return name
 
 
-def with_own_configs(arguments: list[str]) -> list[str]:
+def locate_configs(arguments: list[str]) -> list[str]:
     """Command-line arguments whose `--config` names are located."""
     result = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         flag, equals, name = argument.partition("=")
         if flag in ("--config", "-c") and equals:
-            argument = f"{flag}={located(name)}"
+            argument = f"{flag}={locate(name)}"
         elif before in ("--config", "-c"):
-            argument = located(argument)
+            argument = locate(argument)
         result.append(argument)
     return result

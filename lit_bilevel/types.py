@@ -194,12 +194,12 @@ class Packing:
 
     Args:
         input_ids_PW: [P, W] token ids.
-        place_PW: [P, W] position of each token in its own sequence; 0 for padding at the ends of rows.
+        offset_PW: [P, W] position of each token in its own sequence; 0 for padding at the ends of rows.
         position_K: [K] flat index into P·W of the token before each predicted one.
     """
 
     input_ids_PW: Tensor
-    place_PW: Tensor
+    offset_PW: Tensor
     position_K: Tensor
 
 
@@ -260,7 +260,7 @@ class Batch:
 
     def map(self, function) -> Batch:
         """Apply `function` to every tensor."""
-        return _mapped(self, function)
+        return _map(self, function)
 
     def to(self, device: torch.device, **kwargs) -> Batch:
         """Copy to a device; Lightning calls this for every batch."""
@@ -271,8 +271,8 @@ class Batch:
         return self.map(lambda tensor: tensor.pin_memory())
 
 
-def _mapped(record: Any, function) -> Any:
+def _map(record: Any, function) -> Any:
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     tensors = {name: function(value) for name, value in values.items() if isinstance(value, Tensor)}
-    records = {n: _mapped(value, function) for n, value in values.items() if isinstance(value, Generated | Packing)}
+    records = {n: _map(value, function) for n, value in values.items() if isinstance(value, Generated | Packing)}
     return replace(record, **tensors, **records)

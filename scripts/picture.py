@@ -81,13 +81,13 @@ def pool(axes: Any, kinds: np.ndarray) -> None:
 def weights(axes: Any, weight_N: np.ndarray, kinds: np.ndarray) -> None:
     """The mean weight of each kind, with the middle half of its rows."""
     names = ordered(kinds)[::-1]
-    for place, name in enumerate(names):
+    for height, name in enumerate(names):
         own = weight_N[kinds == name]
         low, high = np.quantile(own, [0.25, 0.75])
         colour = GOOD if name == CLEAN else BAD
-        axes.barh(place, own.mean(), 0.62, color=colour)
-        axes.plot([low, high], [place, place], color="#111827", linewidth=1.4)
-        axes.text(max(own.mean(), high), place, f"  {own.mean():.2f}", va="center", color="#111827")
+        axes.barh(height, own.mean(), 0.62, color=colour)
+        axes.plot([low, high], [height, height], color="#111827", linewidth=1.4)
+        axes.text(max(own.mean(), high), height, f"  {own.mean():.2f}", va="center", color="#111827")
     axes.axvline(1, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_title("2   One learned weight per row", loc="left", weight="bold")
     axes.set_xlabel("mean weight of each kind (line: the middle half)\ndashed: 1, as without weights")
@@ -98,9 +98,9 @@ def weights(axes: Any, weight_N: np.ndarray, kinds: np.ndarray) -> None:
 
 def gain(axes: Any, losses: dict[str, float], method: str) -> None:
     """Test losses; shorter is better."""
-    for place, (name, loss) in enumerate(losses.items()):
-        axes.barh(place, loss, 0.62, color=GOOD if name == method else GREY)
-        axes.text(loss, place, f"  {loss:.2f}", va="center", weight="bold" if name == method else None)
+    for height, (name, loss) in enumerate(losses.items()):
+        axes.barh(height, loss, 0.62, color=GOOD if name == method else GREY)
+        axes.text(loss, height, f"  {loss:.2f}", va="center", weight="bold" if name == method else None)
     axes.set_title("3   A better policy", loc="left", weight="bold")
     axes.set_xlabel("loss on held-out rows\nshorter is better")
     axes.set_yticks(range(len(losses)), [NAMES[name] for name in losses])

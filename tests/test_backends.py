@@ -22,7 +22,7 @@ from support.refining import REFINE
 from transformers import AutoModelForCausalLM
 
 from lit_bilevel import LoraSettings, PolicySettings
-from lit_bilevel.callbacks.export import saved_state
+from lit_bilevel.callbacks.export import read_saved_state
 from lit_bilevel.cli import main
 from lit_bilevel.policy.load import load_policy
 
@@ -114,7 +114,7 @@ def test_deepspeed_resumes_and_exports(flags, tmp_path, stage, adapter):
     flags += [f"--model.policy.lora={LORA}"] if adapter else []
     whole = finished(flags, tmp_path / "whole", 2)
     same(whole, killed_and_continued(flags, tmp_path, 2))
-    saved = saved_state(whole / "checkpoints" / "best.ckpt")
+    saved = read_saved_state(whole / "checkpoints" / "best.ckpt")
     if adapter:
         # DeepSpeed leaves out each frozen parameter once, and a head that is tied to the embedding has two names
         assert {name for name in saved if "lora_" not in name} <= {"base_model.model.lm_head.weight"}
@@ -157,7 +157,7 @@ def test_a_quantized_base_resumes_and_exports(flags, tmp_path, quantization):
     flags += [f"--model.policy.quantization={quantization}", "--figures.enabled=false"]
     whole = finished(flags, tmp_path / "whole")
     same(whole, killed_and_continued(flags, tmp_path))
-    saved = saved_state(whole / "checkpoints" / "best.ckpt")
+    saved = read_saved_state(whole / "checkpoints" / "best.ckpt")
     assert all("lora_" in name for name in saved)
     exported = load_file(whole / "policy" / "adapter_model.safetensors")
     assert {name.replace(".default", "") for name in saved} == set(exported)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.scores.combination import combined, normal_scores, prior_weights
+from lit_bilevel.scores.combination import combine, normal_scores, prior_weights
 
 
 def test_normal_scores_are_quantiles_at_the_ranks():
@@ -20,9 +20,9 @@ def test_normal_scores_are_quantiles_at_the_ranks():
 
 def test_a_monotone_change_of_a_column_changes_nothing():
     columns = {"ifd": np.random.default_rng(0).random(50), "density_ratio": np.random.default_rng(1).random(50)}
-    one = combined(columns, ["ifd", "density_ratio"])
-    other = combined({**columns, "density_ratio": np.log(columns["density_ratio"])}, ["ifd", "density_ratio"])
-    tail = combined({**columns, "ifd": np.exp(30 * columns["ifd"])}, ["ifd", "density_ratio"])
+    one = combine(columns, ["ifd", "density_ratio"])
+    other = combine({**columns, "density_ratio": np.log(columns["density_ratio"])}, ["ifd", "density_ratio"])
+    tail = combine({**columns, "ifd": np.exp(30 * columns["ifd"])}, ["ifd", "density_ratio"])
     np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(one, tail)
     assert abs(one.mean()) < 1e-12
@@ -31,12 +31,12 @@ def test_a_monotone_change_of_a_column_changes_nothing():
 
 def test_columns_are_turned_by_their_direction():
     columns = {"ifd": np.array([0.1, 0.5, 0.9]), "density_ratio": np.array([2.0, 1.0, 0.1])}
-    assert (np.diff(combined(columns, ["ifd"])) < 0).all()
-    assert (np.diff(combined(columns, ["density_ratio"])) < 0).all()
+    assert (np.diff(combine(columns, ["ifd"])) < 0).all()
+    assert (np.diff(combine(columns, ["density_ratio"])) < 0).all()
     with pytest.raises(UserError, match=r"no score 'prompt' to be added; there are: ifd, density_ratio"):
-        combined(columns, ["prompt"])
+        combine(columns, ["prompt"])
     with pytest.raises(UserError, match="all rows are equal in ifd"):
-        combined({"ifd": np.ones(3)}, ["ifd"])
+        combine({"ifd": np.ones(3)}, ["ifd"])
 
 
 def test_prior_weights_have_mean_one_and_the_ratio_of_their_sharpness():

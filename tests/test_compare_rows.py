@@ -8,7 +8,7 @@ import pytest
 from support.files import read_jsonl, write_jsonl
 
 from lit_bilevel.comparison import answers
-from lit_bilevel.comparison.rows import copy_records, stratified
+from lit_bilevel.comparison.rows import copy_records, stratify
 from lit_bilevel.errors import UserError
 
 # ---- rows ----
@@ -29,11 +29,11 @@ def test_records_are_copied_with_their_history_and_their_ids(tmp_path):
 
 def test_a_subset_has_the_proportions_of_the_whole():
     strata = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
-    rows = stratified(strata, 20, seed=0)
+    rows = stratify(strata, 20, seed=0)
     assert [sum(strata[i] == name for i in rows) for name in "abc"] == [12, 6, 2]
-    assert rows.tolist() == stratified(strata, 20, seed=0).tolist() != stratified(strata, 20, seed=1).tolist()
+    assert rows.tolist() == stratify(strata, 20, seed=0).tolist() != stratify(strata, 20, seed=1).tolist()
     with pytest.raises(UserError, match="`--subset` is 200"):
-        stratified(strata, 200, seed=0)
+        stratify(strata, 200, seed=0)
 
 
 # ---- answers ----

@@ -53,10 +53,10 @@ def test_a_filter_scores_under_the_settings_of_its_method(monkeypatch, tmp_path)
         asked.extend(flags)
         raise Killed
 
-    monkeypatch.setattr("lit_bilevel.comparison.run.built", built)
+    monkeypatch.setattr("lit_bilevel.comparison.run.build", built)
     method = Method.parse("mine", {"mine": Variant("lowest_loss", flags={"data.max_length": 9})})
     with pytest.raises(Killed):
-        runner_of(config="c", shared=["--a"])._chosen(method, ["--b"], tmp_path, None, 0)
+        runner_of(config="c", shared=["--a"])._choose(method, ["--b"], tmp_path, None, 0)
     assert asked[0] == "--a"
     assert asked[-3:] == ["--data.max_length=9", "--b", "--seed_everything=0"]
 

@@ -42,11 +42,11 @@ def test_equal_rows_have_nearly_equal_weights():
 def test_no_row_is_scored_by_a_fit_that_saw_its_label():
     pool, trusted, _ = shifted(150, 50)
     features, label = np.concatenate([pool, trusted]), np.arange(200) >= 150
-    before = density.cross_fitted_log_odds(features, label)
+    before = density.cross_fit_log_odds(features, label)
     for row in (3, 170):
         flipped = label.copy()
         flipped[row] = not flipped[row]
-        after = density.cross_fitted_log_odds(features, flipped)
+        after = density.cross_fit_log_odds(features, flipped)
         assert after[row] == before[row]
         assert (after != before).any()
 

@@ -39,6 +39,7 @@ def imported(tree: ast.AST) -> Iterator[tuple[str, bool]]:
         inner
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")  # never runs
         for inner in ast.walk(node)
     }
     for node in ast.walk(tree):
@@ -83,3 +84,4 @@ def test_the_check_finds_what_is_not_declared():
     assert undeclared("import importlib\nm = importlib.import_module('pandas.core')") == ["pandas"]
     assert undeclared("import matplotlib") == ["matplotlib"]
     assert undeclared("def f():\n    import matplotlib") == []
+    assert undeclared("if TYPE_CHECKING:\n    import matplotlib, sympy") == ["sympy"]

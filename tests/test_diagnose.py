@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_bilevel.__main__ import main
-from lit_bilevel.comparison.diagnose import Diagnosis, advice, agreement, joined, rise
+from lit_bilevel.comparison.diagnose import Diagnosis, advice, agreement, join_weights, rise
 from lit_bilevel.comparison.fitting import prepare
 
 
@@ -78,7 +78,7 @@ def test_the_command_fits_five_times_and_advises(flags, tmp_path, capsys):
 
 
 def test_weights_are_joined_by_id():
-    a, b = joined({"x": 1.0, "y": 2.0, "z": 3.0}, {"z": 30.0, "w": 5.0, "x": 10.0})
+    a, b = join_weights({"x": 1.0, "y": 2.0, "z": 3.0}, {"z": 30.0, "w": 5.0, "x": 10.0})
     assert (a.tolist(), b.tolist()) == ([1, 3], [10, 30])
 
 

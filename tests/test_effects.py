@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -183,3 +184,10 @@ def test_arguments_of_the_module_stay_attributes_of_their_name():
     names = {*given, "phases", "policy", "guard"}
     assert names == inspect.signature(LitBilevel).parameters.keys()
     assert not [name for name in made.state_dict() if name.startswith("refined_weights")]
+
+
+def test_the_module_is_documented_in_the_order_of_its_signature_and_takes_settings_by_keyword():
+    parameters = inspect.signature(LitBilevel).parameters
+    assert re.findall(r"^    (\w+): ", inspect.getdoc(LitBilevel), re.MULTILINE) == list(parameters)
+    positional = [name for name, parameter in parameters.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    assert positional == ["policy", "weights", "solver"]

@@ -47,19 +47,19 @@ def test_the_oracle_keeps_the_clean_rows_whatever_their_share(tmp_path):
     with pytest.raises(UserError, match=r"give `--data\.truth`"):
         filters.CleanRows().scores(seen)
     seen.truth = truth
-    mask = filters.CleanRows().chosen(filters.CleanRows().scores(seen), keep=0.1, seed=0)
+    mask = filters.CleanRows().choose(filters.CleanRows().scores(seen), keep=0.1, seed=0)
     assert mask.tolist() == [i % 3 != 0 for i in range(9)]
 
 
 def test_a_share_is_kept_and_equal_scores_are_drawn_by_lot():
     score = np.repeat([3.0, 2.0, 1.0], 100)
-    masks = [filters.LowestLoss().chosen(score, 0.5, seed) for seed in (0, 1)]
+    masks = [filters.LowestLoss().choose(score, 0.5, seed) for seed in (0, 1)]
     for mask in masks:
         assert (mask[:100].sum(), mask[100:200].sum(), mask[200:].sum()) == (100, 50, 0)
     assert (masks[0] != masks[1]).any()
     assert not (np.diff(masks[0][100:200].nonzero()[0]) == 1).all()  # not simply the first ones
     with pytest.raises(UserError, match="not finite"):
-        filters.LowestLoss().chosen(np.array([1.0, np.nan]), 0.5, 0)
+        filters.LowestLoss().choose(np.array([1.0, np.nan]), 0.5, 0)
 
 
 def test_random_rows_differ_by_seed():

@@ -13,7 +13,7 @@ from support.generating import CONFIGS, ENDS, ask, make
 from lit_bilevel.errors import UserError
 from lit_bilevel.generation import respond as generation
 from lit_bilevel.generation.backends import VLLM, ContinuousBatching
-from lit_bilevel.generation.base import Sample, Sampling, batches_by_length, ended
+from lit_bilevel.generation.base import Sample, Sampling, batches_by_length, cut_at_end
 from lit_bilevel.generation.ending import end_tokens
 from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.generation.respond import score
@@ -297,5 +297,5 @@ def test_vllm_is_handed_the_adapter_at_every_round(fake_vllm):
 
 
 def test_samples_of_engines_are_cut_at_their_end():
-    assert ended([3, 7, 4], ENDS) == Sample([3, 7], True)
-    assert ended([3, 4], ENDS) == Sample([3, 4], False)
+    assert cut_at_end([3, 7, 4], ENDS) == Sample([3, 7], True)
+    assert cut_at_end([3, 4], ENDS) == Sample([3, 4], False)

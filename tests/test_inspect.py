@@ -17,7 +17,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from lit_bilevel.cli import main
 from lit_bilevel.commands.inspect import main as inspect
 from lit_bilevel.inspection.curves import read_curves
-from lit_bilevel.inspection.page import escaped
+from lit_bilevel.inspection.page import escape
 
 FIGURES = ("weights", "kinds", "trajectories", "losses", "refinement", "overview")
 
@@ -203,7 +203,7 @@ def test_text_from_the_data_cannot_be_markup(refined, tmp_path):
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     assert "\x1b" not in text
-    assert escaped("a" * 2000).endswith(" …")
+    assert escape("a" * 2000).endswith(" …")
 
 
 def test_a_run_that_is_writing_its_responses_can_be_looked_at(refined, tmp_path, capsys):

@@ -38,7 +38,7 @@ def test_dpo_is_equation_7_and_so_is_its_gradient(model, packed, call_cost):
 
 def test_at_its_start_the_policy_is_the_reference(model):
     policy = adapted(model, moved=False, dropout=0.3)
-    batch = policy.prepared(DPO(), collate(pairs(1), ROWS))
+    batch = policy.prepare(DPO(), collate(pairs(1), ROWS))
     with policy.evaluating():
         assert torch.equal(DPO().margins(policy(batch), batch), torch.zeros(ROWS).double())
         found = Evaluation(SFT(), DPO())("test", policy, batch)
@@ -69,7 +69,7 @@ def test_the_reference_is_the_frozen_model_whatever_was_learned_or_put_in_place(
     expected = base(batch).detach()
     for values in (policy.trainable(), [torch.full_like(p, 7.0) for p in policy.trainable()]):
         with policy.substituted([value.detach() for value in values]):
-            found = policy.prepared(DPO(), batch).reference_K
+            found = policy.prepare(DPO(), batch).reference_K
         assert (found - expected).abs().max() < 1e-12
     assert not found.requires_grad
     assert len(policy.trainable()) == 4

@@ -103,16 +103,16 @@ def test_losses_and_gradients_are_those_of_padded_rows(name, attention, toleranc
 def test_every_token_has_one_place(width):
     batch = collate(examples(), 9, pack_width=width)
     packing, lengths = batch.packing, [21, 3, 9, 20, 4, 12, 6, 21, 12, 10]
-    ids, places = packing.input_ids_PW.flatten(), packing.place_PW.flatten()
+    ids, offsets = packing.input_ids_PW.flatten(), packing.offset_PW.flatten()
     assert torch.equal(ids[packing.position_K], batch.input_ids_ST.flatten()[batch.position_K])
-    assert torch.equal(places[packing.position_K], batch.position_K % batch.input_ids_ST.shape[1])
+    assert torch.equal(offsets[packing.position_K], batch.position_K % batch.input_ids_ST.shape[1])
     assert int((ids != 0).sum()) == sum(lengths)
     assert len(packing.input_ids_PW) == {0.0: 6, 30.0: 4, math.inf: 1}[width]
     assert batch.computed_tokens == ids.numel() <= sum(lengths) * 1.1
     if width == math.inf:
         assert batch.computed_tokens == sum(lengths)
     moved = batch.map(lambda tensor: tensor + 1)
-    assert torch.equal(moved.packing.place_PW, packing.place_PW + 1)
+    assert torch.equal(moved.packing.offset_PW, packing.offset_PW + 1)
     assert torch.equal(moved.generated.token_J, batch.generated.token_J + 1)
 
 

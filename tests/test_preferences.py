@@ -34,7 +34,7 @@ from lit_bilevel import (
 )
 from lit_bilevel.cli import main
 from lit_bilevel.data.encode import Encoder
-from lit_bilevel.data.pairs import encoded_rows
+from lit_bilevel.data.pairs import encode_with_pairs
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.truth import aurocs
 from lit_bilevel.policy.load import load_policy
@@ -79,7 +79,7 @@ def test_transcripts_are_read_as_conversations(tmp_path):
 def test_both_answers_follow_the_same_prompt(truncation, max_length):
     tokenizer = AutoTokenizer.from_pretrained(TOY / "model")
     rows = [Row(0, "0", "abcdef", "ok", "", rejected="not at all"), Row(1, "1", "ab", "yes", "", rejected="no")]
-    for one, row in zip(encoded_rows(Encoder(tokenizer, max_length, truncation), rows), rows, strict=True):
+    for one, row in zip(encode_with_pairs(Encoder(tokenizer, max_length, truncation), rows), rows, strict=True):
         ids, other, start = one.input_ids, one.rejected_ids, one.response_start
         assert ids[:start] == other[:start]
         assert (row.prompt + "\n").endswith(tokenizer.decode(ids[:start]))
@@ -89,7 +89,9 @@ def test_both_answers_follow_the_same_prompt(truncation, max_length):
         if max_length == 200:
             assert tokenizer.decode(other[start:]) == f"{row.rejected}{tokenizer.eos_token}"
             assert not one.truncated
-    same_start = encoded_rows(Encoder(tokenizer, 10, "right"), [Row(0, "0", "abcdef", "same A", "", rejected="same B")])
+    same_start = encode_with_pairs(
+        Encoder(tokenizer, 10, "right"), [Row(0, "0", "abcdef", "same A", "", rejected="same B")]
+    )
     assert "the same tokens up to `data.max_length`" in str(same_start[0])
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from lit_bilevel.scores import parts
 from lit_bilevel.scores.columns import COLUMNS, DIRECTION
-from lit_bilevel.scores.measure import compressed
+from lit_bilevel.scores.measure import compress
 from lit_bilevel.scores.parts import PartFiles, plan
-from lit_bilevel.scores.table import fixed_weights, read_scores, write_scores
+from lit_bilevel.scores.table import read_scores, weights_from_score, write_scores
 
 
 def test_a_plan_has_every_row_once_in_parts_of_like_length():
@@ -49,9 +49,9 @@ def test_the_file_of_scores_comes_back(tmp_path):
     write_scores(tmp_path / "s.parquet", ["a", "b"], columns, {"policy": "x"})
     found = read_scores(tmp_path / "s.parquet")
     assert found.ids == ["a", "b"]
-    assert found.directed("ifd").tolist() == [-0.5, -2]
+    assert found.orient("ifd").tolist() == [-0.5, -2]
     with pytest.raises(ValueError, match="no score 'pmi'; there are: loss, ifd"):
-        found.directed("pmi")
+        found.orient("pmi")
     with pytest.raises(ValueError, match="does not exist"):
         read_scores(tmp_path / "none.parquet")
     assert set(DIRECTION) == {*COLUMNS, "weight"}
@@ -59,14 +59,14 @@ def test_the_file_of_scores_comes_back(tmp_path):
 
 def test_weights_from_scores_have_mean_1_and_keep_the_order():
     score = np.random.default_rng(0).normal(3, 2, 200)
-    weights = fixed_weights("ifd", score)
+    weights = weights_from_score("ifd", score)
     assert weights.mean() == pytest.approx(1)
     assert (weights.argsort() == score.argsort()).all()
     z = (score - score.mean()) / score.std()
     np.testing.assert_allclose(weights / weights[0], (1 + np.exp(-z[0])) / (1 + np.exp(-z)))
     ratio = np.abs(score)
-    np.testing.assert_allclose(fixed_weights("density_ratio", ratio), ratio / ratio.mean())
+    np.testing.assert_allclose(weights_from_score("density_ratio", ratio), ratio / ratio.mean())
 
 
 def test_compressed_tells_repetition():
-    assert compressed("na " * 40) < 0.2 < compressed("Paris is the capital of France.") < 1.5
+    assert compress("na " * 40) < 0.2 < compress("Paris is the capital of France.") < 1.5

@@ -23,7 +23,7 @@ from lit_bilevel import (
     UniformWeights,
 )
 from lit_bilevel.errors import UserError
-from lit_bilevel.scores.combination import combined, normal_scores, prior_weights
+from lit_bilevel.scores.combination import combine, normal_scores, prior_weights
 from lit_bilevel.scores.table import read_scores
 
 # ---- the prior ----
@@ -33,7 +33,7 @@ def test_the_weights_begin_at_the_combined_scores(small, tmp_path):
     weights = SigmoidWeights()
     module = run(small, tmp_path, ScoredPrior(sharpness=1.5), steps=4, weights=weights, solver=Mixing())
     scores = read_scores(tmp_path / "scores.parquet")
-    expected = prior_weights(combined(scores.columns, ["ifd", "density_ratio", "hidden_ratio"]), 1.5)
+    expected = prior_weights(combine(scores.columns, ["ifd", "density_ratio", "hidden_ratio"]), 1.5)
     np.testing.assert_allclose(module.weights.table().numpy(), expected, rtol=1e-5)
     assert not (tmp_path / "scores.parquet.parts").exists()
     assert scores.ids == module.trainer.datamodule.sets["pool"]["id"][:]
@@ -95,7 +95,7 @@ def test_a_file_can_be_given_and_is_joined_by_id(small, tmp_path, monkeypatch):
     module = run(turned, tmp_path / "other", ScoredPrior(scores=scores), steps=1, solver=Mixing())
     assert count.parts == 0
     known = read_scores(scores)
-    expected = dict(zip(known.ids, combined(known.columns, ["ifd", "density_ratio", "hidden_ratio"]), strict=True))
+    expected = dict(zip(known.ids, combine(known.columns, ["ifd", "density_ratio", "hidden_ratio"]), strict=True))
     ids = module.trainer.datamodule.sets["pool"]["id"][:]
     order = np.argsort([expected[key] for key in ids])
     assert (np.diff(module.weights.table().numpy()[order]) >= -1e-6).all()

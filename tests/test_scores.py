@@ -141,7 +141,7 @@ def test_plain_text_has_no_prompt_to_take_away(model, tmp_path):
     assert found["density_ratio"].mean() == pytest.approx(1)
     assert np.isfinite(found["loss"]).all()
     with pytest.raises(ValueError, match="20 of 20 rows have no `ifd`, because they have no prompt"):
-        Scores([], found).directed("ifd")
+        Scores([], found).orient("ifd")
 
 
 def test_the_opening_of_templates():

@@ -15,7 +15,7 @@ from datasets import Dataset, load_dataset
 from support.files import ROOT, read_jsonl, write_jsonl
 from support.weight_files import write_weights
 
-from lit_bilevel.commands.select import apportioned, main
+from lit_bilevel.commands.select import apportion, main
 
 ROWS = 100_000
 SOURCES = ["books", "chat", "web"]
@@ -132,10 +132,10 @@ def test_balance_with_a_threshold_is_relative_to_the_source(large, tmp_path):
 
 def test_apportioning():
     many = np.array([100, 100, 100])
-    assert apportioned(10, [1, 1, 1], many).tolist() == [4, 3, 3]
-    assert apportioned(10, [1, 2, 7], many).tolist() == [1, 2, 7]
-    assert apportioned(10, [1, 1, 1], np.array([1, 2, 50])).tolist() == [1, 2, 7]
-    assert apportioned(7, [5, 0, 0], np.array([9, 0, 0])).tolist() == [7, 0, 0]
+    assert apportion(10, [1, 1, 1], many).tolist() == [4, 3, 3]
+    assert apportion(10, [1, 2, 7], many).tolist() == [1, 2, 7]
+    assert apportion(10, [1, 1, 1], np.array([1, 2, 50])).tolist() == [1, 2, 7]
+    assert apportion(7, [5, 0, 0], np.array([9, 0, 0])).tolist() == [7, 0, 0]
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

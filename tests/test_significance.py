@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lit_bilevel.comparison.significance import interval, permutation_test
-from lit_bilevel.comparison.table import difference, gap_closed, slower
+from lit_bilevel.comparison.table import difference, share_of_gap, slower
 
 
 def test_the_permutation_test_agrees_with_all_sign_flips():
@@ -43,8 +43,8 @@ def test_differences_are_over_the_seeds_that_both_have():
         "other": {2: np.array([1.0, 1.0])},
     }
     assert difference("mine", losses).startswith("-0.5000 (")
-    assert gap_closed("mine", losses) == "0.50"
-    assert (difference("other", losses), gap_closed("other", losses)) == ("–", "–")
-    assert (difference("mixing", losses), gap_closed("mixing", losses)) == ("0", "0.00")
+    assert share_of_gap("mine", losses) == "0.50"
+    assert (difference("other", losses), share_of_gap("other", losses)) == ("–", "–")
+    assert (difference("mixing", losses), share_of_gap("mixing", losses)) == ("0", "0.00")
     times = [[{"seed": seed, "seconds": seconds} for seed, seconds in part] for part in ([(0, 3)], [(0, 2), (1, 50)])]
     assert slower(*times) == "1.50"

@@ -93,7 +93,7 @@ def test_one_step_is_the_alignment_of_gradients(derivative, tolerance):
 def test_one_step_follows_the_preconditioned_direction():
     problem = ridge_problem(0.0)
     scale = normal(4, seed=20).exp()
-    problem.preconditioned = lambda direction: [scale * direction[0]]
+    problem.precondition = lambda direction: [scale * direction[0]]
     expected = -problem.lower_jvp([scale * problem.upper_gradient()[0]])
     assert distance(OneStep("forward", direction_decay=0.0)(problem), expected) < 1e-12
 

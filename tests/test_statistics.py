@@ -15,7 +15,7 @@ from support.files import read_jsonl
 
 from lit_bilevel import LitBilevel, OneStep, PolicySettings, SoftmaxWeights
 from lit_bilevel.callbacks import WeightInspector
-from lit_bilevel.inspection.curves import thinned
+from lit_bilevel.inspection.curves import thin
 from lit_bilevel.inspection.statistics import correlation, precision_recall, quantile, quantiles, ranks, source_mass
 
 
@@ -40,7 +40,7 @@ def test_statistics_against_numpy():
     assert precision_recall(torch.ones(2), torch.tensor([False, False])) == []
     mass = source_mass(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([0, 1, 1]), ["a", ""])
     assert mass == {"(none)": 1.0, "a": pytest.approx(1 / 3)}
-    assert thinned([(i, float(i)) for i in range(1000)], 10)[0] == (99, 49.5)
+    assert thin([(i, float(i)) for i in range(1000)], 10)[0] == (99, 49.5)
 
 
 def test_an_epoch_of_a_hundred_thousand_rows_is_summed_up_in_a_second(tmp_path):

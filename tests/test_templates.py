@@ -9,7 +9,7 @@ from support.sources import Source
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lit_bilevel.data.announce import shown
+from lit_bilevel.data.announce import show_row
 from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.examples import Examples
@@ -255,8 +255,8 @@ def test_a_table_keeps_what_was_encoded(tmp_path, tokenizers, num_proc):
         expected.response_start,
         1,
     )
-    assert "\x1b[2m" in shown(tokenizer, table)
-    assert shown(tokenizer, table).endswith("answer 0<|eot_id|>")
+    assert "\x1b[2m" in show_row(tokenizer, table)
+    assert show_row(tokenizer, table).endswith("answer 0<|eot_id|>")
     question = "<|begin|><|start_header_id|>user<|end_header_id|>\n\nquestion 0<|eot_id|>"
     head = f"[{question}<|start_header_id|>assistant<|end_header_id|>\n\n]"
-    assert shown(tokenizer, table, "[]") == head + "answer 0<|eot_id|>"
+    assert show_row(tokenizer, table, "[]") == head + "answer 0<|eot_id|>"

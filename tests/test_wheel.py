@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.files import ROOT, read_jsonl
 
-from lit_bilevel.resources import located, with_own_configs
+from lit_bilevel.resources import locate, locate_configs
 from lit_bilevel.version import __version__
 
 
@@ -31,17 +31,17 @@ def test_own_files_are_found_from_anywhere(tmp_path, monkeypatch):
         "lit_bilevel/toy/pool.jsonl",
         "lit_bilevel/toy/model",
     ]
-    assert [located(name) for name in names] == names
+    assert [locate(name) for name in names] == names
     monkeypatch.chdir(tmp_path)
     for name in names:
-        assert Path(located(name)).samefile(ROOT / name)
+        assert Path(locate(name)).samefile(ROOT / name)
     for name in ("configs/none.yaml", "lit_bilevel/toy/none", "pool.jsonl", "elsewhere/configs/quickstart.yaml"):
-        assert located(name) == name
+        assert locate(name) == name
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "quickstart.yaml").write_text("")
-    assert located(names[0]) == names[0]
-    found = with_own_configs(["fit", "--config", names[1], f"--config={names[1]}", "--data.pool", names[2]])
-    assert found == ["fit", "--config", located(names[1]), f"--config={located(names[1])}", "--data.pool", names[2]]
+    assert locate(names[0]) == names[0]
+    found = locate_configs(["fit", "--config", names[1], f"--config={names[1]}", "--data.pool", names[2]])
+    assert found == ["fit", "--config", locate(names[1]), f"--config={locate(names[1])}", "--data.pool", names[2]]
 
 
 def test_the_repository_holds_no_links():

@@ -15,7 +15,7 @@ from lightning.pytorch import Trainer
 from lit_bilevel.callbacks.progress import GenerationBar
 from lit_bilevel.generation.base import GenerationBackend, Request, Sampling
 from lit_bilevel.generation.ending import end_tokens
-from lit_bilevel.generation.respond import gathered_responses, respond
+from lit_bilevel.generation.respond import gather_responses, respond
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.context import context_of, room
 from lit_bilevel.training.trainer import data_of, policy_of
@@ -52,7 +52,7 @@ def answer_anew(
     requests = [
         r for name, rows in wanted.items() for r in _requests(trainer, module, sampling, name, rows, count, round)
     ]
-    answers = iter(_generated(trainer, module, backend, sampling, requests))
+    answers = iter(_generate(trainer, module, backend, sampling, requests))
     return {name: {row: [next(answers) for _ in range(count)] for row in rows} for name, rows in wanted.items()}
 
 
@@ -70,7 +70,7 @@ def _requests(
     return requests
 
 
-def _generated(
+def _generate(
     trainer: Trainer, module: LitBilevel, backend: GenerationBackend, sampling: Sampling, requests: list[Request]
 ) -> list[Response]:
     """Responses in the order of the requests; batches are dealt out to the processes."""
@@ -89,4 +89,4 @@ def _generated(
             bar.responses(len(batch))
             return responses
 
-        return gathered_responses(work, batches, rank, world)
+        return gather_responses(work, batches, rank, world)

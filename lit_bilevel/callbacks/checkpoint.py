@@ -84,7 +84,7 @@ class BilevelCheckpoint(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._forget()
-        self._place(trainer)
+        self._set_folder(trainer)
         self._refuse_clashes(trainer)
         if stage == "fit" and not is_rehearsal(trainer):
             if trainer.is_global_zero:
@@ -114,7 +114,7 @@ class BilevelCheckpoint(ModelCheckpoint):
                     " give it another `filename` or `dirpath`."
                 )
 
-    def _place(self, trainer: Trainer) -> None:
+    def _set_folder(self, trainer: Trainer) -> None:
         # Lightning's choice would be the first logger's folder; an earlier Trainer's may be another
         self.dirpath = self._own_dirpath or os.path.join(run_folder(trainer), "checkpoints")
 
@@ -126,7 +126,7 @@ class BilevelCheckpoint(ModelCheckpoint):
         self.kth_value, self._last_global_step_saved = torch.tensor(torch.inf), 0
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
-        self._place(trainer)  # `--ckpt_path last` is looked up before `setup`
+        self._set_folder(trainer)  # `--ckpt_path last` is looked up before `setup`
         return super()._find_last_checkpoints(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

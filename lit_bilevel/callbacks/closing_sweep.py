@@ -139,7 +139,7 @@ def pool_scores(trainer: Trainer, module: LitBilevel, upper_weight: float) -> Te
             problem = RestingProblem(policy, batch, upper_weight, inner.optimizer, engine, module.lower_objective)
             table = torch.stack([batch.row_B.double(), module.solver.scores_at_rest(problem).double()], dim=1)
             if trainer.world_size > 1:
-                table = module.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]
+                table = trainer.strategy.all_gather(table).flatten(0, 1)
             row, score = table[table[:, 0] >= 0].unbind(1)
             score_N[row.long()] = score
     return score_N

@@ -25,14 +25,14 @@ from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_checkpoint, r
 from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replace_text, replacing
-from lit_bilevel.generation.ending import exported_settings
+from lit_bilevel.generation.ending import settings_to_export
 from lit_bilevel.inspection.truth import aurocs, flat, read_truth
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.adapter import BASE
 from lit_bilevel.policy.load import load_model
 from lit_bilevel.policy.origin import adapter_of
 from lit_bilevel.policy.shard import whole_state
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 from lit_bilevel.training.trainer import data_of, policy_of
 
 
@@ -62,7 +62,7 @@ class Export(Callback):
         if stage != "fit":
             return
         self._resumed = False
-        own, given = run_folder(trainer).resolve() / "policy", Path(located(module.policy_settings.path)).resolve()
+        own, given = run_folder(trainer).resolve() / "policy", Path(locate(module.policy_settings.path)).resolve()
         if self.policy and (given == own or own in given.parents):
             raise UserError(
                 f"`model.policy.path` is {module.policy_settings.path}, which this run would replace by its own"
@@ -106,7 +106,7 @@ class Export(Callback):
         if self.policy:
             policy = policy_of(module)
             if best is not None:
-                state = with_untrained(policy.model, saved_state(best))
+                state = add_untrained(policy.model, read_saved_state(best))
             self._write_policy(module, folder / "policy", state)
 
     @rank_zero_only
@@ -155,7 +155,7 @@ class Export(Callback):
         _remove(partial)
         policy = policy_of(module)
         policy.model.save_pretrained(str(partial), state_dict=state)
-        settings = exported_settings(policy, module.tokenizer, module.max_new_tokens)
+        settings = settings_to_export(policy, module.tokenizer, module.max_new_tokens)
         settings.save_pretrained(partial)
         module.tokenizer.save_pretrained(partial)
         if policy.merged and module.policy_settings.lora is not None:
@@ -164,7 +164,7 @@ class Export(Callback):
         os.replace(partial, path)
 
 
-def _add_base(module: LitBilevel, partial: Path, place: Path) -> None:
+def _add_base(module: LitBilevel, partial: Path, target: Path) -> None:
     """Put the base of an adapter beside it, where it was made by merging another adapter and is nowhere else.
 
     It is loaded and merged once more, for the parameters of the policy may be spread over processes.
@@ -174,11 +174,11 @@ def _add_base(module: LitBilevel, partial: Path, place: Path) -> None:
     base = load_model(settings, adapter_of(settings), policy.causal_lm.dtype)
     base.save_pretrained(str(partial / BASE))
     path = partial / "adapter_config.json"
-    config = json.loads(path.read_text()) | {"base_model_name_or_path": str((place / BASE).resolve())}
+    config = json.loads(path.read_text()) | {"base_model_name_or_path": str((target / BASE).resolve())}
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
-def saved_state(checkpoint: Path) -> dict[str, Any]:
+def read_saved_state(checkpoint: Path) -> dict[str, Any]:
     """The policy's entries in a checkpoint: a file, DeepSpeed's folder, or one with a part from every process."""
     whole = checkpoint / "checkpoint" / "mp_rank_00_model_states.pt"  # DeepSpeed's, up to stage 2
     if whole.is_file():
@@ -191,7 +191,7 @@ def saved_state(checkpoint: Path) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
 
 
-def with_untrained(model: Any, saved: dict[str, Any]) -> dict[str, Any]:
+def add_untrained(model: Any, saved: dict[str, Any]) -> dict[str, Any]:
     """A model's state with the entries of a checkpoint, which holds what was trained; the rest is as it was loaded."""
     # parameters that are spread over processes are trained, or belong to the base of an adapter, which is not written
     rest = {name: value for name, value in model.state_dict().items() if not isinstance(value, DTensor)}

@@ -126,7 +126,7 @@ class WeightInspector(Callback):
         """Look once more: the export may have scored the rows under the final policy."""
         module = module_of(pl_module)
         table = module.weights.table().detach().cpu().double()
-        self._scored(table)
+        self._score(table)
         if module.weights.needs_scoring and not is_rehearsal(trainer):
             records = self._ends(table, module.weights.visits.cpu())
             Inspection(run_folder(trainer) / "inspection").write("rows.jsonl", records)
@@ -169,9 +169,9 @@ class WeightInspector(Callback):
         if self._before is not None and len(self._before) == len(table):
             rho = correlation(ranks(table), ranks(self._before))
             scalars |= {} if rho is None else {"weights/rank_correlation": rho}
-        return scalars | self._scored(table)
+        return scalars | self._score(table)
 
-    def _scored(self, table: Tensor) -> dict[str, float]:
+    def _score(self, table: Tensor) -> dict[str, float]:
         """AUROC, of which that of all rows is kept for the tab HParams."""
         scores = flat(aurocs(table, self._kinds)) if self._kinds else {}
         self._auroc = {name: value for name, value in scores.items() if name == "auroc/all"}
@@ -181,9 +181,9 @@ class WeightInspector(Callback):
         """Records of the rows at both ends; equal weights in the order of the pool."""
         count = min(self.rows, len(table))
         order = table.argsort(stable=True)
-        place = ranks(table)
+        rank_N = ranks(table)
         before = self._before if self._before is not None else torch.ones(len(table))
-        moved = place - ranks(before) if self._before is not None else torch.zeros(len(table))
+        moved = rank_N - ranks(before) if self._before is not None else torch.zeros(len(table))
         records = []
         for end, rows in (("lowest", order[:count]), ("highest", order.flip(0)[:count])):
             for row in rows.tolist():

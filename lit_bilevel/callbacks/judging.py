@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Answers = dict[int, list[Response]]
 
 
-def agreed(
+def compare_answers(
     sets: Mapping[str, Dataset],
     tokenizer: PreTrainedTokenizerBase,
     generated: Mapping[str, Answers],
@@ -51,7 +51,7 @@ def agreed(
     return answers, sides["pool"], sides["monitor"]
 
 
-def trusted(answers: Answers, verdict: Verdict | None, keep_unfinished: bool) -> Answers:
+def keep_trusted(answers: Answers, verdict: Verdict | None, keep_unfinished: bool) -> Answers:
     """The answers that are trained on; all usable ones where nothing was judged."""
     least = 0.0 if verdict is None or verdict.least is None else verdict.least
     return {

@@ -49,7 +49,7 @@ def score_pool(trainer: Trainer, module: LitBilevel) -> None:
             # one exchange a batch; float64 holds row numbers exactly
             table = torch.stack([batch.row_B, batch.source_B, batch.length_B, loss_B], dim=1).double()
             if trainer.world_size > 1:
-                table = module.all_gather(table).flatten(0, 1)  # type: ignore[union-attr]
+                table = trainer.strategy.all_gather(table).flatten(0, 1)
             row, source, length, loss = table[table[:, 0] >= 0].unbind(1)
             module.weights.score(Features(row.long(), source.long(), length.long(), loss))
 

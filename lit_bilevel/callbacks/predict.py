@@ -23,10 +23,10 @@ class Predictions(Callback):
     """Writes what `predict` returns, in the order of the test file."""
 
     def __init__(self) -> None:
-        self._found: list[tuple[int, dict[str, str]]] = []
+        self._answers: list[tuple[int, dict[str, str]]] = []
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._found = []
+        self._answers = []
         module = module_of(pl_module)
         policy = policy_of(module)
         context, most = context_of(policy.causal_lm.config), module.max_new_tokens
@@ -47,14 +47,14 @@ class Predictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._found += [(question.row, answer) for question, answer in zip(batch, outputs, strict=True)]
+        self._answers += [(question.row, answer) for question, answer in zip(batch, outputs, strict=True)]
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if is_rehearsal(trainer):
             return
-        parts = [self._found] * trainer.world_size
+        parts = [self._answers] * trainer.world_size
         if trainer.world_size > 1:
-            torch.distributed.all_gather_object(parts, self._found)
+            torch.distributed.all_gather_object(parts, self._answers)
         if trainer.is_global_zero:
             answers = sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
             path = run_folder(trainer) / "predictions.jsonl"

@@ -39,7 +39,7 @@ class Rate:
         seconds = max(time.monotonic() - self.started, 1e-9)
         return {"tokens/s": compact(self.tokens * trainer.world_size / seconds)}
 
-    def left(self, trainer: Trainer) -> dict[str, str]:
+    def time_left(self, trainer: Trainer) -> dict[str, str]:
         """The time that the rest of the fit will take, as text; empty where its length is not known."""
         total = trainer.estimated_stepping_batches
         if not self.steps or total == float("inf"):
@@ -76,7 +76,7 @@ class Bar(TQDMProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         if not trainer.training:
             return {}
-        return self._rate.left(trainer) | short(trainer, pl_module) | self._rate.speed(trainer)
+        return self._rate.time_left(trainer) | short(trainer, pl_module) | self._rate.speed(trainer)
 
 
 class Lines(ProgressBar):
@@ -113,7 +113,7 @@ class Lines(ProgressBar):
 
     def _say(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._said = time.monotonic()
-        metrics = short(trainer, pl_module) | self._rate.speed(trainer) | self._rate.left(trainer)
+        metrics = short(trainer, pl_module) | self._rate.speed(trainer) | self._rate.time_left(trainer)
         shown = "  ".join(f"{name} {value}" for name, value in metrics.items())
         total = trainer.estimated_stepping_batches
         steps = f"{trainer.global_step:,}" + ("" if total == float("inf") else f"/{total:,}")

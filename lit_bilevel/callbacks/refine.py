@@ -24,13 +24,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.callbacks.answering import answer_anew
-from lit_bilevel.callbacks.judging import agreed, trusted
+from lit_bilevel.callbacks.judging import compare_answers, keep_trusted
 from lit_bilevel.callbacks.progress import say
 from lit_bilevel.callbacks.round_report import Round
 from lit_bilevel.callbacks.round_weights import write_round_weights
 from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_folder
 from lit_bilevel.data.responses import ResponseStore, rows_to_choose_from, rows_to_judge_by
-from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.errors import UserError, gather
 from lit_bilevel.generation.base import GenerationBackend, Sampling
 from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.generation.respond import GenerationFailed
@@ -122,7 +122,7 @@ class SelfRefine(Callback):
         if self.sampling.temperature == 0 and self.responses > 1:
             problems.append(f"`sampling.temperature` is 0, so all {self.responses} `responses` would be the same")
         if problems:
-            raise gathered("bad settings of `SelfRefine`", problems)
+            raise gather("bad settings of `SelfRefine`", problems)
 
     # ---- when ----
 
@@ -165,18 +165,18 @@ class SelfRefine(Callback):
         try:
             generated = answer_anew(trainer, module, self.backend, self.sampling, wanted, self.responses, number)
         except GenerationFailed as error:
-            self._failed(module, number, error)
+            self._fail(module, number, error)
             return
         seconds = time.monotonic() - started
         self._spent += seconds
-        sides = agreed(data.sets, module.tokenizer, generated, self.trust, self.keep_unfinished)
+        sides = compare_answers(data.sets, module.tokenizer, generated, self.trust, self.keep_unfinished)
         answers, verdict = sides[0], self.trust.judge(*sides[1:]) if self.on_doubt == "keep" else None
         used: dict[int, list[Response]]
         if verdict is not None and verdict.least is None:
             store.leave_out()
             used = {row: [] for row in rows}
         else:
-            used = trusted(answers, verdict, self.keep_unfinished)
+            used = keep_trusted(answers, verdict, self.keep_unfinished)
             store.put(used, self._temperature, self.offline_share, self.keep_unfinished)
             kept = torch.tensor(store.rows, dtype=torch.int64)
             module.refinement.begin_round(kept, module.weights, data.pool_sources, self.offline_share)
@@ -203,7 +203,7 @@ class SelfRefine(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_round(trainer, module_of(pl_module))
 
-    def _failed(self, module: LitBilevel, round: int, error: GenerationFailed) -> None:
+    def _fail(self, module: LitBilevel, round: int, error: GenerationFailed) -> None:
         """Go on with the responses there are, or ask for a stop; a stopped run begins with this round again."""
         if self.on_failure == "keep":
             rank_zero_warn(f"refinement round {round} failed ({error}); the run goes on with the responses it has.")
@@ -221,15 +221,15 @@ class SelfRefine(Callback):
             self._length, self._refined_at, self._pending = 0, -1, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = module_of(pl_module)
-        if module.lower_objective.pairs:
-            raise UserError(
-                "`SelfRefine` replaces answers, and `model.lower_objective` learns from pairs; leave one of them out."
-            )
         if trainer.world_size > 1 and type(trainer.strategy) is not DDPStrategy:
             raise UserError(
                 f"`SelfRefine` scores different responses on every process, which `{type(trainer.strategy).__name__}`"
                 " does not allow; use `trainer.strategy: ddp`."
+            )
+        module = module_of(pl_module)
+        if module.lower_objective.pairs:
+            raise UserError(
+                "`SelfRefine` replaces answers, and `model.lower_objective` learns from pairs; leave one of them out."
             )
         if module.policy_settings.quantization == "8bit":
             rank_zero_warn(

@@ -21,7 +21,7 @@ from lit_bilevel.callbacks.progress import say
 from lit_bilevel.callbacks.run import is_rehearsal, run_folder
 from lit_bilevel.data.responses import is_usable
 from lit_bilevel.inspection.folder import Inspection
-from lit_bilevel.inspection.text import table_cell, tallied
+from lit_bilevel.inspection.text import table_cell, tally
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.refinement.responses_file import text_of
 from lit_bilevel.refinement.trust import Verdict
@@ -114,11 +114,11 @@ class Round:
             files = Inspection(run_folder(trainer) / "inspection")
             weights, pool = module.weights.table().cpu(), data_of(trainer).sets["pool"]
             texts = pool.select_columns(["id", "row", "prompt", "response"])
-            shown = [texts[row] | {"weight": float(weights[row])} for row in self.shown(rows_shown)]
+            shown = [texts[row] | {"weight": float(weights[row])} for row in self.choose_rows(rows_shown)]
             files.write("refined.jsonl", shown)
             files.write("rounds.jsonl", [*(known for known in files.rounds() if known["round"] < self.number), record])
 
-    def shown(self, count: int) -> list[int]:
+    def choose_rows(self, count: int) -> list[int]:
         """So many of the rows, those with new answers that count first."""
         return sorted(self.responses, key=lambda row: (row not in self.used, row))[:count]
 
@@ -127,10 +127,10 @@ class Round:
         header = ["id", "question", "offline answer", "its weight", "new answers (agreement)", "counts now"]
         lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         weights, pool = module.weights.table().cpu(), data_of(trainer).sets["pool"]
-        for row in self.shown(rows_shown):
+        for row in self.choose_rows(rows_shown):
             record = pool[row]
             texts = [(text_of(r, module.tokenizer), r.agreement) for r in self.responses[row]]
-            new = "\n".join(tallied(f"{text} ({share:.2f})" for text, share in texts))
+            new = "\n".join(tally(f"{text} ({share:.2f})" for text, share in texts))
             now = "as before" if self.left_out else "new" if row in self.used else "offline"
             cells = [table_cell(text) for text in (record["id"], record["prompt"], record["response"])]
             lines.append(f"| {' | '.join(cells)} | {weights[row]:.3g} | {table_cell(new)} | {now} |")

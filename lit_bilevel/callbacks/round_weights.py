@@ -60,9 +60,9 @@ def _records(module: LitBilevel, data: BilevelDataModule) -> Iterator[dict[str, 
             for rule in rules
         }
         counts: dict[int, int] = {}
-        for number, place in enumerate(generated.example_R.tolist()):
-            row = chosen[place]
+        for number, index in enumerate(generated.example_R.tolist()):
+            row = chosen[index]
             counts[row] = counts.get(row, -1) + 1
             by_rule = {name: values[number] for name, values in weights.items()}
-            by_rule["group"] = float(group_M[start + place])
+            by_rule["group"] = float(group_M[start + index])
             yield {"round": store.source, "row": row, "used": counts[row], "weights": by_rule}

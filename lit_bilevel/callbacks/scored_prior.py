@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_folder
 from lit_bilevel.data.table import column
-from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.errors import UserError, gather
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.scores.columns import COLUMNS, DIRECTION
-from lit_bilevel.scores.combination import combined, normal_scores, prior_weights
+from lit_bilevel.scores.combination import combine, normal_scores, prior_weights
 from lit_bilevel.scores.sweep import Sweep, score_rows, sweep_for
 from lit_bilevel.scores.table import Scores, read_scores, write_scores
 from lit_bilevel.training.trainer import data_of, policy_of
@@ -65,7 +65,7 @@ class ScoredPrior(Callback):
         if not 0 <= sharpness < float("inf"):
             problems.append(f"`sharpness` is {sharpness}; it must be at least 0")
         if problems:
-            raise gathered("bad settings of `ScoredPrior`", problems)
+            raise gather("bad settings of `ScoredPrior`", problems)
         self.columns, self.sharpness, self.scores = tuple(columns), sharpness, scores
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -83,14 +83,14 @@ class ScoredPrior(Callback):
         if trainer.ckpt_path is not None or module.weights.visits.any():  # they have their prior already
             return
         started = time.monotonic()
-        scores = self._found(trainer, module)
+        scores = self._get_scores(trainer, module)
         for name in self.columns:
             if not np.isfinite(scores[name]).any():
                 rank_zero_warn(f"no row has a `{name}`, so the prior is without it; `lit-bilevel score` says why.")
-        weight_N = torch.from_numpy(prior_weights(combined(scores, self.columns), self.sharpness))
+        weight_N = torch.from_numpy(prior_weights(combine(scores, self.columns), self.sharpness))
         module.weights.set_prior(weight_N)
         if names := module.weights.columns:
-            module.weights.set_columns(read_by_weights(scores, names))
+            module.weights.set_columns(standardise(scores, names))
         size = float(weight_N.sum() ** 2 / (weight_N**2).sum())
         rank_zero_info(
             f"scored {len(weight_N):,} pool rows in {time.monotonic() - started:.0f} s: {self.scores or FILE}\n"
@@ -99,12 +99,12 @@ class ScoredPrior(Callback):
 
     # ---- the scores ----
 
-    def _found(self, trainer: Trainer, module: LitBilevel) -> dict[str, np.ndarray]:
+    def _get_scores(self, trainer: Trainer, module: LitBilevel) -> dict[str, np.ndarray]:
         """All columns of the pool rows, on every process."""
         data = data_of(trainer)
         policy = policy_of(module)
         if self.scores is not None:
-            return _joined(read_scores(self.scores), column(data.sets["pool"], "id").to_pylist(), self.scores)
+            return _join(read_scores(self.scores), column(data.sets["pool"], "id").to_pylist(), self.scores)
         with trainer.precision_plugin.forward_context():
             if is_rehearsal(trainer):  # leaves no files
                 return score_rows(policy, module.tokenizer, data.sets["pool"], data.sets["upper"])
@@ -142,7 +142,7 @@ class ScoredPrior(Callback):
         trainer.strategy.barrier("scored")
 
 
-def read_by_weights(columns: dict[str, np.ndarray], names: Sequence[str]) -> torch.Tensor:
+def standardise(columns: dict[str, np.ndarray], names: Sequence[str]) -> torch.Tensor:
     """[N, F] the columns as weights read them: standardised by their ranks, high for rows to be kept.
 
     Raises:
@@ -162,10 +162,10 @@ def _is_known(path: Path, made_of: dict[str, Any]) -> bool:
         return False
 
 
-def _joined(scores: Scores, ids: list[str], path: str) -> dict[str, np.ndarray]:
+def _join(scores: Scores, ids: list[str], path: str) -> dict[str, np.ndarray]:
     """The columns in the order of the pool."""
-    place = {key: number for number, key in enumerate(scores.ids)}
-    if missing := sum(key not in place for key in ids):
+    position = {key: number for number, key in enumerate(scores.ids)}
+    if missing := sum(key not in position for key in ids):
         raise UserError(f"{path} has no scores for {missing:,} of {len(ids):,} pool rows; score this pool.")
-    order = np.array([place[key] for key in ids])
+    order = np.array([position[key] for key in ids])
     return {name: values[order] for name, values in scores.columns.items()}

@@ -17,7 +17,7 @@ from typing import Any
 import jsonargparse
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_bilevel.cli import BilevelCLI, told
+from lit_bilevel.cli import BilevelCLI, tell_errors
 
 
 class Completing(BilevelCLI):
@@ -52,4 +52,4 @@ def main(arguments: list[str], others: Mapping[str, argparse.ArgumentParser]) ->
     """
     if importlib.util.find_spec("shtab") is not None:
         jsonargparse.set_parsing_settings(add_print_completion_argument=True)
-    return told(functools.partial(Completing, arguments, others), "lit-bilevel", "")
+    return tell_errors(functools.partial(Completing, arguments, others), "lit-bilevel", "")

@@ -20,7 +20,7 @@ import numpy as np
 
 from lit_bilevel.data.files import dataset, is_file, members, records
 from lit_bilevel.errors import UserError
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 
 if TYPE_CHECKING:
     import pyarrow
@@ -66,7 +66,7 @@ class Lines(Pool):
 
     def __init__(self, lines: list[bytes], id_column: str):
         self.lines = lines
-        records = [_parsed(line) for line in lines]
+        records = [_parse(line) for line in lines]
         self._columns = {name for record in records if record is not None for name in record}
         keys = [None if record is None else record.get(id_column) for record in records]
         super().__init__(keys, [record is not None for record in records])
@@ -134,7 +134,7 @@ def read_pool(paths: Sequence[str], id_column: str = "id") -> Pool:
     """
     import pyarrow
 
-    pools = [_read(file, id_column) for path in paths for file in members(located(path))]
+    pools = [_read(file, id_column) for path in paths for file in members(locate(path))]
     if len(pools) == 1:
         return pools[0]
     tables = [pool.table for pool in pools if isinstance(pool, Table)]
@@ -166,7 +166,7 @@ def _read(path: str, id_column: str) -> Pool:
     return pool
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError):

@@ -24,12 +24,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-from lit_bilevel.cli import BilevelCLI, told
+from lit_bilevel.cli import BilevelCLI, tell_errors
 from lit_bilevel.data.table import column, longest
 from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.truth import aurocs, read_truth
 from lit_bilevel.policy.load import PolicySettings, context_length, load_policy, load_tokenizer
-from lit_bilevel.resources import with_own_configs
+from lit_bilevel.resources import locate_configs
 from lit_bilevel.scores.columns import COLUMNS, RATIOS
 from lit_bilevel.scores.density import LEAST_TRUSTED
 from lit_bilevel.scores.sweep import sweep_for
@@ -50,7 +50,7 @@ AGAIN = "Call the same command again: finished parts are kept."
 def main(arguments: list[str]) -> int:
     """Run the command; `arguments[0]` is its name. Returns the exit status."""
     options, shared = parser().parse_known_args(arguments[1:])
-    return told(lambda: _score(options, shared), "lit-bilevel score", AGAIN)
+    return tell_errors(lambda: _score(options, shared), "lit-bilevel score", AGAIN)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -135,7 +135,7 @@ def _score(options: argparse.Namespace, shared: list[str]) -> None:
     if output.suffix != ".parquet":
         raise UserError(f"`--output` is {options.output!r}; its name must end in .parquet.")
     started = time.perf_counter()
-    configs = with_own_configs([part for name in options.config for part in ("--config", name)])
+    configs = locate_configs([part for name in options.config for part in ("--config", name)])
     cli = Settings(["fit", *configs, *shared])
     trainer = cli.trainer
     _check(trainer.strategy)
@@ -196,7 +196,7 @@ def truth_table(scores: Scores, kinds: list[str]) -> str:
     by_column = {}
     for name in scores.columns:
         try:
-            by_column[name] = aurocs(torch.from_numpy(scores.directed(name)), kinds)
+            by_column[name] = aurocs(torch.from_numpy(scores.orient(name)), kinds)
         except UserError:  # a column that not all rows have
             continue
     names = list(next(iter(by_column.values()), {}))

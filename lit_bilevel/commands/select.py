@@ -157,7 +157,7 @@ def choose(joined: Joined, options: argparse.Namespace) -> np.ndarray:
         raise UserError(f"{wanted:,} rows are wanted and there are {available.sum():,} {what}; ask for fewer.")
     rows = np.bincount(group, minlength=len(joined.sources))
     shares = (rows > 0).astype(float) if options.balance == "equal" else rows
-    counts = apportioned(wanted, shares, available)
+    counts = apportion(wanted, shares, available)
     order = np.lexsort((random.random(len(key)), -key, group))  # by group, then key; equal keys in random order
     first = np.concatenate([[0], rows.cumsum()[:-1]])
     rank = np.empty(len(key), dtype=np.int64)
@@ -165,7 +165,7 @@ def choose(joined: Joined, options: argparse.Namespace) -> np.ndarray:
     return rank < counts[group]
 
 
-def apportioned(wanted: int, shares: Sequence[float] | np.ndarray, available: np.ndarray) -> np.ndarray:
+def apportion(wanted: int, shares: Sequence[float] | np.ndarray, available: np.ndarray) -> np.ndarray:
     """Split `wanted` by shares, no group above what it has; fractions go to the largest remainders.
 
     Args:

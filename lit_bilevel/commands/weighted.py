@@ -93,13 +93,13 @@ def join(pool: Pool, weights: Weights, options: argparse.Namespace) -> Joined:
             f"{named} has {len(pool.ids)} rows, no column {options.id_column!r}, and the weights go up to row"
             f" {weights.row.max()}; give the pool that they were learned on, or its `--id_column`."
         )
-    place = {key: number for number, key in enumerate(weights.id)}
+    position_of = {key: number for number, key in enumerate(weights.id)}
     positions, matches, seen = [], [], set()
     for position, key in enumerate(pool.ids):
-        if key is not None and key in place and key not in seen:
+        if key is not None and key in position_of and key not in seen:
             seen.add(key)
             positions.append(position)
-            matches.append(place[key])
+            matches.append(position_of[key])
     if not positions:
         raise UserError(
             f"no row of {named} has an id that is in {options.weights} (the first: {pool.ids[0]!r} and"

@@ -24,7 +24,7 @@ from lit_bilevel.data.files import members, records
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replace_text
 from lit_bilevel.inspection.folder import read_lines
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 
 if TYPE_CHECKING:
     from lit_bilevel.cli import BilevelCLI
@@ -77,7 +77,7 @@ def answer(cli: BilevelCLI, folder: Path) -> dict[str, float]:
     cli.trainer.predict(cli.model, datamodule=cli.datamodule, return_predictions=False)
     answers = [record["response"] for record in read_lines(folder / "predictions.jsonl")]
     paths = [path] if isinstance(path, str) else path or []
-    files = [file for one in paths for file in members(located(one))]
+    files = [file for one in paths for file in members(locate(one))]
     raw = [record for file in files for _, record in records(file)]
     expected = [raw[row].get("expected") for row in test["row"][:]]
     return measures(answers, test["response"][:], expected)

@@ -27,7 +27,7 @@ from lit_bilevel.comparison.table import draw, markdown
 from lit_bilevel.comparison.variants import read_variants
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replace_text
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 
 
 def main(arguments: list[str]) -> int:
@@ -78,7 +78,7 @@ def _compare(options: argparse.Namespace, shared: list[str], given: list[str]) -
     variants = read_variants(options.variants) if options.variants else {}
     for name in (*options.methods, *(options.pairs or ())):
         methods.Method.parse(name, variants)
-    options.config = located(options.config)
+    options.config = locate(options.config)
     if not Path(options.config).is_file():
         raise UserError(f"{options.config} does not exist; check `--config`.")
     output = Path(options.output)

@@ -22,16 +22,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
+from lit_bilevel.comparison.fitting import build, data_digests, data_flag, fit, prepare
 from lit_bilevel.comparison.names import BASELINES, UNIFORM
 from lit_bilevel.comparison.output import quiet, say
-from lit_bilevel.comparison.recipe import callbacks_of, configured, other_flags
+from lit_bilevel.comparison.recipe import callbacks_of, other_flags, read_parts
 from lit_bilevel.comparison.rows import copy_records
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replace_text
 from lit_bilevel.inspection.curves import Curve, read_curves
 from lit_bilevel.inspection.statistics import correlation, ranks
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 
 if TYPE_CHECKING:
     from jsonargparse import Namespace
@@ -90,13 +90,13 @@ class Diagnosis:
         self.shared = ["--checkpoint.every_minutes=5", *shared, "--export.policy=false", "--data.test=null"]
         output.mkdir(parents=True, exist_ok=True)
         with quiet(output / "settings.txt"):
-            cli = built(config, self.shared)
+            cli = build(config, self.shared)
         if not cli.model.learns_weights:
             raise UserError(f"the method of {config} learns no weights; diagnose one that does: `configs/curate.yaml`.")
         self.data: Namespace = cli.config.data
-        self.phases, self.callbacks = configured(cli.config)
+        self.phases, self.callbacks = read_parts(cli.config)
         self.sets = cli.datamodule.sets
-        digest = hashlib.sha256(Path(located(config)).read_bytes()).hexdigest()
+        digest = hashlib.sha256(Path(locate(config)).read_bytes()).hexdigest()
         self.made_of = [f"config {digest}", *(f"{name} {rows}" for name, rows in data_digests(cli).items())]
 
     def run(self) -> dict[str, Any]:
@@ -115,11 +115,11 @@ class Diagnosis:
         for number, (name, flags) in enumerate(runs.items(), start=1):
             say(f"[{number}/{len(runs)}] {name}{': known' if self._fit(name, flags) else ''}")
         weights = {name: self._weights(name) for name in ("whole", "other_seed", "half_a", "half_b")}
-        halves = agreement(*joined(weights["half_a"], weights["half_b"]))
+        halves = agreement(*join_weights(weights["half_a"], weights["half_b"]))
         return {
             "validation_rows": self.rows,
             "halves": halves,
-            "seeds": agreement(*joined(weights["whole"], weights["other_seed"])),
+            "seeds": agreement(*join_weights(weights["whole"], weights["other_seed"])),
             "whole": 2 * halves / (1 + halves) if halves > 0 else halves,
             "rise": {name: rise(self._curve(name, "monitor/loss")) for name in ("whole", "validation_only")},
             "monitor": self._monitor(),
@@ -169,7 +169,7 @@ class Diagnosis:
         return {"rows": len(self.sets["monitor"]), "loss": loss, "error": error}
 
 
-def joined(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[torch.Tensor, torch.Tensor]:
+def join_weights(a: Mapping[str, float], b: Mapping[str, float]) -> tuple[torch.Tensor, torch.Tensor]:
     """The weights of the rows that both runs had: which pool rows are left out depends on the validation file."""
     pairs = [(weight, b[key]) for key, weight in a.items() if key in b]
     first, second = torch.tensor(pairs, dtype=torch.float64).T

@@ -14,12 +14,12 @@ from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.data.fingerprint import rows_digest
 from lit_bilevel.files import replace_text
 from lit_bilevel.policy.origin import tokenizer_path
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 
 
-def built(config: str, flags: Sequence[str]) -> BilevelCLI:
+def build(config: str, flags: Sequence[str]) -> BilevelCLI:
     """A `BilevelCLI` with its module and its data, set up and not run."""
-    cli = BilevelCLI([f"--config={located(config)}", *flags], run=False)
+    cli = BilevelCLI([f"--config={locate(config)}", *flags], run=False)
     if cli.datamodule.tokenizer is None:
         cli.datamodule.tokenizer = tokenizer_path(cli.model.policy_settings)
     cli.datamodule.setup()
@@ -43,8 +43,8 @@ def prepare(folder: Path, flags: Sequence[str]) -> None:
 def fit(folder: Path, config: str, flags: Sequence[str]) -> BilevelCLI:
     """Fit, from the folder's last checkpoint where there is one; the module then holds the monitor-best policy."""
     further = ["--ckpt_path=last"] if (folder / "checkpoints" / "last.ckpt").exists() else []
-    place = f"--trainer.default_root_dir={folder}"  # after the flags, which may name the folder of another fit
-    return BilevelCLI(["fit", f"--config={located(config)}", *flags, place, *further])
+    own_folder = f"--trainer.default_root_dir={folder}"  # after the flags, which may name the folder of another fit
+    return BilevelCLI(["fit", f"--config={locate(config)}", *flags, own_folder, *further])
 
 
 def data_flag(name: str, files: str | Sequence[str]) -> str:

@@ -44,12 +44,12 @@ from lit_bilevel.comparison.names import (
     STOPWATCH,
     UNIFORM,
     WEIGHTS,
-    class_named,
+    check_name,
+    find_class,
     flag_of,
-    known,
     share,
 )
-from lit_bilevel.comparison.recipe import Settings, callbacks_of, named, other_flags, recipe_flags
+from lit_bilevel.comparison.recipe import Settings, callbacks_of, is_one_of, other_flags, recipe_flags
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
 from lit_bilevel.refinement.response_weights import ResponseWeights
@@ -113,11 +113,11 @@ class Method:
                 cls.parse(part, variants)
             return cls(best_of=tuple(rest.split(",")))
         if kind in ("score", "weights") and rest:
-            score = PassScore(known(rest, COLUMNS, "score"))
+            score = PassScore(check_name(rest, COLUMNS, "score"))
             return cls(UNIFORM, score) if kind == "score" else cls(FIXED, weights=score)
         if name == "seal" or (kind in ("two_stage", "weighted") and rest):
             return cls._second_stage(name, SEAL if name == "seal" else rest, kind == "weighted", variants)
-        return cls._trained(name)
+        return cls._parse_trained(name)
 
     @classmethod
     def _variant(cls, name: str, variant: Variant, others: Mapping[str, Variant]) -> Method:
@@ -149,7 +149,7 @@ class Method:
         return cls(FIXED, needs=first, weighted=True, variant=rows)
 
     @classmethod
-    def _trained(cls, name: str) -> Method:
+    def _parse_trained(cls, name: str) -> Method:
         parts = re.fullmatch(r"([^+:]*)(\+refine)?(?::(.*))?", name)
         if parts is None:
             raise unknown(name)
@@ -168,18 +168,18 @@ class Method:
             first, _, weights = base.partition("@")
             if not ("." in first or first in SOLVERS or (first in FILTERS and not weights)):
                 raise unknown(name)
-            kind = class_named(first, SOLVERS | FILTERS, (BilevelSolver, Filter), "method")
+            kind = find_class(first, SOLVERS | FILTERS, (BilevelSolver, Filter), "method")
             if issubclass(kind, Filter):
                 filter = kind()
             else:
                 constant = kind.needs_upper_weight  # its scores have no meaning where λ is 0
                 flags = [f"--model.solver={flag_of(kind)}", *(CONSTANT if constant else ())]
             if weights:
-                flags.append(f"--model.weights={flag_of(class_named(weights, WEIGHTS, (ExampleWeights,), 'weights'))}")
+                flags.append(f"--model.weights={flag_of(find_class(weights, WEIGHTS, (ExampleWeights,), 'weights'))}")
         if rule is not None:
             if not refine:
                 raise UserError(f"{name!r}: `:{rule}` names the weights of generated responses, which need `+refine`.")
-            kind = class_named(rule, RULES, (ResponseWeights,), "response weights")
+            kind = find_class(rule, RULES, (ResponseWeights,), "response weights")
             flags.append(f"--model.response_weights={flag_of(kind)}")
         needs = filter.needs if filter is not None else ""
         return cls(tuple(flags), filter, needs, refine=bool(refine), stopped_early=stopped_early, constant=constant)
@@ -206,7 +206,7 @@ class Method:
             configured: the configuration's own, as `class_path` and `init_args`.
             earlier: folder of the run that the method needs, or of the weights that it was given.
         """
-        mine = [callback for callback in configured if named(callback, "SelfRefine")]
+        mine = [callback for callback in configured if is_one_of(callback, "SelfRefine")]
         chosen = callbacks_of(self.recipe, [callback for callback in configured if callback not in mine])
         if self.refine:
             callback = (mine or [REFINE])[0]

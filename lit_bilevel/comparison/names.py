@@ -81,7 +81,7 @@ FILTERS |= {
 }
 
 
-def class_named(name: str, names: Mapping[str, type[Any]], kinds: tuple[type, ...], what: str) -> type[Any]:
+def find_class(name: str, names: Mapping[str, type[Any]], kinds: tuple[type, ...], what: str) -> type[Any]:
     """The class of a short name, or at a path.
 
     Args:
@@ -94,7 +94,7 @@ def class_named(name: str, names: Mapping[str, type[Any]], kinds: tuple[type, ..
         UserError: where there is none.
     """
     if "." not in name:
-        return names[known(name, names, what)]
+        return names[check_name(name, names, what)]
     home, _, own = name.rpartition(".")
     try:
         cls = getattr(importlib.import_module(home), own)
@@ -128,7 +128,7 @@ def share(name: str) -> float:
     return value
 
 
-def known(name: str, names: Iterable[str], what: str) -> str:
+def check_name(name: str, names: Iterable[str], what: str) -> str:
     """The name itself.
 
     Raises:

@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 
 Settings = Sequence[Mapping[str, Any]]
 
@@ -27,7 +27,7 @@ CALLBACKS = ("ScoredPrior", "ClosingSweep")
 """Callbacks that belong to a recipe's phases."""
 
 
-def configured(settings: Namespace) -> tuple[Settings | None, Settings]:
+def read_parts(settings: Namespace) -> tuple[Settings | None, Settings]:
     """The phases and the callbacks of a configuration that was parsed."""
     own = settings.trainer.callbacks
     phases, callbacks = settings.model.phases, own if isinstance(own, list) else [own] if own else []
@@ -42,7 +42,7 @@ def is_recipe(phases: Settings | None) -> bool:
 
 def recipe_of(path: str) -> dict[str, Any]:
     """The settings in the file of a recipe."""
-    return yaml.safe_load(Path(located(path)).read_text(encoding="utf-8"))
+    return yaml.safe_load(Path(locate(path)).read_text(encoding="utf-8"))
 
 
 def recipe_flags(path: str, configured: Settings | None, steps: int) -> list[str]:
@@ -89,7 +89,7 @@ def callbacks_of(path: str, configured: Settings) -> list[Mapping[str, Any]]:
         path: file of the recipe; empty for other methods.
         configured: the configuration's own.
     """
-    others = [callback for callback in configured if not named(callback, *CALLBACKS)]
+    others = [callback for callback in configured if not is_one_of(callback, *CALLBACKS)]
     if not path:
         return others
     if len(others) < len(configured):
@@ -97,6 +97,6 @@ def callbacks_of(path: str, configured: Settings) -> list[Mapping[str, Any]]:
     return [*others, *recipe_of(path)["trainer"]["callbacks"]]
 
 
-def named(callback: Mapping[str, Any], *classes: str) -> bool:
+def is_one_of(callback: Mapping[str, Any], *classes: str) -> bool:
     """Whether a callback is of one of these classes, by whatever path."""
     return str(callback["class_path"]).rpartition(".")[2] in classes

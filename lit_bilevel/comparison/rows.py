@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lit_bilevel.commands.originals import plain
-from lit_bilevel.commands.select import apportioned
+from lit_bilevel.commands.select import apportion
 from lit_bilevel.data.files import members, records
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replacing
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 
 Stratum = TypeVar("Stratum", str, tuple[str, str])
 
@@ -39,11 +39,11 @@ def copy_records(
         The new file, or a list of files where `path` was one, or a folder of several.
     """
     given = [path] if isinstance(path, str) else list(path)
-    paths = [file for one in given for file in members(located(one))]
+    paths = [file for one in given for file in members(locate(one))]
     written, position = [], 0
     for number, original in enumerate(paths):
-        place = folder / str(number) if len(paths) > 1 else folder
-        target = place / f"{Path(original).stem}.jsonl"
+        own_folder = folder / str(number) if len(paths) > 1 else folder
+        target = own_folder / f"{Path(original).stem}.jsonl"
         lines = 0
         with replacing(target) as partial, partial.open("w", encoding="utf-8") as file:
             for _, record in records(original):
@@ -62,7 +62,7 @@ def _line(record: dict[str, Any], columns: Mapping[str, str], key: str) -> str:
     return json.dumps(record, ensure_ascii=False, default=plain) + "\n"
 
 
-def stratified(strata: Sequence[Stratum], count: int, seed: int, what: str = "`--subset`") -> np.ndarray:
+def stratify(strata: Sequence[Stratum], count: int, seed: int, what: str = "`--subset`") -> np.ndarray:
     """[count] positions in order, from every stratum its share of the whole, drawn without replacement.
 
     Args:
@@ -79,7 +79,7 @@ def stratified(strata: Sequence[Stratum], count: int, seed: int, what: str = "`-
     numbers = {name: i for i, name in enumerate(sorted(set(strata)))}
     group = np.array([numbers[name] for name in strata])
     rows = np.bincount(group)
-    wanted = apportioned(count, rows, rows)
+    wanted = apportion(count, rows, rows)
     order = np.lexsort((np.random.default_rng(seed).random(len(group)), group))
     first = np.concatenate([[0], rows.cumsum()[:-1]])
     rank = np.empty(len(group), dtype=np.int64)

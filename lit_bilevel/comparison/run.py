@@ -25,13 +25,13 @@ from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.comparison.answers import answer
 from lit_bilevel.comparison.filters import CleanRows
 from lit_bilevel.comparison.filters.evidence import Evidence, row_losses
-from lit_bilevel.comparison.fitting import built, data_digests, data_flag, fit, prepare
+from lit_bilevel.comparison.fitting import build, data_digests, data_flag, fit, prepare
 from lit_bilevel.comparison.methods import Method, runs_behind
 from lit_bilevel.comparison.names import OF_RESPONSES
 from lit_bilevel.comparison.output import quiet
-from lit_bilevel.comparison.recipe import configured
+from lit_bilevel.comparison.recipe import read_parts
 from lit_bilevel.comparison.results import Result, Results
-from lit_bilevel.comparison.rows import copy_records, stratified
+from lit_bilevel.comparison.rows import copy_records, stratify
 from lit_bilevel.comparison.stopwatch import Stopwatch
 from lit_bilevel.comparison.variants import Variant
 from lit_bilevel.errors import UserError
@@ -78,10 +78,10 @@ class Runner:
         if max_steps:
             self.shared += [f"--trainer.max_steps={max_steps}", "--trainer.max_epochs=-1"]
         with quiet(results.folder / "settings.txt"):
-            cli = built(config, self.shared)
+            cli = build(config, self.shared)
             if subset is not None:
                 self.shared.append(data_flag("pool", self._subset(cli, subset)))
-                cli = built(config, self.shared)
+                cli = build(config, self.shared)
         self.settings: Namespace = cli.config
         if cli.trainer.world_size > 1:
             raise UserError(
@@ -134,7 +134,7 @@ class Runner:
         self.say(f"{name}, seed {seed} …")
         folder = self.results.run_folder(name, seed)
         parts = self._parts(method.variant, folder.parent / "rows" / f"seed{seed}") if method.variant else []
-        phases, callbacks = configured(self.settings)
+        phases, callbacks = read_parts(self.settings)
         flags = method.phases(phases, self.steps)
         flags += [*method.flags, *parts, f"--seed_everything={seed}"]
         flags += () if method.refine else OF_RESPONSES
@@ -144,18 +144,18 @@ class Runner:
         row: Result = {"method": name, "seed": seed}
         if method.weights is not None:
             with quiet(folder / "weights.txt"):
-                scores, seconds = self._weighted(method, parts, folder / "given", seed)
+                scores, seconds = self._weigh(method, parts, folder / "given", seed)
             before, row = before + seconds, row | scores
         if method.filter is not None:
             with quiet(folder / "filter.txt"):
-                chosen, scores, seconds = self._chosen(method, parts, folder, earlier, seed)
+                chosen, scores, seconds = self._choose(method, parts, folder, earlier, seed)
             flags += [data_flag("pool", chosen), "--data.truth=null", "--data.cache=false"]
             flags += self._as_many_steps(method.variant)
             before += seconds
             row |= scores
         with quiet(folder / "log.txt"):
             cli = fit(folder, self.config, [*self.shared, *flags])
-            row |= self._scored(cli, folder)
+            row |= self._score(cli, folder)
         row["seconds"] += before
         if not self.keep_checkpoints:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -207,7 +207,7 @@ class Runner:
         ids = pool["id"][:]
         truth = cli.datamodule.truth
         kinds = read_truth(truth, ids) if truth else [""] * len(ids)
-        rows = stratified(list(zip(pool["source"][:], kinds, strict=True)), count, seed=0).tolist()
+        rows = stratify(list(zip(pool["source"][:], kinds, strict=True)), count, seed=0).tolist()
         positions = pool["row"][:]
         chosen = {positions[row]: ids[row] for row in rows}
         return copy_records(data.pool, data.columns or {}, chosen, self.results.folder / "subset")
@@ -234,16 +234,16 @@ class Runner:
             flags.append(data_flag("validation", files))
         return flags
 
-    def _chosen(
+    def _choose(
         self, method: Method, parts: list[str], folder: Path, earlier: Path | None, seed: int
     ) -> tuple[str | list[str], Result, float]:
         """Files with the rows that a filter keeps, AUROC of its scores, and the time it took."""
         assert method.filter is not None
         started = time.perf_counter()
-        cli = built(self.config, [*self.shared, *method.flags, *parts, f"--seed_everything={seed}"])
+        cli = build(self.config, [*self.shared, *method.flags, *parts, f"--seed_everything={seed}"])
         evidence = Evidence(cli, earlier, seed, self.results.folder)
         scores = method.filter.scores(evidence)
-        mask = method.filter.chosen(scores, self.keep, seed)
+        mask = method.filter.choose(scores, self.keep, seed)
         pool, data = cli.datamodule.sets["pool"], cli.config.data
         kept = {row: key for row, key, good in zip(pool["row"][:], pool["id"][:], mask, strict=True) if good}
         files = copy_records(data.pool, data.columns or {}, kept, folder / "pool")
@@ -256,20 +256,20 @@ class Runner:
             result |= flat(aurocs(torch.tensor(scores), kinds)) if method.filter.scored else {}
         return files, result, time.perf_counter() - started + evidence.seconds
 
-    def _weighted(self, method: Method, parts: list[str], folder: Path, seed: int) -> tuple[Result, float]:
+    def _weigh(self, method: Method, parts: list[str], folder: Path, seed: int) -> tuple[Result, float]:
         """Write the weights that the rows keep; returns their AUROC, and the time it took."""
         import torch
 
         assert method.weights is not None
         started = time.perf_counter()
-        cli = built(self.config, [*self.shared, *method.flags, *parts, f"--seed_everything={seed}"])
+        cli = build(self.config, [*self.shared, *method.flags, *parts, f"--seed_everything={seed}"])
         evidence = Evidence(cli, None, seed, self.results.folder)
         weights = method.weights.write_weights(evidence, folder)
         kinds = self._kinds(cli.datamodule.sets["pool"])
         result = flat(aurocs(torch.tensor(weights), kinds)) if kinds is not None else {}
         return result, time.perf_counter() - started + evidence.seconds
 
-    def _scored(self, cli: BilevelCLI, folder: Path) -> Result:
+    def _score(self, cli: BilevelCLI, folder: Path) -> Result:
         """What is measured of a finished fit, whose module holds the monitor-best policy."""
         import pyarrow
         import pyarrow.parquet

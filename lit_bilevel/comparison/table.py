@@ -46,7 +46,7 @@ def markdown(rows: Sequence[Result], losses: Losses, monitor: Losses, command: s
     if "mixing" in methods:
         extra = [("Δ mixing (p)", lambda method: difference(method, losses))]
         if "oracle" in methods:
-            extra.append(("gap closed", lambda method: gap_closed(method, losses)))
+            extra.append(("gap closed", lambda method: share_of_gap(method, losses)))
         shown[1:1] = extra
         shown.append(("time / mixing", lambda method: slower(methods[method], methods["mixing"])))
     if len({row["steps"] for row in rows}) > 1:
@@ -82,7 +82,7 @@ def notes(rows: Sequence[Result], losses: Losses, monitor: Losses, command: str)
     return [*by_choice, *([text] if text else []), *lines]
 
 
-def averaged(methods: Sequence[str], losses: Losses) -> list[np.ndarray]:
+def average(methods: Sequence[str], losses: Losses) -> list[np.ndarray]:
     """[n] losses of each method, averaged over the seeds that all of them have; nothing where there is none."""
     seeds = sorted(set.intersection(*(set(losses[method]) for method in methods)))
     return [np.mean([losses[method][seed] for seed in seeds], axis=0) for method in methods] if seeds else []
@@ -90,7 +90,7 @@ def averaged(methods: Sequence[str], losses: Losses) -> list[np.ndarray]:
 
 def difference(method: str, losses: Losses) -> str:
     """Paired difference to mixing, with its p."""
-    pair = averaged([method, "mixing"], losses)
+    pair = average([method, "mixing"], losses)
     if method == "mixing" or not pair:
         return "0" if pair else "–"
     difference_n = pair[0] - pair[1]
@@ -98,9 +98,9 @@ def difference(method: str, losses: Losses) -> str:
     return f"{difference_n.mean():+.4f} ({'<0.001' if p < 0.001 else f'{p:.3f}'})"
 
 
-def gap_closed(method: str, losses: Losses) -> str:
+def share_of_gap(method: str, losses: Losses) -> str:
     """Share of the gap between mixing and the oracle; a dash where there is none."""
-    means = [loss_n.mean() for loss_n in averaged([method, "mixing", "oracle"], losses)]
+    means = [loss_n.mean() for loss_n in average([method, "mixing", "oracle"], losses)]
     if not means or means[1] <= means[2]:
         return "–"
     return f"{(means[1] - means[0]) / (means[1] - means[2]):.2f}"
@@ -150,11 +150,11 @@ def draw(rows: Sequence[Result], path: Path) -> bool:
     order = sorted(intervals, key=lambda name: -intervals[name][0])
     figure = Figure(figsize=(7, 1 + 0.3 * len(order)), dpi=120, layout="constrained")
     axes = figure.subplots()
-    for place, name in enumerate(order):
+    for height, name in enumerate(order):
         mean, half = intervals[name]
-        axes.errorbar(mean, place, xerr=None if math.isnan(half) else half, fmt="o", color="tab:blue", capsize=3)
+        axes.errorbar(mean, height, xerr=None if math.isnan(half) else half, fmt="o", color="tab:blue", capsize=3)
         seen = values(methods[name], "test_loss")
-        axes.plot(seen, [place] * len(seen), ".", color="0.6", zorder=0)
+        axes.plot(seen, [height] * len(seen), ".", color="0.6", zorder=0)
     for name in {"mixing", "oracle"} & intervals.keys():
         axes.axvline(intervals[name][0], color="0.8", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(order)), order)

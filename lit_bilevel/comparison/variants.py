@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from lit_bilevel.comparison.rows import stratified
+from lit_bilevel.comparison.rows import stratify
 from lit_bilevel.errors import UserError
 
 
@@ -76,7 +76,7 @@ class Variant:
 
     def validation(self, sources: Sequence[str]) -> np.ndarray:
         """Positions of the validation rows that it sees, in order, given the source of each row."""
-        return stratified(sources, self.validation_rows or len(sources), seed=0, what="`validation_rows`")
+        return stratify(sources, self.validation_rows or len(sources), seed=0, what="`validation_rows`")
 
     def pool(self, sources: Sequence[str], kinds: Sequence[str] | None) -> np.ndarray:
         """Positions of the pool rows that it sees, in order.
@@ -91,7 +91,7 @@ class Variant:
         strata = list(zip(sources, kinds or [""] * len(sources), strict=True))
         count = self.pool_rows or len(sources)
         if self.corrupted is None:
-            return stratified(strata, count, seed=0, what="`pool_rows`")
+            return stratify(strata, count, seed=0, what="`pool_rows`")
         if kinds is None:
             raise UserError("`corrupted` of a variant needs to know which rows are; give `--data.truth`.")
         parts = []
@@ -103,7 +103,7 @@ class Variant:
                     f"a variant asks for {wanted:,} {sort} rows and the pool has {len(rows):,}; lower `pool_rows`."
                 )
             if wanted:
-                parts.append(rows[stratified([strata[row] for row in rows], wanted, seed=0)])
+                parts.append(rows[stratify([strata[row] for row in rows], wanted, seed=0)])
         return np.sort(np.concatenate(parts))
 
 

@@ -35,9 +35,11 @@ def announce(
     """Log the summary, and the first row of the pool as the policy sees it."""
     rank_zero_info(summary(sets, skipped, formats))
     if sys.stderr.isatty():
-        rank_zero_info(f"the first row, dimmed where it is not learned:\n{shown(tokenizer, sets['pool'])}")
+        rank_zero_info(f"the first row, dimmed where it is not learned:\n{show_row(tokenizer, sets['pool'])}")
     else:
-        rank_zero_info(f"the first row, in brackets where it is not learned:\n{shown(tokenizer, sets['pool'], '[]')}")
+        rank_zero_info(
+            f"the first row, in brackets where it is not learned:\n{show_row(tokenizer, sets['pool'], '[]')}"
+        )
 
 
 @rank_zero_only
@@ -93,7 +95,7 @@ def summary(sets: Mapping[str, Dataset], skipped: Mapping[str, Sequence[str]], f
     return "\n".join(lines)
 
 
-def shown(
+def show_row(
     tokenizer: PreTrainedTokenizerBase, table: Dataset, marks: Sequence[str] = (DIM, NORMAL), row: int = 0
 ) -> str:
     """A row as the policy sees it, the tokens that are not learned between two marks."""

@@ -49,13 +49,13 @@ def collate(
         source_B=torch.tensor([example.source for example in examples]),
         length_B=torch.tensor([example.response_length for example in examples]),
         input_ids_ST=torch.from_numpy(input_ids),
-        position_K=torch.from_numpy(np.concatenate([t - 1 + place * width for place, t in enumerate(predicted)])),
+        position_K=torch.from_numpy(np.concatenate([t - 1 + index * width for index, t in enumerate(predicted)])),
         target_K=torch.from_numpy(np.concatenate([ids[t] for ids, t in zip(every_ids, predicted, strict=True)])),
         segment_K=torch.from_numpy(np.repeat([sequence.example for sequence in sequences], lengths)),
         scale_K=torch.from_numpy(np.repeat([sequence.scale for sequence in sequences], lengths)),
         parts=tuple(_parts(sequences, call_cost)),
         window_rows=window_rows,
-        generated=_generated(examples, sequences),
+        generated=_collate_generated(examples, sequences),
         packing=None if pack_width is None else pack(every_ids, predicted, pack_width),
         sign_K=_signs(examples, sequences),
     )
@@ -126,19 +126,19 @@ def _signs(examples: Sequence[Example], sequences: list[_Sequence]) -> torch.Ten
     return torch.from_numpy(np.repeat(np.array([sequence.sign for sequence in sequences], dtype=np.int64), lengths))
 
 
-def _generated(examples: Sequence[Example], sequences: list[_Sequence]) -> Generated | None:
+def _collate_generated(examples: Sequence[Example], sequences: list[_Sequence]) -> Generated | None:
     groups = [example.group for example in examples if example.group is not None]
     if not groups:
         return None
     lengths = [sequence.predicted for sequence in sequences]
     first = np.cumsum([0, *lengths])
-    held = [(place, s, s.response) for place, s in enumerate(sequences) if s.response is not None]
+    held = [(index, s, s.response) for index, s in enumerate(sequences) if s.response is not None]
     held.sort(key=lambda item: item[1].number)  # responses in the order of the examples, whatever their length
     return Generated(
-        sequence_R=torch.tensor([place for place, _, _ in held]),
+        sequence_R=torch.tensor([index for index, _, _ in held]),
         example_R=torch.tensor([sequence.example for _, sequence, _ in held]),
         token_J=torch.from_numpy(np.concatenate([np.arange(first[p], first[p + 1]) for p, _, _ in held])),
-        response_J=torch.from_numpy(np.repeat(np.arange(len(held)), [lengths[place] for place, _, _ in held])),
+        response_J=torch.from_numpy(np.repeat(np.arange(len(held)), [lengths[index] for index, _, _ in held])),
         logprob_J=torch.tensor([p for _, _, response in held for p in response.token_logprobs], dtype=torch.float32),
         temperature=groups[0].temperature,
         agreement_R=torch.tensor([sequence.agreement for _, sequence, _ in held], dtype=torch.float64),

@@ -170,7 +170,7 @@ class Encoder:
                     f"the {role} text has {match[0]!r}, which the tokenizer reads as a control token; take it out"
                 )
 
-    def _learned(self, talk: Conversation) -> list[int]:
+    def _select_learned(self, talk: Conversation) -> list[int]:
         """Positions of the answers that are learned.
 
         Raises:
@@ -208,7 +208,7 @@ class Encoder:
             return ValueError("the tokenizer has no chat template to put the fields `tools` and `tool_calls` into")
         answers = [number for number, message in enumerate(talk.messages) if message["role"] == "assistant"]
         try:
-            own = self._learned(talk)
+            own = self._select_learned(talk)
         except ValueError as error:
             return error
         made = self._cut(ids, [span for number, span in zip(answers, spans, strict=True) if number in own])
@@ -234,24 +234,24 @@ class Encoder:
                 continue
             ids, offsets = next(rendered)
             spans = [self._upto_eos(ids, covering(offsets, span)) for span in one.spans]
-            encoded.append(self._finished(ids, spans, one.notice))
+            encoded.append(self._finish(ids, spans, one.notice))
         return encoded
 
     def _draft(self, row: Row) -> Draft | ValueError:
         try:
             talk = self.template.with_readable_calls(conversation_of(row))
-            return draft(self.template, talk, self._learned(talk))
+            return draft(self.template, talk, self._select_learned(talk))
         except ERRORS as error:
             return refusal(error)
 
     def _by_blocks(self, row: Row) -> Encoded | ValueError:
         try:
             talk = self.template.with_readable_calls(conversation_of(row))
-            ids, spans, notice = by_blocks(self.template, talk, self._learned(talk), self.train_on == "all")
+            ids, spans, notice = by_blocks(self.template, talk, self._select_learned(talk), self.train_on == "all")
         except ERRORS as error:
             return refusal(error)
         eos = self.tokenizer.eos_token_id
-        return self._finished(ids, [(a, b + (ids[b : b + 1] == [eos])) for a, b in spans], notice)
+        return self._finish(ids, [(a, b + (ids[b : b + 1] == [eos])) for a, b in spans], notice)
 
     def _upto_eos(self, ids: list[int], span: Span) -> Span:
         """The span without what a template adds after EOS (a newline, mostly): it is never generated."""
@@ -261,7 +261,7 @@ class Encoder:
             stop -= 1
         return start, stop
 
-    def _finished(self, ids: list[int], spans: list[Span], notice: str | None) -> Encoded | ValueError:
+    def _finish(self, ids: list[int], spans: list[Span], notice: str | None) -> Encoded | ValueError:
         """The last span ends the row, with EOS."""
         eos = self.tokenizer.eos_token_id
         start, stop = spans[-1]

@@ -51,7 +51,7 @@ def read_fields(record: Mapping[str, Any], turns: Sequence[Turn], answers: bool)
         ValueError: naming a field that changes what the record means and is not read.
     """
     for name in (*MEDIA, "chat_template_kwargs"):
-        if _given(record.get(name)):
+        if _says_something(record.get(name)):
             raise ValueError(f"the field `{name}` is not read, and the row would mean something else without it")
     for name in ("label", "kto_tag"):
         if answers and (record.get(name) is False or str(record.get(name)).lower() == "false"):
@@ -79,7 +79,7 @@ def read_fields(record: Mapping[str, Any], turns: Sequence[Turn], answers: bool)
 
 def has_calls(turn: Mapping[str, Any]) -> bool:
     """Whether a turn calls a tool, so that it need not say anything."""
-    return any(_given(turn.get(name)) for name in CALLS)
+    return any(_says_something(turn.get(name)) for name in CALLS)
 
 
 def text_of_parts(content: Any) -> Any:
@@ -97,7 +97,7 @@ def text_of_parts(content: Any) -> Any:
 
 def _message(turn: Turn) -> tuple[dict[str, Any], set[str]]:
     """A turn as a chat template takes it, and the names of its fields that mean nothing here."""
-    given = {name: value for name, value in turn.more.items() if _given(value)}
+    given = {name: value for name, value in turn.more.items() if _says_something(value)}
     message: dict[str, Any] = {"role": turn.role, "content": turn.content}
     for name in REFUSED:
         if name in given:
@@ -157,14 +157,14 @@ def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 def _tools(record: Mapping[str, Any]) -> list[Any]:
     tools, name = record.get("tools"), "tools"
-    if not _given(tools) and _given(record.get("functions")):
+    if not _says_something(tools) and _says_something(record.get("functions")):
         tools, name = record["functions"], "functions"
     if isinstance(tools, str):
         try:
             tools = json.loads(tools or "[]")
         except ValueError:
             raise ValueError(f"the field `{name}` is a string that is not JSON") from None
-    if not _given(tools):
+    if not _says_something(tools):
         return []
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError(f"the field `{name}` is not a list of tools")
@@ -179,7 +179,7 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _given(value: Any) -> bool:
+def _says_something(value: Any) -> bool:
     return value is not None and value is not False and value not in ("", [], {})
 
 

@@ -47,7 +47,7 @@ def records(source: str) -> Records:
     """
     path = Path(source)
     if not is_file(source):
-        return _numbered(dataset(source).with_format("arrow").iter(batch_size=1024))
+        return _number(dataset(source).with_format("arrow").iter(batch_size=1024))
     readers = {".json": _json_records, ".jsonl": _jsonl_records, ".csv": _csv_records, ".parquet": _parquet_records}
     suffix = path.suffix.lower()
     if suffix != ".parquet":
@@ -99,7 +99,7 @@ def _is_repository(folder: Path) -> bool:
     return text.startswith("---") and "\nconfigs:" in text.partition("\n---")[0]
 
 
-def stored(source: str) -> list[Path]:
+def list_files(source: str) -> list[Path]:
     """The files on disk that hold a source's records.
 
     Raises:
@@ -170,10 +170,10 @@ def _jsonl_records(path: Path) -> Records:
             if line is None:
                 yield f"line {number}", ValueError(f"longer than {MAX_LINE} bytes")
             elif line.strip():
-                yield f"line {number}", _parsed(line)
+                yield f"line {number}", _parse(line)
 
 
-def _parsed(line: bytes) -> Any:
+def _parse(line: bytes) -> Any:
     try:
         record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
@@ -246,7 +246,7 @@ def _parquet_records(path: Path) -> Records:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _numbered(file.iter_batches(batch_size=1024))
+            yield from _number(file.iter_batches(batch_size=1024))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]}).") from error
 
@@ -280,7 +280,7 @@ def dataset(source: str) -> Dataset:
         ) from error
 
 
-def _numbered(batches: Iterable[pyarrow.RecordBatch]) -> Records:
+def _number(batches: Iterable[pyarrow.RecordBatch]) -> Records:
     number = 0
     for batch in batches:
         for record in _pylist(batch):

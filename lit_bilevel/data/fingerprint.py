@@ -16,7 +16,7 @@ from typing import Any
 from datasets import Dataset
 
 from lit_bilevel.data.table import column
-from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.errors import UserError, gather
 
 NAMES = {"pool": "pool", "upper": "validation", "monitor": "validation"}
 
@@ -70,5 +70,5 @@ def refuse_changes(before: Mapping[str, Any], now: Mapping[str, Any], paths: Map
         if value != then:
             problems.append(f"{name} is {value} and was {then}")
     if problems:
-        error = gathered("the run cannot be continued with these data", problems)
+        error = gather("the run cannot be continued with these data", problems)
         raise UserError(f"{error}; restore them, or start a new run (`WarmStart` takes over weights by id).")

@@ -77,7 +77,7 @@ def by_blocks(
     Raises:
         ValueError: if the blocks do not say what is learned, or nothing of an answer is left.
     """
-    result = template.masked(talk.messages, talk.tools)
+    result = template.apply_with_masks(talk.messages, talk.tools)
     ids, mask = list(result["input_ids"]), list(result["assistant_masks"])
     edges = [i for i, (a, b) in enumerate(zip([0, *mask], [*mask, 0], strict=True)) if a != b]
     spans = [(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
@@ -114,7 +114,7 @@ def _notice(
             raise ValueError("the chat template leaves nothing of its answer; give one that keeps it")
         if len(said) == len(learned):
             return f"the chat template rewrites the answer: {left[:60]!r} is learned of {message['content'][:60]!r}"
-    return template.left_out(talk, text)
+    return template.find_omission(talk, text)
 
 
 def covering(offsets: list[Span], span: Span) -> Span:

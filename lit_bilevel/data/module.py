@@ -33,7 +33,7 @@ from lit_bilevel.data.sets import read_sets
 from lit_bilevel.data.stream import PairedStream, Schedule, StepMaker
 from lit_bilevel.data.table import column, is_paired, source_numbers
 from lit_bilevel.errors import UserError
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 from lit_bilevel.types import Batch
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class BilevelDataModule(LightningDataModule):
     ):
         super().__init__()
         self.paths = {"pool": pool, "validation": validation, "test": test}
-        self.truth = None if truth is None else located(truth)
+        self.truth = None if truth is None else locate(truth)
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.upper_batch_size = batch_size if upper_batch_size is None else upper_batch_size
@@ -172,7 +172,7 @@ class BilevelDataModule(LightningDataModule):
 
     @functools.cached_property
     def _given_tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(located(self.tokenizer or ""))
+        return load_tokenizer(locate(self.tokenizer or ""))
 
     def _examples(self, name: str) -> Examples:
         sources = {source: number for number, source in enumerate(self.source_names)}
@@ -250,7 +250,7 @@ class BilevelDataModule(LightningDataModule):
         Here and not in the loader, for Lightning converts tensors to the run's precision just before.
         """
         if isinstance(batch, Window):
-            return self._pinned([collate(batch.examples, batch.rows, *layout_for(self.trainer, self.packing))])[0]
+            return self._pin([collate(batch.examples, batch.rows, *layout_for(self.trainer, self.packing))])[0]
         if not isinstance(batch, dict):
             return batch
         return {level: self._micro_batches(level, window) for level, window in batch.items()}
@@ -264,9 +264,9 @@ class BilevelDataModule(LightningDataModule):
             if level == "lower":
                 examples = self.responses.overlay(examples, len(self.sets["pool"]))
             batches.append(collate(examples, window.rows, *layout_for(self.trainer, self.packing)))
-        return self._pinned(batches)
+        return self._pin(batches)
 
-    def _pinned(self, batches: list[Batch]) -> list[Batch]:
+    def _pin(self, batches: list[Batch]) -> list[Batch]:
         return [batch.pin_memory() for batch in batches] if self.pin_memory else batches
 
     # ---- state ----

@@ -38,10 +38,10 @@ def pack(ids: Sequence[np.ndarray], predicted: Sequence[np.ndarray], least_width
         starts[number] = (row, start)
         heapq.heappush(filled, (start + len(ids[number]), row))
     width = max(length for length, _ in filled)
-    input_ids, places = np.zeros((2, rows, width), dtype=np.int64)
+    input_ids, offsets = np.zeros((2, rows, width), dtype=np.int64)
     slots = []
     for one, tokens, (row, start) in zip(ids, predicted, starts, strict=True):
         input_ids[row, start : start + len(one)] = one
-        places[row, start : start + len(one)] = np.arange(len(one))
+        offsets[row, start : start + len(one)] = np.arange(len(one))
         slots.append(row * width + start + tokens - 1)
-    return Packing(torch.from_numpy(input_ids), torch.from_numpy(places), torch.from_numpy(np.concatenate(slots)))
+    return Packing(torch.from_numpy(input_ids), torch.from_numpy(offsets), torch.from_numpy(np.concatenate(slots)))

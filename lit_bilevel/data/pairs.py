@@ -17,18 +17,18 @@ from lit_bilevel.data.template import with_answer
 from lit_bilevel.types import Row
 
 
-def encoded_rows(encoder: Encoder, rows: Sequence[Row]) -> list[Encoded | ValueError]:
+def encode_with_pairs(encoder: Encoder, rows: Sequence[Row]) -> list[Encoded | ValueError]:
     """Token ids of rows, with both answers of those that are pairs; in the place of a bad one, the reason."""
     encoded = encoder.rows(rows)
     pairs = [(index, row) for index, row in enumerate(rows) if row.rejected is not None]
     if pairs:
         others = encoder.rows([with_answer(row, row.rejected or "") for _, row in pairs])
         for (index, _), other in zip(pairs, others, strict=True):
-            encoded[index] = _joined(encoder, encoded[index], other)
+            encoded[index] = _join(encoder, encoded[index], other)
     return encoded
 
 
-def _joined(encoder: Encoder, chosen: Encoded | ValueError, rejected: Encoded | ValueError) -> Encoded | ValueError:
+def _join(encoder: Encoder, chosen: Encoded | ValueError, rejected: Encoded | ValueError) -> Encoded | ValueError:
     if isinstance(chosen, ValueError):
         return chosen
     if isinstance(rejected, ValueError):

@@ -34,10 +34,10 @@ from tqdm import tqdm
 
 from lit_bilevel.data.announce import notices, tell
 from lit_bilevel.data.encode import Encoder
-from lit_bilevel.data.files import stored
+from lit_bilevel.data.files import list_files
 from lit_bilevel.data.rows import Source
 from lit_bilevel.data.table import column, encode_rows, write_rows
-from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.errors import UserError, gather
 from lit_bilevel.files import sync
 from lit_bilevel.types import Row
 from lit_bilevel.version import __version__
@@ -94,14 +94,14 @@ class Preparation:
             UserError: for files and rows that cannot be used, or a folder that cannot be written.
         """
         folder = self.folder or self._temporary
-        place = folder / self.key(source)
+        target = folder / self.key(source)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with filelock.FileLock(f"{place}.lock"):
-                about = _about(place)
+            with filelock.FileLock(f"{target}.lock"):
+                about = _about(target)
                 if about is None:
-                    self._make(name, source, place)
-                    about = _about(place)
+                    self._make(name, source, target)
+                    about = _about(target)
         except OSError as error:
             raise UserError(
                 f"the prepared {name} set could not be written to {folder} ({error}); make room there, or name"
@@ -110,10 +110,10 @@ class Preparation:
         assert about is not None
         self._refuse(name, source, about["problems"], about["lost"])
         tell(name, about["unread"], about["notices"])
-        parts = [Dataset.from_file(str(place / file)) for file in about["files"]]
+        parts = [Dataset.from_file(str(target / file)) for file in about["files"]]
         table = concatenate_datasets(parts)
         if about["lost"]:
-            table = table.select(_places(column(table, "problem").is_null()))
+            table = table.select(_positions(column(table, "problem").is_null()))
         if not len(table):
             raise UserError(f"{source.name} has no usable row (the first: {about['lost'][0]}).")
         return Prepared(table, about["problems"] + about["lost"], about["formats"], about["renamed"])
@@ -137,7 +137,7 @@ class Preparation:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for path in source.paths:
             try:
-                for file in stored(path):
+                for file in list_files(path):
                     _add_file(digest, file)
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error}).") from error
@@ -152,12 +152,12 @@ class Preparation:
     def _refuse(self, name: str, source: Source, problems: list[str], lost: list[str]) -> None:
         if self.on_bad_row == "error" and problems:
             remedy = "mend it, or leave it out with `data.on_bad_row: skip`"
-            raise gathered(f"bad data in {source.name} ({remedy})", problems)
+            raise gather(f"bad data in {source.name} ({remedy})", problems)
         if self.on_bad_row == "error" and lost:
-            raise gathered(f"the {name} set has rows that cannot be used (or set `data.on_bad_row: skip`)", lost)
+            raise gather(f"the {name} set has rows that cannot be used (or set `data.on_bad_row: skip`)", lost)
 
-    def _make(self, name: str, source: Source, place: Path) -> None:
-        partial = place.with_name(f"{place.name}.partial")
+    def _make(self, name: str, source: Source, target: Path) -> None:
+        partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
@@ -168,10 +168,10 @@ class Preparation:
                 raise UserError(f"{source.name} has no usable record (the first: {problems[0]}).")
             large = len(rows) >= SHOWN_FROM
             if large:
-                rank_zero_info(f"{name}: {len(rows):,} rows are tokenized now, to be kept in {place.parent}")
+                rank_zero_info(f"{name}: {len(rows):,} rows are tokenized now, to be kept in {target.parent}")
             with _bars(self.progress and large):
                 table = encode_rows(rows, self.encoder, partial / "tokens.arrow", self.num_proc)
-            if self.key(source) != place.name:
+            if self.key(source) != target.name:
                 raise UserError(f"{source.name} changed while it was read; start again.")
             wrong = column(table, "problem")
             files = [Path(file["filename"]) for file in table.cache_files]
@@ -188,8 +188,8 @@ class Preparation:
             (partial / "about.json").write_text(json.dumps(about))
             for file in partial.iterdir():
                 sync(file)
-            shutil.rmtree(place, ignore_errors=True)
-            os.replace(partial, place)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -217,11 +217,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _about(place: Path) -> dict[str, Any] | None:
+def _about(target: Path) -> dict[str, Any] | None:
     """What a prepared set says of itself; `None` where it is not there whole."""
     try:
-        about = json.loads((place / "about.json").read_text())
-        whole = all((place / file).stat().st_size == size for file, size in about["files"].items())
+        about = json.loads((target / "about.json").read_text())
+        whole = all((target / file).stat().st_size == size for file, size in about["files"].items())
     except (OSError, ValueError):
         return None
     return about if whole else None
@@ -243,7 +243,7 @@ def _add_file(digest: Any, path: Path) -> None:
             digest.update(block)
 
 
-def _places(mask: pyarrow.ChunkedArray) -> np.ndarray:
+def _positions(mask: pyarrow.ChunkedArray) -> np.ndarray:
     return mask.to_numpy().nonzero()[0]
 
 

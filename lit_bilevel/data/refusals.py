@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lit_bilevel.errors import gathered
+from lit_bilevel.errors import gather
 
 if TYPE_CHECKING:
     from lit_bilevel.data.module import BilevelDataModule
@@ -35,4 +35,4 @@ def check_settings(data: BilevelDataModule) -> None:
     if not 0 < data.monitor_fraction < 1:
         problems.append(f"`data.monitor_fraction` is {data.monitor_fraction}; it must lie between 0 and 1")
     if problems:
-        raise gathered("bad settings", problems)
+        raise gather("bad settings", problems)

@@ -19,7 +19,7 @@ from lit_bilevel.data.fields import read_fields, unread_columns
 from lit_bilevel.data.files import members, records
 from lit_bilevel.data.formats import FORMATS, Format, Preference, Text, detect
 from lit_bilevel.errors import UserError
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 from lit_bilevel.types import Row
 
 PATIENCE = 100
@@ -68,7 +68,7 @@ class Source:
 
     @property
     def _given(self) -> list[str]:
-        return [located(path) for path in ([self.path] if isinstance(self.path, str) else self.path)]
+        return [locate(path) for path in ([self.path] if isinstance(self.path, str) else self.path)]
 
     @property
     def name(self) -> str:
@@ -92,7 +92,7 @@ class Source:
 
     def _read_file(self, path: str) -> Iterator[tuple[str, tuple[Format, dict[str, Any]] | Exception]]:
         """Place ("pool.jsonl, line 3") and renamed record with its format, or the exception that reading it gave."""
-        reader = self._forced()
+        reader = self._choose_format()
         strangers: list[tuple[str, dict[str, Any]]] = []
         for where, record in records(path):
             place = f"{path}, {where}"
@@ -126,7 +126,7 @@ class Source:
                 " `data.columns`, theirs to ours: `--data.columns '{question: prompt, answer: response}'`, for example."
             )
 
-    def _forced(self) -> Format | None:
+    def _choose_format(self) -> Format | None:
         names = {known.name: known for known in FORMATS}
         if self.format == "auto":
             return None

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import Dataset
 
 from lit_bilevel.data.table import column
-from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.errors import UserError, gather
 
 REASONS = {
     "pool": "validation and test must share no prompt with the pool (the weights would be learned or scored on what"
@@ -32,12 +32,12 @@ def apart(
         monitor_fraction: share of the validation rows that only chooses the checkpoint.
 
     Raises:
-        UserError: as `shared_with` and `split` do.
+        UserError: as `find_shared` and `split` do.
     """
     parts = dict(sets)
     left_out = {}
     for name, others in (("validation", ("test",)), ("pool", ("validation", "test"))):
-        positions, left_out[name] = shared_with(parts, name, others, on_bad_row)
+        positions, left_out[name] = find_shared(parts, name, others, on_bad_row)
         if len(positions):
             parts[name] = parts[name].select(np.delete(np.arange(len(parts[name])), positions))
     parts["upper"], parts["monitor"] = split(parts.pop("validation"), monitor_fraction)
@@ -71,7 +71,7 @@ def split(table: Dataset, monitor_fraction: float) -> tuple[Dataset, Dataset]:
     return table.select(upper), table.select(sorted(monitor))
 
 
-def shared_with(
+def find_shared(
     sets: Mapping[str, Dataset], name: str, others: Sequence[str], on_bad_row: str
 ) -> tuple[np.ndarray, list[str]]:
     """Positions of the rows of a set that ask what a row of other sets asks, and who they are.
@@ -98,7 +98,7 @@ def shared_with(
                 who = f"{other} id {row['id']!r} has the prompt of {name} id {twin['id']!r}"
                 messages[position] = f"{who} ({row['place']}; {twin['place']})"
     if messages and (on_bad_row == "error" or len(messages) == len(sets[name])):
-        raise gathered(
+        raise gather(
             f"{REASONS[name]}; remove these rows from one of the files, or leave them out of the {name} with"
             " `data.on_bad_row: skip`)",
             list(messages.values()),

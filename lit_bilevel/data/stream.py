@@ -116,7 +116,7 @@ class _Steps(Dataset):
         return self.make(*address)
 
 
-def unchanged(item: Item) -> Item:
+def pass_on(item: Item) -> Item:
     """What it is given: loaders here collate nothing."""
     return item
 
@@ -163,7 +163,7 @@ class PairedStream:
         loader = DataLoader(
             _Steps(self.make),
             batch_size=None,  # an item is a whole policy step, with both levels of it
-            collate_fn=unchanged,
+            collate_fn=pass_on,
             sampler=[(epoch, step, epoch * steps + step) for step in range(start, steps)],
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(0),  # its own, or drawing a seed would shift dropout

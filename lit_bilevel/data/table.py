@@ -18,9 +18,9 @@ import numpy as np
 from datasets import Dataset, Features, List, Value
 
 from lit_bilevel.data.encode import Encoded, Encoder
-from lit_bilevel.data.pairs import encoded_rows
+from lit_bilevel.data.pairs import encode_with_pairs
 from lit_bilevel.data.rows import Problem, Source
-from lit_bilevel.data.template import up_to_learned
+from lit_bilevel.data.template import cut_after_learned
 from lit_bilevel.types import Row
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Repeats:
     def add(self, row: Row) -> None:
         """Take in the next row."""
         self._ids += _digest(row.id)
-        self._words += _digest(row.history, row.prompt, row.response, *_given(row.rejected), *_given(row.details))
+        self._words += _digest(row.history, row.prompt, row.response, *_optional(row.rejected), *_optional(row.details))
 
     def find(self) -> dict[int, tuple[str, int]]:
         """Position of each repetition → what it repeats (a text with a place for its id), and the position of that."""
@@ -135,7 +135,7 @@ def _digest(*parts: Any) -> bytes:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).digest()
 
 
-def _given(value: str | None) -> list[str]:
+def _optional(value: str | None) -> list[str]:
     """What only some rows have, to be put into a digest; other rows have the digest that they always had."""
     return [value] if value else []
 
@@ -168,7 +168,7 @@ def encode_rows(rows: Dataset, encoder: Encoder, path: Path, num_proc: int = 1) 
     )
 
 
-def learned_ids(encoded: Encoded) -> list[int]:
+def ids_to_learn(encoded: Encoded) -> list[int]:
     """Ids of the tokens that are learned, of a pair those of both answers."""
     ids, start, other = encoded.input_ids, encoded.response_start, encoded.rejected_ids or []
     return [*(ids[i] for i in encoded.earlier), *ids[start:], *other[start:]]
@@ -181,9 +181,9 @@ class _Encode:
         self.encoder = encoder
 
     def __call__(self, columns: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        rows = [up_to_learned(row, self.encoder.train_on == "all") for row in rows_of(columns)]
+        rows = [cut_after_learned(row, self.encoder.train_on == "all") for row in rows_of(columns)]
         records: list[dict[str, Any]] = []
-        for row, encoded in zip(rows, encoded_rows(self.encoder, rows), strict=True):
+        for row, encoded in zip(rows, encode_with_pairs(self.encoder, rows), strict=True):
             record = {name: getattr(row, name) for name in ("row", "id", "prompt", "response", "source", "place")}
             record |= {"question": _digest(*question(row)), "problem": None, "length": 0}
             record["pair"] = row.rejected is not None
@@ -192,8 +192,8 @@ class _Encode:
             else:
                 record |= vars(encoded) | {"length": max(len(encoded.input_ids), len(encoded.rejected_ids or ()))}
                 # of the token ids only what is learned and whole, for a template may put the date before it
-                words = (row.history, row.prompt, row.response, *_given(row.rejected), *_given(row.details))
-                record["digest"] = _digest(row.id, *words, [] if encoded.truncated else learned_ids(encoded))
+                words = (row.history, row.prompt, row.response, *_optional(row.rejected), *_optional(row.details))
+                record["digest"] = _digest(row.id, *words, [] if encoded.truncated else ids_to_learn(encoded))
             records.append(record)
         return {name: [record.get(name) for record in records] for name in ENCODED}
 

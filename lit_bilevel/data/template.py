@@ -53,7 +53,7 @@ def conversation_of(row: Row) -> Conversation:
     return Conversation(messages, [i for i, m in enumerate(messages) if m["role"] == "assistant"], [])
 
 
-def up_to_learned(row: Row, every: bool) -> Row:
+def cut_after_learned(row: Row, every: bool) -> Row:
     """A row that ends with the last answer that may be learned, where every such answer is; else the row itself.
 
     What comes after it would be seen by nothing that is learned.
@@ -108,7 +108,7 @@ class Template:
         )
         return cast("str", text)
 
-    def masked(self, messages: Sequence[Message], tools: Sequence[Any]) -> Any:
+    def apply_with_masks(self, messages: Sequence[Message], tools: Sequence[Any]) -> Any:
         """Token ids (`input_ids`) and what the template's generation blocks hold (`assistant_masks`)."""
         return self.tokenizer.apply_chat_template(
             list(messages),
@@ -163,7 +163,7 @@ class Template:
                 raise ValueError("the chat template leaves out a turn of the role `tool`; use one that takes it")
         return talk
 
-    def left_out(self, talk: Conversation, text: str) -> str | None:
+    def find_omission(self, talk: Conversation, text: str) -> str | None:
         """What a rendered conversation lacks of the row, beside its answers; `None` where all is there."""
         reasoned = any(name in message for message in talk.messages for name in REASONING)
         if reasoned and text == self.render(_without(talk.messages, REASONING), talk.tools):

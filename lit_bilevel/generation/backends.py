@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.generation.base import GenerationBackend, Request, Sample, Sampling, ended
+from lit_bilevel.generation.base import GenerationBackend, Request, Sample, Sampling, cut_at_end
 from lit_bilevel.generation.ending import without_settings
 from lit_bilevel.policy.causal import embeddings_of
 from lit_bilevel.policy.policy import Policy
@@ -95,7 +95,7 @@ class ContinuousBatching(GenerationBackend):
                 f" ({failed[0] if failed else 'no error was given'}); use `HFGenerate`."
             )
         samples = [
-            ended(output.generated_tokens[: request.max_new_tokens], end_ids)
+            cut_at_end(output.generated_tokens[: request.max_new_tokens], end_ids)
             for output, request in zip(outputs, requests, strict=True)
         ]
         if progress is not None:
@@ -168,7 +168,7 @@ class VLLM(GenerationBackend):
             ids = list(done.token_ids)
             if done.finish_reason == "stop" and (not ids or ids[-1] not in end_ids):
                 ids.append(done.stop_reason if isinstance(done.stop_reason, int) else end_ids[0])
-            samples.append(ended(ids, end_ids))
+            samples.append(cut_at_end(ids, end_ids))
         if progress is not None:
             progress(sum(len(sample.token_ids) for sample in samples))
         return samples

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lit_bilevel.errors import gathered
+from lit_bilevel.errors import gather
 from lit_bilevel.policy.policy import Policy
 
 
@@ -51,7 +51,7 @@ class Sampling:
         if self.temperature == 0 and (self.top_k > 0 or self.top_p < 1):
             problems.append("`temperature` is 0 (greedy), where `top_k` and `top_p` do nothing; leave them out")
         if problems:
-            raise gathered("bad sampling settings", problems)
+            raise gather("bad sampling settings", problems)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Sample:
     finished: bool
 
 
-def ended(token_ids: Sequence[int], end_ids: Sequence[int]) -> Sample:
+def cut_at_end(token_ids: Sequence[int], end_ids: Sequence[int]) -> Sample:
     """A sample cut after its first end token."""
     ids = list(token_ids)
     for position, token in enumerate(ids):

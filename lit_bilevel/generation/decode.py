@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.generation.base import Request, Sample, Sampling, ended
+from lit_bilevel.generation.base import Request, Sample, Sampling, cut_at_end
 from lit_bilevel.generation.padded import decode_padded
 from lit_bilevel.generation.sampling import draw, uniforms
 from lit_bilevel.generation.unpadded import decode_singly, decode_unpadded
@@ -34,7 +34,7 @@ LENGTHS, STEPS = (7, 7, 3), (1, 3, 3)  # of the prompts that are tried, and of t
 BY_LONGEST = ("dynamic", "longrope")  # rotary frequencies that depend on the longest row of a batch
 
 
-def decoded(
+def decode(
     policy: Policy,
     requests: Sequence[Request],
     sampling: Sampling,
@@ -62,7 +62,7 @@ def decoded(
             return logits_BV.argmax(-1)
         return draw(logits_BV, sampling, uniform[row_B, step])
 
-    return [ended(ids, end_ids) for ids in decode(model, prompts, limits, end_ids, choose, progress)]
+    return [cut_at_end(ids, end_ids) for ids in decode(model, prompts, limits, end_ids, choose, progress)]
 
 
 def decoder_for(policy: Policy) -> Decoder:

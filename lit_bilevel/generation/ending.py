@@ -32,7 +32,7 @@ def end_tokens(policy: Policy, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(dict.fromkeys([tokenizer.eos_token_id, *(token for token in others if token >= 0)]))  # -1 is none
 
 
-def exported_settings(policy: Policy, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+def settings_to_export(policy: Policy, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
     """The `GenerationConfig` under which `generate` answers as `predict` does.
 
     Args:

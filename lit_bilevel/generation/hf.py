@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lit_bilevel.generation.base import GenerationBackend, Request, Sample, Sampling, batches_by_length
-from lit_bilevel.generation.decode import decoded, decoder_for
+from lit_bilevel.generation.decode import decode, decoder_for
 from lit_bilevel.generation.ending import end_tokens
 from lit_bilevel.policy.context import context_of, room
 from lit_bilevel.policy.policy import Policy
@@ -54,7 +54,7 @@ class HFGenerate(GenerationBackend):
         samples: list[Sample | None] = [None] * len(requests)
         with policy.evaluating():
             for batch in self.batches(requests):
-                drawn = decoded(policy, [requests[i] for i in batch], sampling, end_ids, progress)
+                drawn = decode(policy, [requests[i] for i in batch], sampling, end_ids, progress)
                 for index, sample in zip(batch, drawn, strict=True):
                     samples[index] = sample
         return [sample for sample in samples if sample is not None]

@@ -78,19 +78,19 @@ class _Padded:
             mask[b, width - len(prompt) :] = 1
         # equal prompts, as the G answers of a row have, are read once; the cache is copied for the others
         first = {tuple(prompt): b for b, prompt in reversed(list(enumerate(prompts)))}
-        place = {prompt: number for number, prompt in enumerate(first)}
+        index = {prompt: number for number, prompt in enumerate(first)}
         self.first = torch.tensor(list(first.values()), device=self.device)  # of each different prompt
-        self.place_B = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=self.device)
+        self.index_B = torch.tensor([index[tuple(prompt)] for prompt in prompts], device=self.device)
         self.input_ids, self.mask = ids.to(self.device), mask.to(self.device)
         self.offset = torch.tensor([width - len(prompt) for prompt in prompts], device=self.device)
 
     def logits(self, step: int) -> Tensor:
         """Of the next token of every row, [B, V]."""
-        if step > 0 or len(self.first) == len(self.place_B):
+        if step > 0 or len(self.first) == len(self.index_B):
             return self._logits(self.width + step, self.input_ids, self.mask, self.offset)
         logits = self._logits(self.width, *(t[self.first] for t in (self.input_ids, self.mask, self.offset)))
-        self.cache.batch_select_indices(self.place_B)
-        return logits[self.place_B]
+        self.cache.batch_select_indices(self.index_B)
+        return logits[self.index_B]
 
     def _logits(self, seen: int, input_ids: Tensor, mask: Tensor, offset: Tensor) -> Tensor:
         """One pass over new tokens; `seen` counts those in the cache as well."""

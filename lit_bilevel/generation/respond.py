@@ -86,7 +86,7 @@ def respond(
     return [r for part in parts for r in respond(backend, policy, part, sampling, end_ids, device, progress)]
 
 
-def gathered_responses(
+def gather_responses(
     work: Callable[[list[int]], list[Response]], batches: Sequence[list[int]], rank: int, world_size: int
 ) -> list[Response]:
     """Responses in the order of the requests; batches are dealt out to the processes.
@@ -108,7 +108,7 @@ def gathered_responses(
             answers += zip(batch, work(batch), strict=True)
     except Exception as error:
         mistake = isinstance(error, UserError)
-        failure = (mistake, str(error) if mistake else _told(error))
+        failure = (mistake, str(error) if mistake else _describe(error))
         if not mistake:
             log.warning("generation failed", exc_info=error)  # the run may go on, but where it failed must be known
     # also where this process failed: the others wait for it here
@@ -129,6 +129,6 @@ def _is_memory(error: Exception) -> bool:
     return known or (isinstance(error, RuntimeError) and any(text in str(error) for text in MEMORY_MESSAGES))
 
 
-def _told(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_bilevel.generation.base import ended
+from lit_bilevel.generation.base import cut_at_end
 from lit_bilevel.generation.ending import without_settings
 from lit_bilevel.generation.padded import Choose
 from lit_bilevel.policy.causal import embeddings_of
@@ -57,7 +57,7 @@ def decode_unpadded(
                 stopping_criteria=[_Limits(length + limit_B)],
             )
         for row, ids in zip(rows, output[:, length:].tolist(), strict=True):
-            tokens[row] = ended(ids[: limits[row]], end_ids).token_ids
+            tokens[row] = cut_at_end(ids[: limits[row]], end_ids).token_ids
         if progress is not None:
             progress(sum(len(tokens[row]) for row in rows))
     return tokens

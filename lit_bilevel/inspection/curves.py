@@ -31,7 +31,7 @@ def read_curves(folder: Path, names: Sequence[str] | None = None) -> dict[str, C
     return curves
 
 
-def thinned(curve: Curve, points: int = 400) -> Curve:
+def thin(curve: Curve, points: int = 400) -> Curve:
     """At most so many points, each the mean of its neighbours."""
     size = -(-len(curve) // points)
     parts = [curve[i : i + size] for i in range(0, len(curve), max(size, 1))]

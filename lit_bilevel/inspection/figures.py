@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_bilevel.inspection.curves import read_curves, thinned
+from lit_bilevel.inspection.curves import read_curves, thin
 from lit_bilevel.inspection.folder import read_lines
 from lit_bilevel.inspection.page import COLOURS
 from lit_bilevel.inspection.truth import read_truth
@@ -142,7 +142,7 @@ def _losses(figure: Figure | SubFigure, run: Path) -> bool:
     axes.set_prop_cycle(color=COLOURS)
     for name in LOSSES:
         if name in curves:
-            axes.plot(*zip(*thinned(curves[name]), strict=True), label=name.removesuffix("/loss"))
+            axes.plot(*zip(*thin(curves[name]), strict=True), label=name.removesuffix("/loss"))
     axes.set(xlabel="step", ylabel="nats per token", title="Losses")
     axes.legend(frameon=False)
     return True

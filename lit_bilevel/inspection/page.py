@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from lit_bilevel.inspection.curves import Curve, thinned
+from lit_bilevel.inspection.curves import Curve, thin
 from lit_bilevel.inspection.refined import (
     ROUND_HEADER,
     ROW_HEADER,
@@ -56,9 +56,9 @@ def page(report: Report) -> str:
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         "<meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'\">",
         "<meta name=viewport content='width=device-width,initial-scale=1'>",
-        f"<title>{escaped(report.run.name)} · lit-bilevel</title><style>{STYLE}</style></head><body>",
-        f"<h1>Run {escaped(report.run.name)}</h1>",
-        *([f"<p>{escaped(phase)}</p>"] if (phase := report.phase()) else []),
+        f"<title>{escape(report.run.name)} · lit-bilevel</title><style>{STYLE}</style></head><body>",
+        f"<h1>Run {escape(report.run.name)}</h1>",
+        *([f"<p>{escape(phase)}</p>"] if (phase := report.phase()) else []),
         *_results(report),
         *_settings(report),
         *_weights(report),
@@ -71,7 +71,7 @@ def page(report: Report) -> str:
     return "\n".join(parts) + "\n"
 
 
-def escaped(text: object, characters: int = 1000) -> str:
+def escape(text: object, characters: int = 1000) -> str:
     """Text that is only text, cut."""
     string = str(text)
     string = string if len(string) <= characters else string[:characters] + " …"
@@ -81,7 +81,7 @@ def escaped(text: object, characters: int = 1000) -> str:
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: Sequence[str] = ()) -> str:
     """A table; columns named in `texts` hold text, the others figures."""
     kinds = ["t" if name in texts else "n" for name in header]
-    head = "".join(f"<th class={kind}>{escaped(name)}</th>" for name, kind in zip(header, kinds, strict=True))
+    head = "".join(f"<th class={kind}>{escape(name)}</th>" for name, kind in zip(header, kinds, strict=True))
     body = "".join(
         "<tr>" + "".join(f"<td class={k}>{_cell(cell)}</td>" for cell, k in zip(row, kinds, strict=True)) + "</tr>"
         for row in rows
@@ -91,7 +91,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], texts: Sequen
 
 def _cell(content: object) -> str:
     """Long texts scroll in a box, so that the next row stays in sight."""
-    text = escaped(content)
+    text = escape(content)
     return f"<div class=c>{text}</div>" if len(str(content)) > 40 else text
 
 
@@ -156,7 +156,7 @@ def _curves(report: Report) -> list[str]:
         names = [n for n in report.curves if n.startswith(wanted)] if isinstance(wanted, str) else wanted
         chosen = {_label(n): report.curves[n] for n in names if report.curves.get(n)}
         if chosen:
-            figures.append(f"<figure><figcaption>{escaped(title)}</figcaption>{lines(chosen)}</figure>")
+            figures.append(f"<figure><figcaption>{escape(title)}</figcaption>{lines(chosen)}</figure>")
     for curve in [epoch["precision_recall"] for epoch in report.epochs if epoch.get("precision_recall")][-1:]:
         title = "Precision of calling the lowest weights corrupted"
         drawn = lines({"precision": curve}, "recall", (0, 1))
@@ -202,7 +202,7 @@ def _refinements(report: Report) -> list[str]:
     if report.rounds:
         parts.append(table(ROUND_HEADER, round_lines(report.rounds), ("outcome",)))
     if report.figures:
-        parts += [f"<h2>{escaped(TRUTH_TITLE)}</h2>", table(TRUTH_HEADER, truth_lines(report.figures))]
+        parts += [f"<h2>{escape(TRUTH_TITLE)}</h2>", table(TRUTH_HEADER, truth_lines(report.figures))]
         parts += ["<h2>AUROC of right new answers</h2>", table(*auroc_lines(report.figures))]
     if report.refinements:
         parts += ["<h2>Rows that were answered anew</h2>", table(ROW_HEADER, row_lines(report.refinements), ROW_HEADER)]
@@ -223,7 +223,7 @@ def bars(weight: np.ndarray) -> str:
         f" height={high * n / counts.max():.1f} fill='{COLOURS[0]}'/>"
         for i, n in enumerate(counts)
     )
-    return _framed(drawn, across, up, "weight (the highest 1 % in the last bar); up: rows")
+    return _frame(drawn, across, up, "weight (the highest 1 % in the last bar); up: rows")
 
 
 def lines(curves: dict[str, Curve], below: str = "step", up: tuple[float, float] | None = None) -> str:
@@ -234,7 +234,7 @@ def lines(curves: dict[str, Curve], below: str = "step", up: tuple[float, float]
         below: what the points go over.
         up: the range upwards; by default that of the values.
     """
-    points = {name: thinned([p for p in curve if np.isfinite(p[1])]) for name, curve in curves.items()}
+    points = {name: thin([p for p in curve if np.isfinite(p[1])]) for name, curve in curves.items()}
     points = {name: curve for name, curve in points.items() if curve}
     if not points:
         return "<p class=m>no finite values</p>"
@@ -245,17 +245,17 @@ def lines(curves: dict[str, Curve], below: str = "step", up: tuple[float, float]
     drawn = ""
     for i, curve in enumerate(points.values()):
         colour = COLOURS[i % len(COLOURS)]
-        places = [(_x(step, last), _y(value, low, high)) for step, value in curve]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        pixels = [(_x(step, last), _y(value, low, high)) for step, value in curve]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in pixels)
         drawn += f"<polyline points='{path}' fill=none stroke='{colour}' stroke-width=1.6 />"
         drawn += "".join(
-            f"<circle cx={x:.1f} cy={y:.1f} r=2.5 fill='{colour}'/>" for x, y in places[: 1 if len(places) == 1 else 0]
+            f"<circle cx={x:.1f} cy={y:.1f} r=2.5 fill='{colour}'/>" for x, y in pixels[: 1 if len(pixels) == 1 else 0]
         )
     legend = " ".join(
-        f"<span><b style='background:{COLOURS[i % len(COLOURS)]}'></b>{escaped(name)}</span>"
+        f"<span><b style='background:{COLOURS[i % len(COLOURS)]}'></b>{escape(name)}</span>"
         for i, name in enumerate(points)
     )
-    return _framed(drawn, (0, last), (low, high), below) + (f"<div class=l>{legend}</div>" if len(points) > 1 else "")
+    return _frame(drawn, (0, last), (low, high), below) + (f"<div class=l>{legend}</div>" if len(points) > 1 else "")
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -278,7 +278,7 @@ def _y(value: float, low: float, high: float) -> float:
     return 10 + (high - value) / (high - low) * (HEIGHT - BOTTOM - 10)
 
 
-def _framed(drawn: str, across: tuple[float, float], up: tuple[float, float], below: str) -> str:
+def _frame(drawn: str, across: tuple[float, float], up: tuple[float, float], below: str) -> str:
     base = HEIGHT - BOTTOM
     marks = "".join(
         f"<line x1={LEFT} x2={WIDTH} y1={_y(v, *up):.1f} y2={_y(v, *up):.1f} stroke='currentColor' opacity=.15 />"
@@ -289,6 +289,6 @@ def _framed(drawn: str, across: tuple[float, float], up: tuple[float, float], be
         f"<text x={_x(v, across[1]):.1f} y={base + 14} text-anchor=middle>{figure(v)}</text>" for v in ticks(*across)
     )
     return (
-        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{escaped(below)}'>{marks}{drawn}"
-        f"<text x={(WIDTH + LEFT) / 2} y={HEIGHT - 5} text-anchor=middle class=m>{escaped(below)}</text></svg>"
+        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role=img aria-label='{escape(below)}'>{marks}{drawn}"
+        f"<text x={(WIDTH + LEFT) / 2} y={HEIGHT - 5} text-anchor=middle class=m>{escape(below)}</text></svg>"
     )

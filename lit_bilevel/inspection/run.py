@@ -125,8 +125,8 @@ def _scores(path: Path, ids: list[str]) -> dict[str, np.ndarray]:
     if not path.is_file():
         return {}
     scores = read_scores(path)
-    place = {key: number for number, key in enumerate(scores.ids)}
-    rows = np.array([place.get(key, len(place)) for key in ids])
+    position = {key: number for number, key in enumerate(scores.ids)}
+    rows = np.array([position.get(key, len(position)) for key in ids])
     return {name: np.append(values, np.nan)[rows] for name, values in scores.columns.items()}
 
 

@@ -74,5 +74,5 @@ def _row(record: dict[str, Any]) -> str:
 def columns(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
     """Lines of equal columns."""
     every = [header, *cells]
-    wide = [max(len(line[place]) for line in every) for place in range(len(header))]
+    wide = [max(len(line[column]) for line in every) for column in range(len(header))]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, wide, strict=True)) for line in every)

@@ -1,7 +1,7 @@
 """Makes texts of rows fit to be shown: on one line, in a Markdown table, counted.
 
     short("two\\nlines", 8)        two lin…
-    tallied(["7", "7", "8"])       ["7  (×2)", "8"]
+    tally(["7", "7", "8"])       ["7  (×2)", "8"]
     arrow(-12)                     ▼ 12
     table_cell("a|b")              a&#124;b
 
@@ -30,7 +30,7 @@ def table_cell(text: str, characters: int = 300) -> str:
     return "<br>".join(escaped.splitlines())
 
 
-def tallied(texts: Iterable[str]) -> list[str]:
+def tally(texts: Iterable[str]) -> list[str]:
     """Each different text once, with how often it came where that was more than once."""
     return [text if count == 1 else f"{text}  (×{count})" for text, count in Counter(texts).items()]
 

@@ -33,7 +33,7 @@ def read_truth(path: str, ids: Sequence[str]) -> list[str]:
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                key, kind = _judged(line, f"{path} line {number}")
+                key, kind = _judge(line, f"{path} line {number}")
                 kinds[key] = kind
     missing = [key for key in ids if key not in kinds]
     if missing:
@@ -44,7 +44,7 @@ def read_truth(path: str, ids: Sequence[str]) -> list[str]:
     return [kinds[key] for key in ids]
 
 
-def _judged(line: str, place: str) -> tuple[str, str]:
+def _judge(line: str, place: str) -> tuple[str, str]:
     """Id and kind of a line."""
     try:
         record = json.loads(line)

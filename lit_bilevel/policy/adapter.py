@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModelForCausalLM
@@ -77,7 +77,7 @@ def find_adapter(path: str) -> Adapter | None:
             f"the adapter in {path} does not say which model it is for; write `base_model_name_or_path` into its"
             " adapter_config.json."
         )
-    if _has_adapter(located(base)):
+    if _has_adapter(locate(base)):
         raise UserError(
             f"the adapter in {path} is for {base!r}, which holds an adapter itself; merge that one into its base with"
             " peft's `merge_and_unload`, and name the result in adapter_config.json."

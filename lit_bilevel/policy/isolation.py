@@ -29,20 +29,20 @@ def is_isolated(outputs: Callable[..., Tensor], vocabulary: int, rows: int, devi
     """Whether a sequence gives the same after others in its row as at the start.
 
     Args:
-        outputs: from ids, and places or none, [S, T] to [S, T, …]; dropout off.
+        outputs: from ids, and offsets or none, [S, T] to [S, T, …]; dropout off.
         vocabulary: ids are below it.
         rows: how many rows, all alike.
         device: of the ids.
     """
     ids = torch.arange(1, 1 + 2 * BEFORE + OWN, device=device) % vocabulary
     a, c, b = ids.split([BEFORE, BEFORE, OWN])
-    places = torch.cat([torch.arange(length, device=device) for length in (BEFORE, OWN)]).expand(rows, -1)
+    offsets = torch.cat([torch.arange(length, device=device) for length in (BEFORE, OWN)]).expand(rows, -1)
 
     def run(*sequences: Tensor, **given: Tensor) -> Tensor:
         return outputs(torch.cat(sequences).expand(rows, -1), **given).float()
 
     try:
-        after_a, after_c = (run(other, b, place_ST=places)[:, BEFORE:] for other in (a, c))
+        after_a, after_c = (run(other, b, offset_ST=offsets)[:, BEFORE:] for other in (a, c))
     except TypeError:  # the model takes no positions
         return False
     first, joined = run(b, a)[:, :OWN], run(a, b)[:, BEFORE:]

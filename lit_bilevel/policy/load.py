@@ -20,7 +20,7 @@ from lit_bilevel.policy.context import context_of
 from lit_bilevel.policy.origin import adapter_of, base_of, origin, tokenizer_path, tunes_adapter
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.settings import LoraSettings, PolicySettings
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 
 if TYPE_CHECKING:
     from peft import PeftModelForCausalLM
@@ -42,7 +42,7 @@ def load_tokenizer(settings: PolicySettings, path: str | None = None) -> PreTrai
             f"`model.policy.trust_remote_code` is ON: program code from {settings.path!r} runs on this machine with"
             " your rights and can read, change and send whatever you can. Turn it off unless you have read that code."
         )
-    path = tokenizer_path(settings) if path is None else located(path)
+    path = tokenizer_path(settings) if path is None else locate(path)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError) as error:
@@ -60,7 +60,7 @@ def policy_config(settings: PolicySettings) -> PreTrainedConfig | None:
     from transformers import AutoConfig
 
     try:
-        path = located(base_of(settings))
+        path = locate(base_of(settings))
         return AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError):
         return None  # `load_policy` tells it
@@ -114,7 +114,7 @@ def load_model(
     path = settings.path if adapter is None else adapter.base
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            located(path),
+            locate(path),
             dtype=dtype,
             attn_implementation=settings.attn_implementation,
             trust_remote_code=settings.trust_remote_code,

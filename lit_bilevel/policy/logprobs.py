@@ -26,10 +26,10 @@ def response_logprobs(policy: Policy, batch: Batch) -> Tensor:
     # in bfloat16 two passes over batches of other shapes differ by 7 to 10 % a token, which a ratio would show as a
     # change of the policy; with dropout on, one pass differs from itself
     with policy.evaluating(), in_float32(policy):
-        return -policy(generated_only(batch), batch.generated.temperature)
+        return -policy(keep_generated(batch), batch.generated.temperature)
 
 
-def generated_only(batch: Batch) -> Batch:
+def keep_generated(batch: Batch) -> Batch:
     """The generated sequences alone, each an example of its own, tokens in the order of J."""
     generated = batch.generated
     assert generated is not None

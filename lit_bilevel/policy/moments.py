@@ -17,7 +17,7 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.problem import Values
 
 
-def preconditioned(optimizer: Optimizer, parameters: Sequence[Tensor], direction: Values) -> Values:
+def precondition(optimizer: Optimizer, parameters: Sequence[Tensor], direction: Values) -> Values:
     """P·direction.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from lit_bilevel.errors import UserError
 from lit_bilevel.policy.adapter import Adapter, differences, find_adapter
 from lit_bilevel.policy.settings import PolicySettings
-from lit_bilevel.resources import located
+from lit_bilevel.resources import locate
 
 
 def adapter_of(settings: PolicySettings) -> Adapter | None:
@@ -18,7 +18,7 @@ def adapter_of(settings: PolicySettings) -> Adapter | None:
     Raises:
         UserError: if it cannot be used, or the settings do not say, or contradict, what becomes of it.
     """
-    path = located(settings.path)
+    path = locate(settings.path)
     adapter = find_adapter(path)
     if adapter is None:
         if settings.adapter is not None:
@@ -63,7 +63,7 @@ def tokenizer_path(settings: PolicySettings) -> str:
     """Where the tokenizer is: at `settings.path`, or where an adapter has none, at its base."""
     from transformers.utils import cached_file
 
-    path, adapter = located(settings.path), adapter_of(settings)
+    path, adapter = locate(settings.path), adapter_of(settings)
     if adapter is None:
         return path
     own = cached_file(
@@ -72,7 +72,7 @@ def tokenizer_path(settings: PolicySettings) -> str:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return located(adapter.base) if own is None else path
+    return locate(adapter.base) if own is None else path
 
 
 def origin(settings: PolicySettings, adapter: Adapter) -> str:

@@ -121,7 +121,7 @@ class Policy(nn.Module):
         """[K, …] outputs at the positions before the predicted tokens."""
         if batch.packing is not None and not self.isolated:
             self._check_isolation()
-        return _selected(self.outputs, batch)
+        return _select(self.outputs, batch)
 
     def _output_layer(self) -> OutputLayer | None:
         """The output layer; `None` where it is not known and outputs are logits."""
@@ -132,10 +132,10 @@ class Policy(nn.Module):
 
     def losses(self, objective: Objective, batch: Batch) -> Tensor:
         """Loss of each example under an objective, [B], with a graph where gradients are recorded."""
-        batch = self.prepared(objective, batch)
+        batch = self.prepare(objective, batch)
         return objective.losses(self(batch), batch)
 
-    def prepared(self, objective: Objective, batch: Batch) -> Batch:
+    def prepare(self, objective: Objective, batch: Batch) -> Batch:
         """The batch with the reference's token losses, where the objective needs them and they are not there yet.
 
         They depend on no tuned value, so they hold for all passes of a step.
@@ -145,18 +145,18 @@ class Policy(nn.Module):
         with self.evaluating(), self.without_adapter():
             return replace(batch, reference_K=self(batch))
 
-    def outputs(self, ids_ST: Tensor, place_ST: Tensor | None = None) -> Tensor:
+    def outputs(self, ids_ST: Tensor, offset_ST: Tensor | None = None) -> Tensor:
         """Last hidden states, [S, T, D]; where the output layer is not known, logits, [S, T, V].
 
         Args:
             ids_ST: token ids.
-            place_ST: position of each token in its sequence, where a row holds several.
+            offset_ST: position of each token in its sequence, where a row holds several.
         """
         # no mask and no cache: with either, transformers lets packed sequences see each other
-        placed = {} if place_ST is None else {"position_ids": place_ST}
+        positions = {} if offset_ST is None else {"position_ids": offset_ST}
         if self.head_shape is None:
-            return self.causal_lm(input_ids=ids_ST, use_cache=False, **placed).logits
-        return self.causal_lm.get_decoder()(input_ids=ids_ST, use_cache=False, **placed).last_hidden_state
+            return self.causal_lm(input_ids=ids_ST, use_cache=False, **positions).logits
+        return self.causal_lm.get_decoder()(input_ids=ids_ST, use_cache=False, **positions).last_hidden_state
 
     @property
     def takes_any_length(self) -> bool:
@@ -254,10 +254,10 @@ def _exchange(parameters: Sequence[Tensor], values: Values) -> None:
     torch.clear_autocast_cache()
 
 
-def _selected(call: Callable[..., Tensor], batch: Batch) -> Tensor:
+def _select(call: Callable[..., Tensor], batch: Batch) -> Tensor:
     """[K, …] outputs of `call` at the positions before the predicted tokens, part by part or packed."""
     if (packing := batch.packing) is not None:
-        return call(packing.input_ids_PW, packing.place_PW).flatten(0, 1)[packing.position_K]
+        return call(packing.input_ids_PW, packing.offset_PW).flatten(0, 1)[packing.position_K]
     width, first, outputs = batch.input_ids_ST.shape[1], 0, []
     for part in batch.parts:
         position_K = batch.position_K[first : first + part.predicted]

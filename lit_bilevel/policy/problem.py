@@ -25,11 +25,11 @@ from torch.optim import Optimizer
 
 from lit_bilevel.objectives.base import Objective
 from lit_bilevel.policy.engine import Engine
-from lit_bilevel.policy.moments import preconditioned
+from lit_bilevel.policy.moments import precondition
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.policy.randomness import Masks
 from lit_bilevel.policy.shard import carrying
-from lit_bilevel.problem import BilevelProblem, Values, norm, scaled
+from lit_bilevel.problem import BilevelProblem, Values, norm, scale_values
 from lit_bilevel.types import Batch, Features
 
 
@@ -102,7 +102,7 @@ class PolicyProblem(BilevelProblem):
 
     def _prepare(self, objective: Objective, batches: list[Batch]) -> None:
         """Put into the batches what their losses need and does not change within the step; once."""
-        batches[:] = [self.policy.prepared(objective, batch) for batch in batches]
+        batches[:] = [self.policy.prepare(objective, batch) for batch in batches]
 
     @contextmanager
     def _lower_pass(self) -> Iterator[None]:
@@ -128,7 +128,7 @@ class PolicyProblem(BilevelProblem):
             self._backward_upper(1.0, last=True)
             scale = self.engine.loss_scale
             gradients = [_gradient(parameter) for parameter in self.parameters]
-            self._upper_gradient = gradients if scale == 1 else scaled(gradients, 1 / scale)
+            self._upper_gradient = gradients if scale == 1 else scale_values(gradients, 1 / scale)
             for parameter in self.parameters:  # the lower pass begins at none; `backward` adds λ·∇f again
                 parameter.grad = None
         return self._upper_gradient
@@ -208,7 +208,7 @@ class PolicyProblem(BilevelProblem):
         if self.engine.loss_scale != 1:  # float16: entries far from 1 would vanish in the tangents
             size = norm(direction) / sum(value.numel() for value in direction) ** 0.5
             length = size.clamp_min(torch.finfo(torch.float32).tiny)  # after an overflow the direction is 0
-            direction = scaled(direction, 1 / length)
+            direction = scale_values(direction, 1 / length)
         as_written = self.policy.as_written()
         with self._lower_pass(), torch.no_grad(), forward_ad.dual_level(), as_written, carrying(self.policy, direction):
             for batch in self.lower:
@@ -233,7 +233,7 @@ class PolicyProblem(BilevelProblem):
                 loss = (weight_B.to(loss_B.dtype) * loss_B).sum() * ((1 - self.upper_weight) / batch.window_rows)
                 torch._foreach_add_(totals, self._second_order(loss, vector))
                 start += batch.size
-        return self.engine.average(scaled(totals, float(self.engine.world_size)))
+        return self.engine.average(scale_values(totals, float(self.engine.world_size)))
 
     def _second_order(self, loss: Tensor, vector: Values) -> Values:
         gradient = self._derivative(loss, create_graph=True)
@@ -261,7 +261,7 @@ class PolicyProblem(BilevelProblem):
             parameter.grad = None
         try:
             self.engine.backward(scalar)
-            return scaled([_gradient(parameter) for parameter in self.parameters], 1 / self.engine.loss_scale)
+            return scale_values([_gradient(parameter) for parameter in self.parameters], 1 / self.engine.loss_scale)
         finally:
             for parameter, gradient in zip(self.parameters, kept, strict=True):
                 parameter.grad = gradient
@@ -282,8 +282,8 @@ class PolicyProblem(BilevelProblem):
             torch._foreach_add_(gradients, self._upper_gradient, alpha=self.upper_weight * self.engine.loss_scale)
         self._done = True
 
-    def preconditioned(self, direction: Values) -> Values:
-        return preconditioned(self.optimizer, self.parameters, direction)
+    def precondition(self, direction: Values) -> Values:
+        return precondition(self.optimizer, self.parameters, direction)
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def carrying(policy: Policy, direction: Values) -> Iterator[None]:
     for unit in units or [policy]:
         slots = [
             (module, name, tangents[id(parameter)])
-            for module in _held(unit)
+            for module in _own_modules(unit)
             for name, parameter in module.named_parameters(recurse=False)
             if id(parameter) in tangents
         ]
@@ -73,12 +73,12 @@ def _load_rules() -> None:
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
-def _held(module: nn.Module) -> Iterator[nn.Module]:
+def _own_modules(module: nn.Module) -> Iterator[nn.Module]:
     """The module and its parts, without those that belong to a unit inside."""
     yield module
     for child in module.children():
         if not isinstance(child, FSDPModule):
-            yield from _held(child)
+            yield from _own_modules(child)
 
 
 def _hooks(unit: nn.Module, slots: list[Slot]) -> list[RemovableHandle]:

@@ -39,7 +39,7 @@ class SameAnswer(Alike):
     """
 
     def same(self, one: str, other: str) -> bool:
-        return _normalised(final(one)) == _normalised(final(other))
+        return _normalise(final(one)) == _normalise(final(other))
 
 
 class SameNumber(Alike):
@@ -49,7 +49,7 @@ class SameNumber(Alike):
         numbers = [NUMBER.findall(final(text)) for text in (one, other)]
         if all(numbers):
             return _value(numbers[0][-1]) == _value(numbers[1][-1])
-        return not any(numbers) and _normalised(final(one)) == _normalised(final(other))
+        return not any(numbers) and _normalise(final(one)) == _normalise(final(other))
 
 
 class SharedWords(Alike):
@@ -99,7 +99,7 @@ def final(text: str) -> str:
     return marked[-1] if marked else text
 
 
-def _normalised(text: str) -> tuple[str | float, ...]:
+def _normalise(text: str) -> tuple[str | float, ...]:
     """Numbers by value, words, and signs that are no punctuation, in their order."""
     parts = [match.group() for match in TOKEN.finditer(text.casefold())]
     return tuple(_value(part) if NUMBER.fullmatch(part) else part for part in parts) or (text.strip(),)

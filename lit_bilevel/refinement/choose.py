@@ -32,7 +32,7 @@ def _count(fraction: float, rows: int) -> int:
     return max(1, round(fraction * rows))
 
 
-def _checked(fraction: float) -> float:
+def _check(fraction: float) -> float:
     if not 0 < fraction <= 1:
         raise UserError(f"`fraction` is {fraction}; it must be in (0, 1].")
     return fraction
@@ -46,7 +46,7 @@ class LowestFraction(RowChooser):
     """
 
     def __init__(self, fraction: float = 0.1):
-        self.fraction = _checked(fraction)
+        self.fraction = _check(fraction)
 
     def rows(self, weight_N: Tensor, seed: int) -> Tensor:
         # by lot, or a pool whose weights are still equal would be refined from its beginning on
@@ -62,7 +62,7 @@ class RandomFraction(RowChooser):
     """
 
     def __init__(self, fraction: float = 0.1):
-        self.fraction = _checked(fraction)
+        self.fraction = _check(fraction)
 
     def rows(self, weight_N: Tensor, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

@@ -129,30 +129,30 @@ class Refinement(nn.Module):
 
     def observe(self, offline: ExampleWeights, optimizer: Optimizer | None, features: Features) -> None:
         """Take note of a policy step, before its weight step: its rows and groups, without padding."""
-        own, groups = self._parted(features)
+        own, groups = self._part(features)
         self._undos = [Undo(offline, optimizer, features.row_B[own])]
         if self.weights is not None:
             if self.optimizer is None:  # made here, where the weights are on the device for certain
                 self._make_optimizer(self.weights)
             self._undos.append(Undo(self.weights, self.optimizer, features.row_B[groups] - len(self.frozen)))
         if len(own):
-            offline.observe(_taken(features, own))
+            offline.observe(_select(features, own))
         if self.weights is not None and len(groups):
-            self.weights.observe(_taken(features, groups, len(self.frozen)))
+            self.weights.observe(_select(features, groups, len(self.frozen)))
 
     def step(self, offline: ExampleWeights, optimizer: Optimizer | None, features: Features, s_B: Tensor) -> None:
         """One step of both tables from the scores of the global batch, without padding; frozen rows stay."""
         if self.weights is None:
             _step(offline, optimizer, features, s_B)
             return
-        own, groups = self._parted(features)
+        own, groups = self._part(features)
         # a refined row's own pair is no longer what is trained on; its weight stays what chose it, for `select` and for
         # the next round
         own = own[~self.frozen[features.row_B[own]]]
         parts = ((offline, optimizer, own, 0), (self.weights, self.optimizer, groups, len(self.frozen)))
         for weights, stepped, chosen, first in parts:
             if weights.learnable and len(chosen) > 1:  # one row has no baseline to be compared with
-                _step(weights, stepped, _taken(features, chosen, first), s_B[chosen])
+                _step(weights, stepped, _select(features, chosen, first), s_B[chosen])
 
     def follow(self, tally: ResponseTally | None) -> None:
         """Let the rule take in the generated responses of a policy step that was taken.
@@ -174,7 +174,7 @@ class Refinement(nn.Module):
             return self.rows, self.rows.double()
         return self.rows, self.weights.table()
 
-    def _parted(self, features: Features) -> tuple[Tensor, Tensor]:
+    def _part(self, features: Features) -> tuple[Tensor, Tensor]:
         """Indices of the offline examples and of the groups."""
         if self.weights is None:
             return torch.arange(len(features.row_B), device=features.row_B.device), self.rows[:0]
@@ -211,7 +211,7 @@ class Refinement(nn.Module):
         self.rule.load_state_dict(state["rule"])
 
 
-def _taken(features: Features, chosen: Tensor, first: int = 0) -> Features:
+def _select(features: Features, chosen: Tensor, first: int = 0) -> Features:
     """Some of the examples, their rows counted from `first`."""
     loss_B = features.loss_B
     return Features(

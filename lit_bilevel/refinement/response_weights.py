@@ -108,12 +108,12 @@ class ResponseWeights(ABC):
         """Take over what `state_dict` returned."""
 
 
-def _clipped(log_ratio: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def _clip(log_ratio: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     limit = math.log(clip)  # in logarithms, for the product over a long response overflows before it is clipped
     return log_ratio.clamp(-limit, limit).exp(), log_ratio.abs() > limit
 
 
-def _checked(clip: float) -> float:
+def _check(clip: float) -> float:
     if clip <= 1:
         raise UserError(f"`clip` is {clip}; it must be above 1: ratios are kept in [1/clip, clip].")
     return clip
@@ -135,10 +135,10 @@ class TokenRatio(ResponseWeights):
     """
 
     def __init__(self, clip: float = 10.0):
-        self.clip = _checked(clip)
+        self.clip = _check(clip)
 
     def weigh(self, ratios: Ratios) -> tuple[Tensor, Tensor]:
-        return _clipped(ratios.log_ratio_J, self.clip)
+        return _clip(ratios.log_ratio_J, self.clip)
 
 
 class SequenceRatio(ResponseWeights):
@@ -149,10 +149,10 @@ class SequenceRatio(ResponseWeights):
     """
 
     def __init__(self, clip: float = 10.0):
-        self.clip = _checked(clip)
+        self.clip = _check(clip)
 
     def weigh(self, ratios: Ratios) -> tuple[Tensor, Tensor]:
-        weight_R, clipped_R = _clipped(ratios.log_ratio_R, self.clip)
+        weight_R, clipped_R = _clip(ratios.log_ratio_R, self.clip)
         return weight_R[ratios.response_J], clipped_R[ratios.response_J]
 
 
@@ -164,10 +164,10 @@ class LengthNormalised(ResponseWeights):
     """
 
     def __init__(self, clip: float = 10.0):
-        self.clip = _checked(clip)
+        self.clip = _check(clip)
 
     def weigh(self, ratios: Ratios) -> tuple[Tensor, Tensor]:
-        weight_R, clipped_R = _clipped(ratios.log_ratio_R / ratios.length_R, self.clip)
+        weight_R, clipped_R = _clip(ratios.log_ratio_R / ratios.length_R, self.clip)
         return weight_R[ratios.response_J], clipped_R[ratios.response_J]
 
 
@@ -262,7 +262,7 @@ class Aligned(_Relative):
     needs_alignment = True
 
     def __init__(self, clip: float = 10.0, direction_decay: float = 0.99, preconditioned: bool = True):
-        super().__init__(_checked(clip))
+        super().__init__(_check(clip))
         if not 0 <= direction_decay < 1:
             raise UserError(f"`direction_decay` is {direction_decay}; it must be in [0, 1).")
         self.clip, self.direction_decay, self.preconditioned = clip, direction_decay, preconditioned

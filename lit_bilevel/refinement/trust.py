@@ -99,7 +99,7 @@ class Agreed(Trust):
         return agreement(answers, self.alike)
 
     def judge(self, chosen: Sequence[Answered], monitor: Sequence[Answered]) -> Verdict:
-        pool, trusted = ([self._repeated(answered) for answered in side] for side in (chosen, monitor))
+        pool, trusted = ([self._compare(answered) for answered in side] for side in (chosen, monitor))
         first: Verdict | None = None
         for least in sorted({agreed for question in pool for agreed, _ in question}):
             # the question added to each side counts against the new answers: a few lucky ones prove nothing
@@ -123,7 +123,7 @@ class Agreed(Trust):
             1.0,
         )
 
-    def _repeated(self, answered: Answered) -> list[tuple[float, bool]]:
+    def _compare(self, answered: Answered) -> list[tuple[float, bool]]:
         """Agreement of each usable new answer, and whether it says what the known answer says."""
         agreements = self.agreement(answered.new)
         pairs = zip(agreements, answered.new, strict=True)

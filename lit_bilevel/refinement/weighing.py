@@ -17,9 +17,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lit_bilevel.policy.logprobs import generated_only, response_logprobs
+from lit_bilevel.policy.logprobs import keep_generated, response_logprobs
 from lit_bilevel.policy.problem import PolicyProblem
-from lit_bilevel.problem import Values, added, norm, scaled
+from lit_bilevel.problem import Values, add_values, norm, scale_values
 from lit_bilevel.refinement.response_weights import Ratios, ResponseWeights
 from lit_bilevel.refinement.tally import ResponseTally
 from lit_bilevel.types import Batch
@@ -65,7 +65,7 @@ def _alignments(problem: PolicyProblem, rule: ResponseWeights) -> list[Tensor | 
     """⟨d, ∇ℓ⟩ of every response of every micro-batch, d the direction of the rule."""
     # also where no response is on this process: ∇f is averaged over all of them, and the others would wait
     direction = rule.direction(problem)
-    chosen = [generated_only(batch) for batch in problem.lower if batch.generated is not None]
+    chosen = [keep_generated(batch) for batch in problem.lower if batch.generated is not None]
     if not chosen:
         return [None] * len(problem.lower)
     parts = iter(derivatives_along(problem, chosen, direction).split([batch.size for batch in chosen]))
@@ -80,5 +80,5 @@ def derivatives_along(problem: PolicyProblem, batches: list[Batch], direction: V
         return other.lower_jvp(direction)
     epsilon = 1e-2
     length = norm(direction).clamp_min(torch.finfo(torch.float32).tiny)
-    ahead_R = other.lower_losses_at(added(values, scaled(direction, epsilon / length)))
+    ahead_R = other.lower_losses_at(add_values(values, scale_values(direction, epsilon / length)))
     return (ahead_R - other.lower_losses_at(values)) * (length / epsilon)

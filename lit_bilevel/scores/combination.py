@@ -22,7 +22,7 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.scores.columns import DIRECTION
 
 
-def combined(columns: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+def combine(columns: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
     """[N] the sum of standardised columns, high for rows to be kept, mean 0 and standard deviation 1; float64.
 
     Args:

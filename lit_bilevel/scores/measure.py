@@ -63,15 +63,15 @@ class Measure:
             counted: told how many more tokens went through the policy, padding not among them.
         """
         examples = [last_response(example) for example in examples]
-        prompted = [place for place, example in enumerate(examples) if has_prompt(example)]
+        prompted = [index for index, example in enumerate(examples) if has_prompt(example)]
         scores: list[dict[str, float]] = [{} for _ in examples]
         hidden = np.full((len(examples), NUMBERS), math.nan, dtype=np.float32)
         with self.policy.evaluating():
-            for place, nll, entropy, state in self._passed(examples, counted):
+            for index, nll, entropy, state in self._pass(examples, counted):
                 if state is not None:
-                    hidden[place] = state
-                ended = examples[place].input_ids[-1] == self.end_token
-                scores[place] = {
+                    hidden[index] = state
+                ended = examples[index].input_ids[-1] == self.end_token
+                scores[index] = {
                     "loss": nll.mean(),
                     "end_loss": nll[-1] if ended else math.nan,
                     "entropy": entropy.mean(),
@@ -79,41 +79,41 @@ class Measure:
                     "first_loss": nll[:FIRST].mean(),
                     "largest_loss": nll.max(),
                 }
-            alone = [without_prompt(examples[place], self.opening) for place in prompted]
-            for number, nll, *_ in self._passed(alone, counted):
+            alone = [without_prompt(examples[index], self.opening) for index in prompted]
+            for number, nll, *_ in self._pass(alone, counted):
                 ended = alone[number].input_ids[-1] == self.end_token
                 scores[prompted[number]]["loss_without_prompt"] = nll.mean()
                 scores[prompted[number]]["loss_before_end_without_prompt"] = _before_end(nll, ended)
         for own, example, response in zip(scores, examples, responses, strict=True):
             own |= {"length": example.response_length, "prompt_length": example.response_start}
-            own["compressed"] = compressed(response)
+            own["compressed"] = compress(response)
         measured = np.array([[own.get(name, math.nan) for name in FEATURES] for own in scores], dtype=np.float32)
         return np.hstack([measured, hidden])
 
-    def _passed(
+    def _pass(
         self, examples: Sequence[Example], counted: Callable[[int], object]
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray | None]]:
         """Place of every example, the NLL and the entropy of its predicted tokens, and its last state, where known."""
         device = next(self.policy.parameters()).device
-        order = sorted(range(len(examples)), key=lambda place: len(examples[place].input_ids))
+        order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
         for start in range(0, len(order), self.batch_size):
-            places = order[start : start + self.batch_size]
-            rows = [replace(examples[place], row=number) for number, place in enumerate(places)]
+            indices = order[start : start + self.batch_size]
+            rows = [replace(examples[index], row=number) for number, index in enumerate(indices)]
             batch = collate(rows, len(rows), self.call_cost)
             nll_K, entropy_K, hidden_KD = self.policy.predictions(batch.to(device))
             segment = batch.segment_K.numpy()
             tokens = segment.argsort(kind="stable")
             ends = np.bincount(segment).cumsum()
             both = [values_K.cpu().double().numpy() for values_K in (nll_K, entropy_K)]
-            states: Sequence[np.ndarray | None] = [None] * len(places)
+            states: Sequence[np.ndarray | None] = [None] * len(indices)
             if hidden_KD is not None:
                 last_B = torch.from_numpy(tokens[ends - 1]).to(hidden_KD.device)
                 states = list(last_states(hidden_KD, last_B).cpu().numpy())
-            yield from zip(places, *(np.split(v[tokens], ends[:-1]) for v in both), states, strict=True)
+            yield from zip(indices, *(np.split(v[tokens], ends[:-1]) for v in both), states, strict=True)
             counted(sum(len(row.input_ids) for row in rows))
 
 
-def compressed(text: str) -> float:
+def compress(text: str) -> float:
     """Size of a text under zlib over its size; above 1 for short ones, small for text that repeats itself."""
     data = text.encode()
     return len(zlib.compress(data, 9)) / max(len(data), 1)

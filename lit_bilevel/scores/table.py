@@ -1,6 +1,6 @@
 """Reads and writes the file of scores: one row a pool row, `id` and the columns of `columns.py`.
 
-    weights = fixed_weights("ifd", read_scores("scores.parquet").columns["ifd"])
+    weights = weights_from_score("ifd", read_scores("scores.parquet").columns["ifd"])
 
 Left out: joining it to a pool; `select` and `compare` do that by id.
 """
@@ -38,7 +38,7 @@ class Scores:
     made_of: Mapping[str, Any] | None = None
     """What the numbers come from, where the file says so."""
 
-    def directed(self, name: str) -> np.ndarray:
+    def orient(self, name: str) -> np.ndarray:
         """[N] a column with its sign turned where low values speak for a row, float64; high is for keeping.
 
         Raises:
@@ -76,7 +76,7 @@ def columns_of(pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0
         UserError: if a loss is not finite.
     """
     pool_NF, pool_NS = np.split(pool_NF, [len(FEATURES)], axis=1)
-    columns = {name: pool_NF[:, place] for place, name in enumerate(FEATURES)}
+    columns = {name: pool_NF[:, column] for column, name in enumerate(FEATURES)}
     if wrong := int((~np.isfinite(columns["loss"])).sum()):
         raise UserError(f"the loss of {wrong:,} rows is not finite; check the policy, and `trainer.precision`.")
     columns["pmi"] = columns["loss_without_prompt"] - columns["loss"]
@@ -92,7 +92,7 @@ def columns_of(pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0
     return {name: columns[name] for name in dict.fromkeys((*COLUMNS, *FEATURES))}
 
 
-def fixed_weights(name: str, directed_N: np.ndarray) -> np.ndarray:
+def weights_from_score(name: str, directed_N: np.ndarray) -> np.ndarray:
     """[N] weights of mean 1 from a score: a ratio is one already, others go through σ(z) with z their z-score.
 
     Args:
@@ -148,7 +148,7 @@ def read_scores(path: str | Path) -> Scores:
     return Scores(ids, {name: table[name].to_numpy() for name in numbers}, made_of)
 
 
-def made_in(path: str | Path) -> float:
+def seconds_taken(path: str | Path) -> float:
     """Seconds that a file of scores says it took; 0 where it does not."""
     import pyarrow.parquet
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.problem import BilevelProblem, Values, added, dot, norm, scaled
+from lit_bilevel.problem import BilevelProblem, Values, add_values, dot, norm, scale_values
 from lit_bilevel.solvers.base import BilevelSolver
 
 TOLERANCE = 1e-10
@@ -74,7 +74,7 @@ class Implicit(BilevelSolver):
         return -(1 - problem.upper_weight) * problem.lower_jvp(solve(problem, gradient))
 
     def _product(self, problem: BilevelProblem, vector: Values) -> Values:
-        return added(problem.hessian_vector_product(vector), vector, self.damping)
+        return add_values(problem.hessian_vector_product(vector), vector, self.damping)
 
     def _conjugate_gradient(self, problem: BilevelProblem, right: Values) -> Values:
         solution = [torch.zeros_like(value) for value in right]
@@ -89,10 +89,10 @@ class Implicit(BilevelSolver):
             if curvature <= 0:  # not a minimum in this direction; the first one is then ∇f itself
                 return right if iteration == 0 else solution
             step = squared / curvature
-            solution = added(solution, scaled(direction, step))
-            residual = added(residual, scaled(product, -step))
+            solution = add_values(solution, scale_values(direction, step))
+            residual = add_values(residual, scale_values(product, -step))
             previous, squared = squared, dot(residual, residual)
-            direction = added(residual, scaled(direction, squared / previous))
+            direction = add_values(residual, scale_values(direction, squared / previous))
         return solution
 
     def _neumann(self, problem: BilevelProblem, right: Values) -> Values:
@@ -100,6 +100,6 @@ class Implicit(BilevelSolver):
         alpha = problem.learning_rate if self.step_size is None else self.step_size
         term = total = right
         for _ in range(self.iterations - 1):
-            term = added(term, self._product(problem, term), -alpha)
-            total = added(total, term)
-        return scaled(total, alpha)
+            term = add_values(term, self._product(problem, term), -alpha)
+            total = add_values(total, term)
+        return scale_values(total, alpha)

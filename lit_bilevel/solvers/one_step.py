@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.problem import BilevelProblem, RunningDirection, Values, added, norm, scaled
+from lit_bilevel.problem import BilevelProblem, RunningDirection, Values, add_values, norm, scale_values
 from lit_bilevel.solvers.base import BilevelSolver
 
 
@@ -88,10 +88,10 @@ class OneStep(BilevelSolver):
         length = norm(direction)  # 0 gives scores that are exactly 0, which the weights do not count as a step
         # of a length that does not depend on ‖d‖: along d itself, differences would drown in rounding where ∇f is small
         # and in curvature where it is large
-        step = scaled(direction, epsilon / length.clamp_min(torch.finfo(torch.float32).tiny))
-        ahead_B = problem.lower_losses_at(added(values, step))
+        step = scale_values(direction, epsilon / length.clamp_min(torch.finfo(torch.float32).tiny))
+        ahead_B = problem.lower_losses_at(add_values(values, step))
         if self._derivative(problem) == "central":
-            behind_B = problem.lower_losses_at(added(values, step, -1.0))
+            behind_B = problem.lower_losses_at(add_values(values, step, -1.0))
             return (behind_B - ahead_B) * (length / (2 * epsilon))
         # the losses of the training pass, under the same dropout masks: one more pass is enough
         return (problem.lower_losses() - ahead_B) * (length / epsilon)

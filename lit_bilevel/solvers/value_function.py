@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_bilevel.errors import UserError
-from lit_bilevel.problem import BilevelProblem, Values, norm, scaled
+from lit_bilevel.problem import BilevelProblem, Values, norm, scale_values
 from lit_bilevel.solvers.base import BilevelSolver, penalty_strength
 
 
@@ -79,7 +79,7 @@ class ValueFunction(BilevelSolver):
         if torch.isfinite(norm(gradient)):  # one overflow would spoil φ for the rest of the run
             # the policy sees (1−λ)·g: on all of g φ would fit the pool faster than θ, and every row would look easier
             # to φ, whether it is good or bad
-            for value, part in zip(self._values, scaled(gradient, 1 - problem.upper_weight), strict=True):
+            for value, part in zip(self._values, scale_values(gradient, 1 - problem.upper_weight), strict=True):
                 value.grad = part
             for group in self._optimizer.param_groups:  # the policy's schedule may have moved since
                 group["lr"] = problem.learning_rate if self.learning_rate is None else self.learning_rate

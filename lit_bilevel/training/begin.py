@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_bilevel.data.fingerprint import rows_digest
-from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.errors import UserError, gather
 from lit_bilevel.policy.randomness import part_random_states
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _refuse_used(module: LitBilevel, digest: str, rows: int) -> None:
             if any(_is_left(value) for value in part.state_dict().values()):
                 problems.append(f"the `{type(part).__name__}` holds what another run left; make a new one")
     if problems:
-        raise gathered("a fit cannot begin with these objects", problems)
+        raise gather("a fit cannot begin with these objects", problems)
 
 
 def _is_left(value: Any) -> bool:

@@ -34,7 +34,7 @@ SCHEMA = 6
 def save_own(module: LitBilevel, checkpoint: dict[str, Any]) -> None:
     """Add a `LitBilevel`'s state, and leave out what the base model brings; called on every process."""
     # what is frozen comes with the base model: saving it would cost its size at every checkpoint
-    kept = _kept(module, checkpoint["state_dict"])
+    kept = _select_kept(module, checkpoint["state_dict"])
     checkpoint["state_dict"] = {name: checkpoint["state_dict"][name] for name in kept}
     checkpoint["lit_bilevel"] = {
         "schema": SCHEMA,
@@ -57,7 +57,7 @@ def restore_own(module: LitBilevel, checkpoint: dict[str, Any]) -> dict[str, Any
     module.refinement.restore(own["refinement"], module.weights.pool_rows)
     if "state_dict" in checkpoint:  # a strategy that shards parameters has loaded it already
         state = module.state_dict()
-        expected = {name: state[name].shape for name in _kept(module, state)}
+        expected = {name: state[name].shape for name in _select_kept(module, state)}
         given = {name: value.shape for name, value in checkpoint["state_dict"].items()}
         if expected != given:
             raise misfit(expected, given)
@@ -101,7 +101,7 @@ def _own_part(checkpoint: dict[str, Any], trainer: Trainer | None) -> dict[str, 
     return own
 
 
-def _kept(module: LitBilevel, names: Iterable[str]) -> list[str]:
+def _select_kept(module: LitBilevel, names: Iterable[str]) -> list[str]:
     """Those of the names that a checkpoint keeps; of tied parameters, which have several, all."""
     named = module.named_parameters(remove_duplicate=False)
     trained = {name for name, parameter in named if parameter.requires_grad}

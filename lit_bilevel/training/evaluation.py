@@ -102,16 +102,16 @@ class Evaluation(nn.Module):
             return {"monitor/loss": self.monitor_loss, "monitor/error": self.monitor_error}
         ranked = self.preference if batch.sign_K is not None else None
         if ranked is not None:
-            batch = policy.prepared(ranked, batch)
+            batch = policy.prepare(ranked, batch)
         nll_K = policy(batch)
         loss_B = example_nll(nll_K, batch)
         real_B = _real(batch, loss_B)
         self.test_loss.update(loss_B, real_B)
         self.test_loss_per_token.update(loss_B, real_B * batch.length_B)
         metrics: dict[str, Metric] = {"test/loss": self.test_loss, "test/loss_per_token": self.test_loss_per_token}
-        return metrics if ranked is None else metrics | self._ranked(ranked, nll_K, batch, real_B)
+        return metrics if ranked is None else metrics | self._rank(ranked, nll_K, batch, real_B)
 
-    def _ranked(self, objective: Objective, nll_K: Tensor, batch: Batch, real_B: Tensor) -> dict[str, Metric]:
+    def _rank(self, objective: Objective, nll_K: Tensor, batch: Batch, real_B: Tensor) -> dict[str, Metric]:
         self.preference_loss.update(objective.losses(nll_K, batch), real_B)
         right_B = (objective.margins(nll_K, batch).sign() + 1) / 2  # a tie, as before any training, is half right
         self.accuracy.update(right_B, real_B)

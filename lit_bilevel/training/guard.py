@@ -96,6 +96,7 @@ class Guard:
         """Read from the device, all together, what a policy step is judged by."""
         unknown = norm.new_full((), math.nan)
         worst = [unknown, unknown] if tally is None else [tally.max_ratio, tally.max_row]
+        # stacked, as each read by itself would wait for the device
         numbers = [norm, unknown if effective_size is None else effective_size, *worst]
         # one transfer: each number by itself would make the host wait for the device once more
         return Vitals(*torch.stack([number.double() for number in numbers]).tolist())

@@ -51,7 +51,7 @@ def step_policy(
     scaler = getattr(module.trainer.precision_plugin, "scaler", None)
     norm = clip_gradient(module, scaler)
     vitals = module.guard.read(norm, effective_size, tally)
-    module.guard.watch_ratios(module, vitals)
+    module.guard.watch_ratios(module, vitals)  # of a step that is skipped, too: they may be why
     if not math.isfinite(vitals.gradient_norm):
         module.guard.count_skipped(module, features, lower_loss_scale(scaler))
         return False

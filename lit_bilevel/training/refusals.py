@@ -12,12 +12,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.errors import UserError, gather
 from lit_bilevel.training.callbacks import drop_savers, refiners, unfit_callbacks
 from lit_bilevel.training.effects import of_precision, without_callbacks, without_effect
 from lit_bilevel.training.phases import problems_of
 from lit_bilevel.training.schedule import most_falls
-from lit_bilevel.training.sizes import oversized
+from lit_bilevel.training.sizes import find_oversized
 from lit_bilevel.training.strategies import of_kernels, of_strategy
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def check_settings(module: LitBilevel) -> None:
             )
     problems += _out_of_range(module) + module.guard.settings.problems() + without_effect(module)
     if problems:
-        raise gathered("bad settings", problems)
+        raise gather("bad settings", problems)
 
 
 def _need_upper_weight(*parts: BilevelSolver | ExampleWeights) -> list[BilevelSolver | ExampleWeights]:
@@ -121,7 +121,7 @@ def check_flags(trainer: Trainer) -> None:
     problems += unfit_callbacks(trainer)
     if problems:
         drop_savers(trainer)
-        raise gathered("settings of another kind of training", problems)
+        raise gather("settings of another kind of training", problems)
 
 
 def check_run(module: LitBilevel, stage: str) -> None:
@@ -130,7 +130,7 @@ def check_run(module: LitBilevel, stage: str) -> None:
     Raises:
         UserError: naming each of them.
     """
-    problems = of_kernels(module) + of_strategy(module, stage) + oversized(module, stage) + of_precision(module)
+    problems = of_kernels(module) + of_strategy(module, stage) + find_oversized(module, stage) + of_precision(module)
     if stage == "fit":
         problems += _of_decay(module) + _of_length(module) + without_callbacks(module, bool(refiners(module.trainer)))
     if module.trainer.precision == "16-true":
@@ -139,7 +139,7 @@ def check_run(module: LitBilevel, stage: str) -> None:
             " or 16-mixed, which scales the loss"
         )
     if problems:
-        raise gathered("this combination cannot run", problems)
+        raise gather("this combination cannot run", problems)
 
 
 def _of_decay(module: LitBilevel) -> list[str]:

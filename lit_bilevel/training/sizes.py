@@ -25,7 +25,7 @@ NAMED = 5  # rows that a message names
 BLOCK = 1 << 16  # rows that are looked at together
 
 
-def oversized(module: LitBilevel, stage: str) -> list[str]:
+def find_oversized(module: LitBilevel, stage: str) -> list[str]:
     """What of the data does not fit the policy of a `LitBilevel`, as problems to be told."""
     sets = getattr(getattr(module.trainer, "datamodule", None), "sets", {})
     config = policy_config(module.policy_settings)

@@ -208,12 +208,12 @@ class ExampleWeights(nn.Module, ABC):
         valid_B = torch.isfinite(s_B) & torch.isfinite(w_B)
         s_B = torch.where(valid_B, s_B.double(), 0.0)
         w_B = torch.where(valid_B, w_B + TINY, 0.0)  # rows that all weigh 0 have the plain mean as their baseline
-        centred_B = centred(s_B, w_B) * valid_B
+        centred_B = centre(s_B, w_B) * valid_B
         score_B = (centred_B / self._scale(s_B, centred_B, valid_B)).clamp(-CUT, CUT)
         if self.kl_to_prior > 0:
             moved_B = w_B.clamp_min(TINY).log() - self.log_prior(features)
             # a row that weighs next to nothing is pulled as one of e⁻²⁰, or it alone would make the mean
-            pull_B = centred(moved_B.clamp_min(SMALLEST_LOG_WEIGHT), w_B)
+            pull_B = centre(moved_B.clamp_min(SMALLEST_LOG_WEIGHT), w_B)
             score_B = score_B + self.kl_to_prior * pull_B * valid_B
         self.assign_gradient(features, score_B)
 
@@ -238,6 +238,6 @@ class ExampleWeights(nn.Module, ABC):
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
 
 
-def centred(values_B: Tensor, w_B: Tensor) -> Tensor:
+def centre(values_B: Tensor, w_B: Tensor) -> Tensor:
     """Values less their weighted mean."""
     return values_B - (w_B * values_B).sum() / w_B.sum().clamp_min(TINY)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch.optim import SGD, Adam, AdamW, Optimizer, SparseAdam
 
-from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.errors import UserError, gather
 from lit_bilevel.weights.base import ExampleWeights
 
 SAFE_EPS = 1.0
@@ -88,4 +88,4 @@ def check_optimizer(weights: ExampleWeights, optimizer: Optimizer) -> None:
                 f" set `eps` to {SAFE_EPS:g} or more, or {remedy}"
             )
     if problems:
-        raise gathered(title, problems)
+        raise gather(title, problems)

@@ -110,12 +110,12 @@ class RunningWeights(ExampleWeights):
     def table(self) -> Tensor:
         """[N] weights from the features last seen; rows not seen yet weigh 1."""
         # in parts, for a network's hidden layer over all rows at once would not fit into memory
-        log_u = torch.cat([self._remembered(start) for start in range(0, self.pool_rows, CHUNK)])
+        log_u = torch.cat([self._recall(start) for start in range(0, self.pool_rows, CHUNK)])
         seen = ~self.loss_N.isnan()
         share_N = torch.softmax(log_u.masked_fill(~seen, -math.inf), 0) if seen.any() else torch.zeros_like(log_u)
         return torch.where(seen, share_N * seen.sum(), torch.ones_like(share_N))
 
-    def _remembered(self, start: int) -> Tensor:
+    def _recall(self, start: int) -> Tensor:
         rows = torch.arange(start, min(start + CHUNK, self.pool_rows), device=self.loss_N.device)
         loss_B = self.loss_N[rows].nan_to_num()
         features = Features(rows, self.source_N[rows].long(), self.length_N[rows].long(), loss_B)

@@ -23,9 +23,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from lit_bilevel.errors import UserError, gathered
+from lit_bilevel.errors import UserError, gather
 from lit_bilevel.types import Features
-from lit_bilevel.weights.base import CUT, FLOOR, TINY, ExampleWeights, centred
+from lit_bilevel.weights.base import CUT, FLOOR, TINY, ExampleWeights, centre
 
 TIE = 0.01  # rows whose log u is this close count as equal, or rounding noise would decide whom the gate drops
 
@@ -80,7 +80,7 @@ class TableWeights(ExampleWeights):
         if self.keep < 1 and self.floor > 0:
             problems.append("`floor` gives every row a weight and `keep` takes it away; set one of them")
         if problems:
-            raise gathered(f"bad settings of `{type(self).__name__}`", problems)
+            raise gather(f"bad settings of `{type(self).__name__}`", problems)
 
     @abstractmethod
     def log_unnormalised(self, logits: Tensor) -> Tensor:
@@ -96,20 +96,20 @@ class TableWeights(ExampleWeights):
         # float64, as sums of it are kept by adding differences over a whole epoch
         return self.log_unnormalised(self.logits.detach()[rows].double() / self.temperature) + self.log_prior_N[rows]
 
-    def _limited(self, log_u: Tensor) -> Tensor:
+    def _limit(self, log_u: Tensor) -> Tensor:
         if self.keep < 1:
             log_u = log_u.masked_fill(log_u < self.log_threshold, -math.inf)
         return log_u if self.cap is None else log_u.clamp_max(self.log_ceiling)
 
     def _log_u(self, rows: Tensor | slice) -> Tensor:
-        return self._limited(self._free(rows)) - self.shift
+        return self._limit(self._free(rows)) - self.shift
 
     @staticmethod
     def _sums(log_u: Tensor) -> Tensor:
         u = log_u.exp()
         return torch.stack([u.sum(), (u * u).sum(), torch.xlogy(u, u).sum()])
 
-    def _floored(self, weights: Tensor) -> Tensor:
+    def _floor(self, weights: Tensor) -> Tensor:
         return weights if self.floor == 0 else (1 - self.floor) * weights + self.floor
 
     # ---- the socket ----
@@ -117,7 +117,7 @@ class TableWeights(ExampleWeights):
     def weigh(self, features: Features) -> Tensor:
         # O(batch): the sum over all rows is kept by `after_step` and not computed here
         u_B = self._log_u(features.row_B.clamp_min(0)).exp()
-        return self._floored(u_B * (self.pool_rows / self.sums[0])).to(self.logits.dtype)
+        return self._floor(u_B * (self.pool_rows / self.sums[0])).to(self.logits.dtype)
 
     def assign_gradient(self, features: Features, score_B: Tensor) -> None:
         # a refined window may hold a row twice; the sums hold every row once
@@ -150,18 +150,18 @@ class TableWeights(ExampleWeights):
         """Set the ceiling, then sum over all rows."""
         if self.cap is not None:
             self.log_ceiling.fill_(math.inf)  # the old ceiling would hide what lies above it
-            self.log_ceiling.copy_(_ceiling(self._limited(log_u), self.cap))
-        log_u = self._limited(log_u)
+            self.log_ceiling.copy_(_ceiling(self._limit(log_u), self.cap))
+        log_u = self._limit(log_u)
         self.shift.copy_(log_u.max())
         self.sums.copy_(self._sums(log_u - self.shift))
 
     def table(self) -> Tensor:
         u = self._log_u(slice(None)).exp()
         # by its own sum, for the one that is kept has the rounding of an epoch's steps
-        return self._floored(u * (len(u) / u.sum()))
+        return self._floor(u * (len(u) / u.sum()))
 
     def set_prior(self, weight_N: Tensor) -> None:
-        if self.floor > 0:  # it is added again, by `_floored`
+        if self.floor > 0:  # it is added again, by `_floor`
             weight_N = (weight_N / weight_N.double().mean() - self.floor).clamp_min(0)
         super().set_prior(weight_N)
 
@@ -183,7 +183,7 @@ class TableWeights(ExampleWeights):
         valid_N = torch.isfinite(s_N)
         p_N = self.log_prior_N.double().exp() * valid_N
         s_N = torch.where(valid_N, s_N.to(p_N), 0.0)
-        centred_N = centred(s_N, p_N) * valid_N
+        centred_N = centre(s_N, p_N) * valid_N
         rows = valid_N.sum().clamp_min(1)
         scale = (torch.maximum(centred_N.abs().sum(), FLOOR * s_N.abs().sum()) / rows).clamp_min(TINY)
         with torch.no_grad():

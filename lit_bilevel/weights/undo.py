@@ -31,7 +31,9 @@ class Undo:
 
     def __init__(self, weights: ExampleWeights, optimizer: Optimizer | None, row_B: Tensor):
         self._weights, self._optimizer, self._row_B = weights, optimizer, row_B
-        self._copies = {name: self._copy(tensor, name in weights.by_row) for name, tensor in _named(weights).items()}
+        self._copies = {
+            name: self._copy(tensor, name in weights.by_row) for name, tensor in _tensors_of(weights).items()
+        }
         by_row = {parameter for name, parameter in weights.named_parameters() if name in weights.by_row}
         self._states = {
             parameter: {
@@ -43,7 +45,7 @@ class Undo:
     @torch.no_grad()
     def take_back(self) -> None:
         """Put everything back as it was, to the last bit."""
-        for name, tensor in _named(self._weights).items():
+        for name, tensor in _tensors_of(self._weights).items():
             self._put_back(tensor, self._copies[name])
         if self._optimizer is None:
             return
@@ -79,5 +81,5 @@ class _Copy:
     by_row: bool
 
 
-def _named(weights: ExampleWeights) -> dict[str, Tensor]:
+def _tensors_of(weights: ExampleWeights) -> dict[str, Tensor]:
     return {**dict(weights.named_parameters()), **dict(weights.named_buffers())}

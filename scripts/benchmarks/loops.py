@@ -227,9 +227,9 @@ def _labelled(dataset: Any, step: int, size: int) -> dict[str, Tensor]:
     ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
     starts = torch.tensor([row["response_start"] for row in rows])[:, None]
     ends = torch.tensor([len(row["input_ids"]) for row in rows])[:, None]
-    place = torch.arange(width)[None]
-    labels = torch.where((place >= starts) & (place < ends), ids, -100)
-    return {"input_ids": ids, "labels": labels, "attention_mask": (place < ends).long()}
+    position = torch.arange(width)[None]
+    labels = torch.where((position >= starts) & (position < ends), ids, -100)
+    return {"input_ids": ids, "labels": labels, "attention_mask": (position < ends).long()}
 
 
 def datamodule(options: argparse.Namespace, model: str, data: Data) -> BilevelDataModule:

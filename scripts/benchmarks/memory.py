@@ -102,18 +102,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(measured(options.only, options)))
         return 0
     given = [f"--{key}={value}" for key, value in vars(options).items() if value is not None]
-    found = {}
+    peaks = {}
     for name in VERSIONS:
         command = [sys.executable, __file__, *given, f"--only={name}"]
-        found[name] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    base = found["full logits"]
+        peaks[name] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    base = peaks["full logits"]
     print(f"{options.rows} rows of {options.tokens} tokens, vocabulary {options.vocabulary:,}, {options.dtype}\n")
     print("| losses | peak MiB | × full logits | seconds | × full logits |\n|---|---|---|---|---|")
-    for name, row in found.items():
+    for name, row in peaks.items():
         ratios = row["mib"] / base["mib"], row["seconds"] / base["seconds"]
         print(f"| {name} | {row['mib']:.0f} | {ratios[0]:.2f} | {row['seconds']:.2f} | {ratios[1]:.2f} |")
-    agree = abs(found["lit_bilevel"]["loss"] / base["loss"] - 1) < 1e-3
-    return int(not agree or found["lit_bilevel"]["mib"] > LIMIT * base["mib"])
+    agree = abs(peaks["lit_bilevel"]["loss"] / base["loss"] - 1) < 1e-3
+    return int(not agree or peaks["lit_bilevel"]["mib"] > LIMIT * base["mib"])
 
 
 if __name__ == "__main__":

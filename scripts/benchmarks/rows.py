@@ -88,9 +88,9 @@ def measured_start_up(options: argparse.Namespace, rows: int) -> str:
     command = [sys.executable, __file__, "--start_up", str(rows), "--folder", options.folder]
     command += ["--num_proc", str(options.num_proc)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    cells = [f"{found[name]:.1f}" for name in ("seconds", "cpu")]
-    return " | ".join([*cells, *(f"{found[name]:.0f}" for name in ("private", "resident", "disk"))])
+    figures = json.loads(done.stdout.splitlines()[-1])
+    cells = [f"{figures[name]:.1f}" for name in ("seconds", "cpu")]
+    return " | ".join([*cells, *(f"{figures[name]:.0f}" for name in ("private", "resident", "disk"))])
 
 
 def start_up(options: argparse.Namespace, rows: str) -> dict[str, float]:

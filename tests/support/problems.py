@@ -132,7 +132,7 @@ class LinearProblem(BilevelProblem):
     def hessian_vector_product(self, vector: Values) -> Values:
         return [self.hessian() @ vector[0]]
 
-    def preconditioned(self, direction: Values) -> Values:
+    def precondition(self, direction: Values) -> Values:
         return direction
 
     def step(self) -> Tensor:

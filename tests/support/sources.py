@@ -8,7 +8,7 @@ from pathlib import Path
 from lit_bilevel.data import rows
 from lit_bilevel.data.module import BilevelDataModule
 from lit_bilevel.data.table import rows_of, write_rows
-from lit_bilevel.errors import gathered
+from lit_bilevel.errors import gather
 from lit_bilevel.types import Row
 from support.files import TOY
 
@@ -25,7 +25,7 @@ class Source(rows.Source):
         with tempfile.TemporaryDirectory() as folder:
             table, self.skipped = write_rows(self, Path(folder) / "rows.arrow")
             if self.skipped and self.on_bad_row == "error":
-                raise gathered("bad data", self.skipped)
+                raise gather("bad data", self.skipped)
             return rows_of(table[:])
 
 

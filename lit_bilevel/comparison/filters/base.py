@@ -32,7 +32,7 @@ class Filter(ABC):
     def scores(self, evidence: Evidence) -> np.ndarray:
         """[N] finite scores, high for rows to be kept."""
 
-    def chosen(self, score_N: np.ndarray, keep: float, seed: int) -> np.ndarray:
+    def choose(self, score_N: np.ndarray, keep: float, seed: int) -> np.ndarray:
         """[N] whether a row is kept: the highest share, equal scores at the cut drawn by lot."""
         if not np.isfinite(score_N).all():
             raise UserError(f"`{type(self).__name__}` gave a score that is not finite; check the policy and the data.")

@@ -32,7 +32,7 @@ class CleanRows(Filter):
             raise UserError("`oracle` needs to know which rows are clean; give `--data.truth`, or leave it out.")
         return np.array([not kind for kind in read_truth(evidence.truth, evidence.ids)], dtype=float)
 
-    def chosen(self, score_N: np.ndarray, keep: float, seed: int) -> np.ndarray:
+    def choose(self, score_N: np.ndarray, keep: float, seed: int) -> np.ndarray:
         if not score_N.any():
             raise UserError("the truth file calls no row of the pool clean, so there is no `oracle`; leave it out.")
         return score_N > 0

@@ -25,7 +25,7 @@ from lit_bilevel.policy.origin import tunes_adapter
 from lit_bilevel.policy.policy import Policy
 from lit_bilevel.scores.columns import COLUMNS
 from lit_bilevel.scores.sweep import policy_digest, score_rows
-from lit_bilevel.scores.table import Scores, made_in, read_scores, write_scores
+from lit_bilevel.scores.table import Scores, read_scores, seconds_taken, write_scores
 from lit_bilevel.types import Batch
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Evidence:
         name = hashlib.sha256("".join(made_of).encode()).hexdigest()[:12]
         path = self.shared / f"scores-{name}.parquet" if self.shared else None
         if path is not None and path.is_file():
-            self.seconds = made_in(path)
+            self.seconds = seconds_taken(path)
             return read_scores(path)
         with self.trainer.precision_plugin.forward_context():
             cost = layout_for(self.trainer, packing=False).call_cost

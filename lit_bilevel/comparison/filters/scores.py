@@ -11,7 +11,7 @@ import numpy as np
 
 from lit_bilevel.comparison.filters.base import Filter
 from lit_bilevel.comparison.filters.evidence import Evidence
-from lit_bilevel.scores.table import fixed_weights
+from lit_bilevel.scores.table import weights_from_score
 
 
 class PassScore(Filter):
@@ -25,7 +25,7 @@ class PassScore(Filter):
         self.column = column
 
     def scores(self, evidence: Evidence) -> np.ndarray:
-        return evidence.scores().directed(self.column)
+        return evidence.scores().orient(self.column)
 
     def write_weights(self, evidence: Evidence, folder: Path) -> np.ndarray:
         """Write `weights.parquet` for `WarmStart`; returns the weights [N], of mean 1.
@@ -35,7 +35,7 @@ class PassScore(Filter):
         import pyarrow
         import pyarrow.parquet
 
-        weight_N = fixed_weights(self.column, self.scores(evidence))
+        weight_N = weights_from_score(self.column, self.scores(evidence))
         folder.mkdir(exist_ok=True)
         table = pyarrow.table({"id": evidence.ids, "weight": weight_N})
         pyarrow.parquet.write_table(table, folder / "weights.parquet")
