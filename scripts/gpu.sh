@@ -51,7 +51,7 @@ part() { # part SECONDS COMMAND …: run it for so long at most, of ten minutes 
 } > "$out"
 
 # the tests run beside nothing else; what is timed comes after them
-part 260 "$python" -m pytest -v -rs -m gpu --accelerator "$accelerator" tests/test_gpu.py
+part 260 "$python" -m pytest -v -rs -m gpu --accelerator "$accelerator" --seconds $((20 * minutes)) tests/test_gpu.py
 benchmark=("$python" scripts/benchmark.py)
 part 100 "${benchmark[@]}" step --accelerator "$accelerator" "${small[@]}"
 part 60 "${benchmark[@]}" step --accelerator "$accelerator" --lora "${small[@]}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import time
 
 import pytest
 import torch
@@ -15,6 +17,17 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--accelerator", choices=("gpu", "cpu"), default="gpu", help="of the tests marked `gpu`")
+    parser.addoption("--seconds", type=float, default=math.inf, help="after which no further test begins")
+
+
+def pytest_sessionstart(session):
+    session.end = time.monotonic() + session.config.getoption("--seconds")
+
+
+def pytest_runtest_teardown(item):
+    # a signal would end the run that a test makes, and not pytest
+    if time.monotonic() > item.session.end:
+        item.session.shouldstop = "the time was up"
 
 
 @pytest.fixture(autouse=True, scope="session")
