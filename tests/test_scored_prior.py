@@ -109,7 +109,9 @@ def test_a_file_can_be_given_and_is_joined_by_id(small, tmp_path, monkeypatch):
 
 def test_a_column_that_no_row_has_is_told(small, tmp_path):
     few = {**small, "validation": write_jsonl(tmp_path / "few.jsonl", read_jsonl(Path(small["validation"]))[:9])}
-    with pytest.warns(UserWarning, match="no row has a `density_ratio`, so the prior is without it"):
+    told = "no row has a `{}`, so the prior is without it"
+    hidden, measured = (told.format(name) for name in ("hidden_ratio", "density_ratio"))
+    with pytest.warns(UserWarning, match=hidden), pytest.warns(UserWarning, match=measured):
         run(few, tmp_path, ScoredPrior(), steps=1, solver=Mixing())
 
 
