@@ -99,7 +99,7 @@ def test_the_command_of_a_partial_configuration_is_not_refused(name, tmp_path):
         stage = yaml.safe_load((ROOT / name).read_text())["trainer"]["strategy"]["init_args"]["stage"]
         config = {"zero_optimization": {"stage": stage}}
         model._trainer = SimpleNamespace(strategy=SimpleNamespace(zero_stage_3=stage == 3, config=config))
-        assert strategies._of_deepspeed(model) == []
+        assert strategies._of_deepspeed(model, model._trainer.strategy) == []
 
 
 @pytest.mark.parametrize("name", COMPLETE)
