@@ -63,6 +63,20 @@ def test_wide_states_keep_their_distances_under_one_projection():
     assert 0.8 < ratio.min() < ratio.max() < 1.2
 
 
+@pytest.mark.parametrize("width", [8, 2000])
+def test_the_projection_is_the_same_in_double_precision(width):
+    states = torch.randn(3, width, generator=torch.Generator().manual_seed(0))
+    hidden._matrix.cache_clear()
+    single = hidden.last_states(states, torch.arange(3))
+    hidden._matrix.cache_clear()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # as Lightning's 64-true does while it runs a step
+    try:
+        assert torch.equal(hidden.last_states(states.double(), torch.arange(3)), single)
+    finally:
+        torch.set_default_dtype(default)
+
+
 def test_the_ratio_tells_rows_apart_that_differ_in_one_direction():
     random = np.random.default_rng(0)
     pool, trusted = random.normal(size=(400, 16)), random.normal(size=(200, 16))

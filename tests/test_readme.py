@@ -172,7 +172,7 @@ def test_the_blocks_that_are_run_are_all_there_are():
     ran = [block for _, _, block in BLOCKS]
     every = re.findall(r"^```\w*\n(.*?)^```$", README, flags=re.S | re.M)
     # the installation, the diagram, a comparison with placeholders (see tests/test_compare.py), and Python, which runs
-    others = ("./scripts/quickstart.sh", " pool ──►", "python scripts/compare.py", "from lightning")
+    others = ("./scripts/quickstart.sh", " pool ──►", "lit-bilevel compare --config", "from lightning")
     left_out = [block for block in every if block not in ran]
     assert len(ran) == 4
     assert [other for block in left_out for other in others if block.startswith(other)] == list(others)

@@ -33,7 +33,8 @@ def last_states(hidden_KD: Tensor, position_B: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=2)
 def _matrix(width: int) -> Tensor:
+    # Its type is said, for a run in double precision has another default; the first that asks makes it for all.
     if width <= NUMBERS:
-        return torch.eye(width, NUMBERS)
+        return torch.eye(width, NUMBERS, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)  # all runs and processes share one projection, whatever their seeds
-    return torch.randn(width, NUMBERS, generator=generator) / NUMBERS**0.5
+    return torch.randn(width, NUMBERS, generator=generator, dtype=torch.float32) / NUMBERS**0.5
