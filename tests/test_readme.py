@@ -22,7 +22,7 @@ BLOCKS = [
     (part, number, block)
     for part, text in PARTS.items()
     for number, block in enumerate(re.findall(r"^```bash\n(.*?)^```$", text, flags=re.S | re.M))
-    if block.startswith("lit-bilevel")
+    if block.startswith("lit-bilevel") and not block.startswith("lit-bilevel compare")
 ]
 LIMITS = {  # of every run, by the environment, so that the commands stay as they are
     "TRAINER__MAX_STEPS": "12",

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from lit_bilevel.commands.originals import read_pool
-from lit_bilevel.commands.weighted import RATIOS, Joined, join, read_weights
+from lit_bilevel.commands.weighted import DRAWABLE, Joined, join, read_weights
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replacing
 from lit_bilevel.scores.columns import DIRECTION
@@ -113,7 +113,7 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"`--{name}` is {value}; it must be at least 1.")
-    if options.sample is not None and options.by not in RATIOS:
+    if options.sample is not None and options.by not in DRAWABLE:
         raise UserError(f"`--sample` draws by a weight, and `{options.by}` is none; use `--keep` or `--top_k`.")
     if options.balance and options.by in DIRECTION and options.by != "weight":
         raise UserError("`--balance` needs the sources of a run's weights, which a file of scores does not have.")
