@@ -6,6 +6,7 @@ import signal
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def test_what_cannot_work_is_refused_at_the_start(small, model):
     adapter = PolicySettings(str(TOY / "model"), lora=LoraSettings(r=2))
     module = LitBilevel(adapter, SoftmaxWeights(), OneStep(), lower_objective=DPO())
     with pytest.raises(UserError, match=r"`SelfRefine` replaces answers, .*`model.lower_objective` learns from pairs"):
-        SelfRefine().on_fit_start(None, module)
+        SelfRefine().on_fit_start(SimpleNamespace(world_size=1), module)
     with pytest.raises(UserError, match=r"has no adapter to switch off; tune a LoRA adapter"):
         load_policy(plain, torch.float32).check_reference()
     policy = adapted(model)

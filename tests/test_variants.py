@@ -116,9 +116,9 @@ def test_variants_in_a_table(small, tmp_path, file, capsys):
     assert steps == {"few": 2, "slow": 3, "weighted:slow": 2, "part": 2, "two_stage:part": 2}
     assert len(read_jsonl(tmp_path / "out" / "two_stage-part" / "seed0" / "pool" / "pool.jsonl")) == 24  # of 40 rows
     corrupted = {row["id"] for row in read_jsonl(TOY / "truth.jsonl") if row["corrupted"]}
-    pool = [row["id"] for row in read_jsonl(tmp_path / "out" / "few" / "rows" / "pool" / "pool.jsonl")]
+    pool = [row["id"] for row in read_jsonl(tmp_path / "out" / "few" / "rows" / "seed0" / "pool" / "pool.jsonl")]
     assert (len(pool), len(corrupted & set(pool))) == (40, 10)
-    assert len(read_jsonl(tmp_path / "out" / "few" / "rows" / "validation" / "validation.jsonl")) == 20
+    assert len(read_jsonl(tmp_path / "out" / "few" / "rows" / "seed0" / "validation" / "validation.jsonl")) == 20
     first, second = (
         pyarrow.parquet.read_table(tmp_path / "out" / name / "seed0" / "weights.parquet")["weight"].to_pylist()
         for name in ("slow", "weighted-slow")
