@@ -30,6 +30,7 @@ def runs(flags, tmp_path) -> None:
     assert load_file(tmp_path / "whole" / "policy" / "model.safetensors").keys() == names
 
 
+@pytest.mark.slow
 def test_traced_layers(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
     runs(flags, tmp_path)

@@ -168,6 +168,7 @@ def test_kills_at_random_change_no_bit(small, whole, tmp_path, processes, kills)
 # ---- signals to two processes ----
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_of_two_ends_both_in_a_checkpoint(small, whole, tmp_path):
     more = (*TWO, "--trainer.max_epochs=2")
     flags = [flag for flag in run_flags(small, tmp_path / "stopped", more) if "checkpoint.every_n_steps" not in flag]

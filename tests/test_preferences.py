@@ -241,7 +241,8 @@ def trained(settings: dict, data: BilevelDataModule, steps: int, folder) -> LitB
     return module
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_swapped_pairs_of_a_pool_end_with_lower_weights(tmp_path, seed):
     """A third of the pool's pairs prefer the wrong answer; the trusted pairs tell, and equal weights learn less."""
     pool = read_jsonl(TOY / "pool.jsonl")
