@@ -80,7 +80,7 @@ class Measure:
                     "largest_loss": nll.max(),
                 }
             alone = [without_prompt(examples[index], self.opening) for index in prompted]
-            for number, nll, *_ in self._pass(alone, counted):
+            for number, nll, *_ in self._pass(alone, counted, states=False):
                 ended = alone[number].input_ids[-1] == self.end_token
                 scores[prompted[number]]["loss_without_prompt"] = nll.mean()
                 scores[prompted[number]]["loss_before_end_without_prompt"] = _before_end(nll, ended)
@@ -91,9 +91,9 @@ class Measure:
         return np.hstack([measured, hidden])
 
     def _pass(
-        self, examples: Sequence[Example], counted: Callable[[int], object]
+        self, examples: Sequence[Example], counted: Callable[[int], object], states: bool = True
     ) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray | None]]:
-        """Place of every example, the NLL and the entropy of its predicted tokens, and its last state, where known."""
+        """Index of every example, NLL and entropy of its predicted tokens, and its last state, if wanted and known."""
         device = next(self.policy.parameters()).device
         order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
         for start in range(0, len(order), self.batch_size):
@@ -105,11 +105,11 @@ class Measure:
             tokens = segment.argsort(kind="stable")
             ends = np.bincount(segment).cumsum()
             both = [values_K.cpu().double().numpy() for values_K in (nll_K, entropy_K)]
-            states: Sequence[np.ndarray | None] = [None] * len(indices)
-            if hidden_KD is not None:
+            last: Sequence[np.ndarray | None] = [None] * len(rows)
+            if states and hidden_KD is not None:
                 last_B = torch.from_numpy(tokens[ends - 1]).to(hidden_KD.device)
-                states = list(last_states(hidden_KD, last_B).cpu().numpy())
-            yield from zip(indices, *(np.split(v[tokens], ends[:-1]) for v in both), states, strict=True)
+                last = list(last_states(hidden_KD, last_B).cpu().numpy())
+            yield from zip(indices, *(np.split(v[tokens], ends[:-1]) for v in both), last, strict=True)
             counted(sum(len(row.input_ids) for row in rows))
 
 
