@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lit_bilevel.data.collate import collate
 from lit_bilevel.scores import hidden
 from lit_bilevel.scores.columns import FEATURES
+from lit_bilevel.scores.combination import combine
 from lit_bilevel.scores.density import hidden_ratio
 from lit_bilevel.scores.measure import Measure
 from lit_bilevel.scores.opening import opening_of
@@ -95,5 +96,7 @@ def test_a_policy_that_shows_no_states_has_no_such_ratio(model, small):
     found = score_rows(policy, tokenizer, data.sets["pool"], data.sets["upper"])
     assert np.isnan(found["hidden_ratio"]).all()
     assert np.isfinite(found["density_ratio"]).all()
+    combined = combine(found, ["ifd", "density_ratio"])  # the others decide
+    np.testing.assert_allclose(found["combined"], combined, rtol=1e-5)
     batch = collate([ScoredRows(data.sets["pool"])([0])[0][0]], 1)
     assert policy.predictions(batch).hidden_KD is None

@@ -24,7 +24,7 @@ from lit_bilevel import (
 )
 from lit_bilevel.errors import UserError
 from lit_bilevel.scores.combination import combine, normal_scores, prior_weights
-from lit_bilevel.scores.table import read_scores
+from lit_bilevel.scores.table import read_scores, weights_from_score
 
 # ---- the prior ----
 
@@ -35,6 +35,11 @@ def test_the_weights_begin_at_the_combined_scores(small, tmp_path):
     scores = read_scores(tmp_path / "scores.parquet")
     expected = prior_weights(combine(scores.columns, ["ifd", "density_ratio", "hidden_ratio"]), 1.5)
     np.testing.assert_allclose(module.weights.table().numpy(), expected, rtol=1e-5)
+    combined = scores.columns["combined"]  # what `select --by combined` and `compare` read is the default's start
+    np.testing.assert_allclose(prior_weights(combined, 1.5), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        weights_from_score("combined", combined), prior_weights(combined, ScoredPrior().sharpness)
+    )
     assert not (tmp_path / "scores.parquet.parts").exists()
     assert scores.ids == module.trainer.datamodule.sets["pool"]["id"][:]
 

@@ -142,6 +142,11 @@ def test_plain_text_has_no_prompt_to_take_away(model, tmp_path):
     assert np.isfinite(found["loss"]).all()
     with pytest.raises(ValueError, match="20 of 20 rows have no `ifd`, because they have no prompt"):
         Scores([], found).orient("ifd")
+    alone = score_rows(policy_of(model), AutoTokenizer.from_pretrained(model), data.sets["pool"])
+    with pytest.raises(
+        ValueError, match="20 of 20 rows have no `combined`, because ifd, density_ratio, hidden_ratio tell"
+    ):
+        Scores([], alone).orient("combined")
 
 
 def test_the_opening_of_templates():

@@ -31,8 +31,8 @@ from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_folder
 from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError, gather
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.scores.columns import COLUMNS, DIRECTION
-from lit_bilevel.scores.combination import combine, normal_scores, prior_weights
+from lit_bilevel.scores.columns import COLUMNS, COMBINED, DIRECTION
+from lit_bilevel.scores.combination import SHARPNESS, combine, normal_scores, prior_weights
 from lit_bilevel.scores.sweep import Sweep, score_rows, sweep_for
 from lit_bilevel.scores.table import Scores, read_scores, write_scores
 from lit_bilevel.training.trainer import data_of, policy_of
@@ -55,8 +55,8 @@ class ScoredPrior(Callback):
 
     def __init__(
         self,
-        columns: Sequence[str] = ("ifd", "density_ratio", "hidden_ratio"),
-        sharpness: float = 2.0,
+        columns: Sequence[str] = COMBINED,
+        sharpness: float = SHARPNESS,
         scores: str | None = None,
     ):
         problems = []

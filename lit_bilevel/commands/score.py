@@ -30,10 +30,9 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.inspection.truth import aurocs, read_truth
 from lit_bilevel.policy.load import PolicySettings, context_length, load_policy, load_tokenizer
 from lit_bilevel.resources import locate_configs
-from lit_bilevel.scores.columns import COLUMNS, RATIOS
-from lit_bilevel.scores.density import LEAST_TRUSTED
+from lit_bilevel.scores.columns import COLUMNS
 from lit_bilevel.scores.sweep import sweep_for
-from lit_bilevel.scores.table import Scores, write_scores
+from lit_bilevel.scores.table import Scores, why_missing, write_scores
 from lit_bilevel.training.trainer import callbacks_of
 
 if TYPE_CHECKING:
@@ -176,19 +175,12 @@ def _tell(columns: dict[str, np.ndarray], data: BilevelDataModule, output: Path,
     rows = len(data.sets["pool"])
     for name, values in columns.items():
         if name in COLUMNS and (missing := int(np.isnan(values).sum())):
-            sys.stdout.write(f"{missing:,} of {rows:,} rows have no `{name}`{_reason(name)}\n")
+            sys.stdout.write(f"{missing:,} of {rows:,} rows have no `{name}`: {why_missing(name)}\n")
     if data.truth is not None:
         kinds = read_truth(data.truth, data.sets["pool"]["id"][:])
         sys.stdout.write(truth_table(Scores([], {name: columns[name] for name in COLUMNS}), kinds))
     sys.stdout.write(f"{rows:,} rows in {seconds:.1f} s, written to {output}\n")
-    sys.stdout.write("keep the better ones with: lit-bilevel select --weights … --by ifd --keep 0.6 --pool …\n")
-
-
-def _reason(name: str) -> str:
-    if name in RATIOS:
-        unknown = ", or the policy shows no hidden states" if name == "hidden_ratio" else ""
-        return f": fewer than {LEAST_TRUSTED} validation rows train the weights{unknown}"
-    return ": the response was cut at `data.max_length`" if name == "end_loss" else ": no prompt is left before them"
+    sys.stdout.write("keep the better ones with: lit-bilevel select --weights … --by combined --keep 0.6 --pool …\n")
 
 
 def truth_table(scores: Scores, kinds: list[str]) -> str:

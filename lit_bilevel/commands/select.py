@@ -4,7 +4,7 @@
     --threshold T             w_i ≥ T (the mean weight is 1)
     --sample K                K rows without replacement, in proportion to w: the largest log w_i + Gumbel noise
                               (Efraimidis and Spirakis, 2006)
-    --by ifd                  a score from `lit-bilevel score` in place of the weight; where low values speak for a row
+    --by combined             a score from `lit-bilevel score` in place of the weight; where low values speak for a row
                               (`scores/columns.py` says), the lowest are kept, and with --threshold those up to T
 
 Rows are joined by `id` (the row number where the pool has none), keep the order of the source and every field: lines
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="RUN/weights.parquet",
         help="weights of a finished run, or a file of scores",
     )
-    own.add_argument("--by", default="weight", metavar="COLUMN", help="column of that file (weight), such as ifd")
+    own.add_argument("--by", default="weight", metavar="COLUMN", help="column of that file (weight), such as combined")
     own.add_argument(
         "--pool", required=True, nargs="+", help="the pool they were learned on: one or several files, folders, hub ids"
     )

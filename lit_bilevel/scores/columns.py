@@ -11,16 +11,18 @@
     density_ratio         how much more likely the row is among trusted rows than in the pool, mean 1 over the pool:
                           from numbers such as those above
     hidden_ratio          the same, from the policy's last hidden states
+    combined              `ifd` and both ratios added by their ranks (`combination.py`), standard deviation 1
 
 `ifd` is the published ratio. The paper keeps rows with a *high* one, below 1, to find hard examples in clean data; in
-unclean data a row whose prompt does not help is mostly a wrong one, so a *low* one is kept. Left out: sums of them.
+unclean data a row whose prompt does not help is mostly a wrong one, so a *low* one is kept. Left out: other sums; the
+`columns` of `ScoredPrior` name them.
 """
 
 from __future__ import annotations
 
 COLUMNS = (
     *("loss", "loss_without_prompt", "pmi", "ifd", "end_loss", "entropy", "length", "compressed"),
-    *("density_ratio", "hidden_ratio"),
+    *("density_ratio", "hidden_ratio", "combined"),
 )
 """The numbers of a row in the file of scores, after its `id`."""
 
@@ -42,9 +44,13 @@ DIRECTION = {
     "compressed": 1,
     "density_ratio": 1,
     "hidden_ratio": 1,
+    "combined": 1,
     "weight": 1,
 }
 """1 where high values speak for a row, −1 where low ones do."""
 
 RATIOS = ("density_ratio", "hidden_ratio")
 """Columns that are weights already; they compare with trusted rows."""
+
+COMBINED = ("ifd", *RATIOS)
+"""What `combined` adds, and where `ScoredPrior` begins the weights."""

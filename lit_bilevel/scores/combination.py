@@ -21,6 +21,9 @@ import numpy as np
 from lit_bilevel.errors import UserError
 from lit_bilevel.scores.columns import DIRECTION
 
+SHARPNESS = 2.0
+"""How far apart weights are that begin at a combined score: rows one standard deviation from the mean, 7 to 1."""
+
 
 def combine(columns: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
     """[N] the sum of standardised columns, high for rows to be kept, mean 0 and standard deviation 1; float64.
@@ -57,8 +60,8 @@ def prior_weights(combined_N: np.ndarray, sharpness: float) -> np.ndarray:
     """[N] weights of mean 1, σ(sharpness · z).
 
     Args:
-        combined_N: z, of `combined`.
-        sharpness: at least 0; 0 gives equal weights, 2 weighs rows one standard deviation from the mean 7 to 1.
+        combined_N: z, of `combine`.
+        sharpness: at least 0; 0 gives equal weights.
     """
     weight_N = 1 / (1 + np.exp(-sharpness * combined_N))
     return weight_N / weight_N.mean()

@@ -17,7 +17,8 @@ import numpy as np
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.files import replacing
-from lit_bilevel.scores.columns import COLUMNS, DIRECTION, FEATURES, RATIOS
+from lit_bilevel.scores.columns import COLUMNS, COMBINED, DIRECTION, FEATURES, RATIOS
+from lit_bilevel.scores.combination import SHARPNESS, combine, prior_weights
 from lit_bilevel.scores.density import LEAST_TRUSTED, density_features, density_ratio, hidden_ratio
 
 if TYPE_CHECKING:
@@ -48,19 +49,20 @@ class Scores:
             raise UserError(f"there is no score {name!r}; there are: {', '.join(self.columns)}.")
         values = self.columns[name].astype(np.float64)
         if missing := int((~np.isfinite(values)).sum()):
-            raise UserError(f"{missing:,} of {len(values):,} rows have no `{name}`{_why(name)}; use another score.")
+            raise UserError(
+                f"{missing:,} of {len(values):,} rows have no `{name}`, because {why_missing(name)}; use another score."
+            )
         return DIRECTION.get(name, 1) * values
 
 
-def _why(name: str) -> str:
-    if name in ("loss_without_prompt", "pmi", "ifd"):
-        return ", because they have no prompt"
-    if name == "end_loss":
-        return ", because their response was cut at `data.max_length`"
+def why_missing(name: str) -> str:
+    """Why a row can be without this score."""
     if name in RATIOS:
         unknown = ", or the policy shows no hidden states" if name == "hidden_ratio" else ""
-        return f", because there were fewer than {LEAST_TRUSTED} trusted rows{unknown}"
-    return ""
+        return f"fewer than {LEAST_TRUSTED} validation rows train the weights{unknown}"
+    if name == "combined":
+        return f"{', '.join(COMBINED)} tell no row from another"
+    return "their response was cut at `data.max_length`" if name == "end_loss" else "they have no prompt"
 
 
 def columns_of(pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0) -> dict[str, np.ndarray]:
@@ -89,11 +91,17 @@ def columns_of(pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0
         columns["density_ratio"] = ratio_N.astype(np.float32)
         if pool_NS.size and np.isfinite(pool_NS).all() and np.isfinite(trusted_MS).all():
             columns["hidden_ratio"] = hidden_ratio(pool_NS, trusted_MS, seed).astype(np.float32)
+    try:
+        columns["combined"] = combine(columns, COMBINED).astype(np.float32)
+    except UserError:  # no row differs from any other
+        columns["combined"] = np.full(len(pool_NF), np.nan, dtype=np.float32)
     return {name: columns[name] for name in dict.fromkeys((*COLUMNS, *FEATURES))}
 
 
 def weights_from_score(name: str, directed_N: np.ndarray) -> np.ndarray:
     """[N] weights of mean 1 from a score: a ratio is one already, others go through σ(z) with z their z-score.
+
+    `combined` gives the weights that `ScoredPrior` begins at.
 
     Args:
         name: of the score.
@@ -101,6 +109,8 @@ def weights_from_score(name: str, directed_N: np.ndarray) -> np.ndarray:
     """
     if name in RATIOS:
         weight_N = directed_N
+    elif name == "combined":
+        weight_N = prior_weights(directed_N, SHARPNESS)
     else:
         z_N = (directed_N - directed_N.mean()) / max(float(directed_N.std()), np.finfo(np.float64).tiny)
         weight_N = 1 / (1 + np.exp(-z_N))
