@@ -26,7 +26,7 @@ part() { # part SECONDS COMMAND …: run it for so long at most, of ten minutes 
     status=$?
     {
         printf '\n## `%s`\n\nstatus %s, %s s\n\n```\n' "${*/$python/python}" "$status" "$((SECONDS - begun))"
-        grep -vE '^\s*$|Warning|warn' "$out.part" | tail -60
+        grep -vE '^\s*$|Warning|warn|it/s\]' "$out.part" | tail -60
         printf '```\n'
     } >> "$out"
     rm -f "$out.part"
@@ -55,12 +55,12 @@ part 260 "$python" -m pytest -v -rs -m gpu --accelerator "$accelerator" --second
 benchmark=("$python" scripts/benchmark.py)
 part 100 "${benchmark[@]}" step --accelerator "$accelerator" "${small[@]}"
 part 60 "${benchmark[@]}" step --accelerator "$accelerator" --lora "${small[@]}"
-part 80 "${benchmark[@]}" step --accelerator "$accelerator" --compile "${small[@]}"
+part 80 "${benchmark[@]}" step --accelerator "$accelerator" --compile --only one_step "${small[@]}"
 if [ "$accelerator" = gpu ]; then
     part 30 "${benchmark[@]}" memory --accelerator gpu --dtype bfloat16 --rows 16 --tokens 1024 --hidden 2048
     part 60 "${benchmark[@]}" generate --device cuda --prompts 128 --new 64
 else
-    part 60 "${benchmark[@]}" memory --rows 1 --vocabulary 8000 --repeats 1
+    part 60 "${benchmark[@]}" memory --repeats 1
     part 60 "${benchmark[@]}" generate --prompts 8 --new 8 --repeats 1
 fi
 part 60 "${benchmark[@]}" weights --rows 1000 1000000 --steps 50

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pyarrow.parquet
 import pytest
 import torch
-from support.files import ROOT, read_jsonl
+from support import ranks
+from support.files import read_jsonl
 from support.refining import refine_flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -90,11 +88,7 @@ def test_two_processes_give_the_responses_of_one(flags, tmp_path):
     assert main(["fit", *refine_flags(flags, one, *more)]) == 0
     ddp = ("--trainer.strategy=ddp", "--trainer.devices=2", "--data.batch_size=4")
     arguments = ["fit", *refine_flags(flags, two, *more, *ddp)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "lit_bilevel", *arguments], env=environment, capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert ranks.runs([arguments], tmp_path / "logs", 2) == [0]
     records = [read_jsonl(folder / "responses.jsonl") for folder in (one, two)]
     keys = ("id", "round", "sample", "token_ids", "finished")
     assert [[r[k] for k in keys] for r in records[0]] == [[r[k] for k in keys] for r in records[1]]

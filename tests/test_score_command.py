@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 from support import ranks
-from support.files import ROOT, read_jsonl
+from support.files import read_jsonl
 
 from lit_bilevel.__main__ import main
 from lit_bilevel.scores.columns import COLUMNS, FEATURES
@@ -126,22 +122,11 @@ def test_several_processes_write_the_same_file(asked, tmp_path, processes, known
         monkeypatch.setattr(PartFiles, "write", until_killed)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             main([*asked, f"--output={tmp_path / 'several.parquet'}"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(processes), "TORCHELASTIC_RUN_ID": "s"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    flags = [*asked, "--trainer.strategy=ddp", f"--trainer.devices={processes}"]
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "lit_bilevel", *flags, f"--output={tmp_path / 'several.parquet'}"],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(processes)
+    flags = [
+        *asked,
+        "--trainer.strategy=ddp",
+        f"--trainer.devices={processes}",
+        f"--output={tmp_path / 'several.parquet'}",
     ]
-    outputs = [process.communicate(timeout=600)[0] for process in running]
-    assert [process.returncode for process in running] == [0] * processes, outputs
+    assert ranks.runs([flags], tmp_path / "logs", processes) == [0]
     assert (tmp_path / "several.parquet").read_bytes() == expected

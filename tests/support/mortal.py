@@ -1,4 +1,4 @@
-"""Runs that die: each is one process or several, started by a fork server that has the libraries loaded already.
+"""Runs that die: each is one process or several.
 
 A run can be killed from outside, or sent a signal by itself at a moment that is named in `MOMENTS`.
 """
@@ -6,14 +6,10 @@ A run can be killed from outside, or sent a signal by itself at a moment that is
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import os
 import signal
-import socket
-import sys
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +19,12 @@ import torch
 import lit_bilevel.training.checkpoint_io
 from lit_bilevel.__main__ import main
 from lit_bilevel.callbacks import BilevelCheckpoint, ClosingSweep, Export, SelfRefine, scored_prior
-from lit_bilevel.cli import BilevelCLI  # noqa: F401  (loaded once, in the server)
 from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.policy.load import load_policy  # noqa: F401
 from lit_bilevel.refinement.responses_file import ResponseFile
 from lit_bilevel.scores.parts import PartFiles
 from lit_bilevel.weights import TableWeights
-
-ROOT = Path(__file__).resolve().parents[2]
+from support.processes import start
 
 
 class Moment(NamedTuple):
@@ -105,27 +98,11 @@ def arm(moment: Moment) -> None:
     setattr(owner, name, counted)
 
 
-def live(arguments: list[str], environment: dict[str, str], log: str, moment: Moment | None) -> None:
-    """A process of a run, from beginning to end."""
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.chdir(ROOT)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    if moment is not None:
+def live(arguments: list[str], moment: Moment | None) -> int:
+    """A run in a process of its own."""
+    if moment is not None and moment.rank in (None, int(os.environ.get("RANK", 0))):
         arm(moment)
-    sys.exit(main(arguments))
-
-
-@functools.cache
-def server() -> Any:
-    """The fork server; it inherits the environment of its first use."""
-    os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["support.mortal"])
-    return context
+    return main(arguments)
 
 
 def outcome(folder: Path) -> dict[str, bytes | list]:
@@ -160,18 +137,7 @@ class Run:
 
     def __init__(self, flags: list[str], log: Path, processes: int = 1, moment: Moment | None = None):
         self.log = log
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.processes: list[BaseProcess] = []
-        for rank in range(processes):
-            environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "mortal"}
-            own = moment if moment is not None and moment.rank in (None, rank) else None
-            arguments = (["fit", *flags, "--ckpt_path=last"], environment if processes > 1 else {}, str(log), own)
-            process = server().Process(target=live, args=arguments)
-            process.start()
-            self.processes.append(process)
+        self.processes = start(live, (["fit", *flags, "--ckpt_path=last"], moment), [log] * processes)
 
     def alive(self) -> bool:
         """Whether any process is."""

@@ -1,4 +1,4 @@
-"""Runs of the same policy steps on one process or several; `python ranks.py SPEC OUTPUT` is one process of them.
+"""Runs of the same policy steps on one process or several.
 
 A specification is a list of cases (name, strategy, precision, solver, …). Every process runs all of them in turn, so
 that the libraries are imported once; the first one writes the weights and the policy that each case ended with. A case
@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
 import warnings
 from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from support.processes import start
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,38 +25,18 @@ def runs(cases: list[Any], folder: Path, world_size: int, timeout: float = 1200)
     """What each case ended with, by name, or the statuses of command lines; `world_size` processes on this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world_size),
-        "TORCHELASTIC_RUN_ID": "ranks",
-    }
-    command = [sys.executable, __file__, str(folder / "cases.json"), str(folder / "ends.pt")]
-    if world_size == 1:
-        for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
-            environment.pop(name)
-    processes, logs = [], []
-    for rank in range(world_size):
-        logs.append((folder / f"log{rank}.txt").open("w+"))
-        own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else environment
-        processes.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=logs[-1], stderr=subprocess.STDOUT))
+    logs = [folder / f"log{rank}.txt" for rank in range(world_size)]
+    for log in logs:
+        log.write_text("")
+    processes = start(main, (str(folder / "cases.json"), str(folder / "ends.pt")), logs)
     try:
         for process, log in zip(processes, logs, strict=True):
-            status = process.wait(timeout)
-            assert status == 0, Path(log.name).read_text()[-4000:]
+            process.join(timeout)
+            assert process.exitcode == 0, log.read_text()[-4000:]
     finally:
-        for process, log in zip(processes, logs, strict=True):
+        for process in processes:
             process.kill()
-            process.wait()
-            log.close()
+            process.join()
     return torch.load(folder / "ends.pt", weights_only=True)
 
 
@@ -201,7 +180,7 @@ def main(specification: str, output: str) -> None:
     torch.set_num_threads(1)
     cases = json.loads(Path(specification).read_text())
     if isinstance(cases[0], list):
-        from lit_bilevel.cli import main as command_line
+        from lit_bilevel.__main__ import main as command_line
 
         ends: Any = [command_line(case) for case in cases]
     else:
@@ -210,7 +189,3 @@ def main(specification: str, output: str) -> None:
         torch.save(ends, output)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
