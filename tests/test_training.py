@@ -134,6 +134,14 @@ def test_bf16_keeps_the_weights_in_float32(flags):
     assert model.weights.table().std() > 0
 
 
+@pytest.mark.parametrize("supported", [False, True])
+def test_a_type_that_this_cpu_is_slow_in_is_told(flags, caplog, monkeypatch, supported):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    with caplog.at_level("INFO"):
+        fit(flags, "--trainer.precision=bf16-mixed", "--trainer.max_steps=1")
+    assert caplog.text.count("bf16-mixed, for which this CPU has no instructions") == (0 if supported else 1)
+
+
 def test_lambda_that_falls_by_steps_is_the_same_whatever_an_epoch_is(small, tmp_path):
     class Lambda(Callback):
         def on_train_batch_start(self, trainer, pl_module, *rest):
