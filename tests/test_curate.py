@@ -69,12 +69,14 @@ BORDERS = [
     Moment("half a checkpoint", 2),
     Moment("policy"),
 ]
+FEW = [moment for moment in BORDERS if moment.name in ("part of the scores", "step", "settled")]
 
 
-def test_kills_at_every_border_change_no_bit(small, whole, tmp_path):
+@pytest.mark.parametrize("moments", [FEW, pytest.param(BORDERS, marks=pytest.mark.slow)], ids=len)
+def test_kills_at_every_border_change_no_bit(small, whole, tmp_path, moments):
     flags = curate_flags(small, tmp_path / "killed")
     log = tmp_path / "log"
-    for moment in BORDERS:
+    for moment in moments:
         killed = Run(flags, log, moment=moment)
         ends = killed.wait()
         assert ends == [-moment.number], f"{moment} {ends}: {killed.text()}"
