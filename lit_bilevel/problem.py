@@ -58,8 +58,8 @@ class BilevelProblem(ABC):
         """ℓ_i at other values, [B], with the same dropout masks as `lower_losses`."""
 
     @abstractmethod
-    def lower_gradient_at(self, values: Values) -> tuple[Tensor, Values]:
-        """ℓ_i at other values, [B], and the gradient there of the lower objective mean_i w_i·ℓ_i."""
+    def lower_gradient_at(self, values: Values, weighted: bool = True) -> tuple[Tensor, Values]:
+        """ℓ_i at other values, [B], and the gradient there of the lower objective mean_i w_i·ℓ_i, or of mean_i ℓ_i."""
 
     @abstractmethod
     def lower_jvp(self, direction: Values) -> Tensor:

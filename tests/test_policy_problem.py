@@ -39,6 +39,7 @@ def test_losses_and_gradients(size):
     weighted = (WEIGHTS[:, None] * lower).mean(0)
     assert distance(at, loss_B) < 1e-12
     assert distance(flat(gradient), weighted) < 1e-12
+    assert distance(flat(problem.lower_gradient_at(problem.values(), weighted=False)[1]), lower.mean(0)) < 1e-12
     problem.backward()
     left = flat([parameter.grad for parameter in policy.trainable()])
     assert distance(left, UPPER_WEIGHT * upper.mean(0) + (1 - UPPER_WEIGHT) * weighted) < 1e-12

@@ -268,8 +268,8 @@ def test_the_value_function_has_no_scores_before_the_pool_model_moved():
     problem = ridge_problem(0.3)
     at_values = problem.lower_gradient_at
 
-    def other_kernel(values):  # the same losses to the last few bits
-        loss_B, gradient = at_values(values)
+    def other_kernel(values, weighted):  # the same losses to the last few bits
+        loss_B, gradient = at_values(values, weighted)
         return loss_B * (1 + 1e-12), gradient
 
     problem.lower_gradient_at = other_kernel
@@ -288,6 +288,19 @@ def test_the_pool_model_steps_at_the_policy_learning_rate():
     gradient = problem.lower_gradient_at(problem.values())[1][0]
     expected = problem.theta - problem.learning_rate * 0.7 * gradient
     assert distance(solver.state_dict()["values"][0], expected) < 1e-14
+
+
+def test_the_pool_model_can_learn_the_pool_without_weights():
+    """So what the weights already say does not keep the junk from φ, which has to know it to prefer it."""
+    problem, solver = ridge_problem(0.3), ValueFunction(optimizer=sgd, weighted=False)
+    solver(problem)
+    plain = ridge_problem(0.3)
+    plain.weight_B = torch.ones_like(plain.weight_B)
+    expected = problem.theta - problem.learning_rate * 0.7 * plain.lower_gradient_at(plain.values())[1][0]
+    assert distance(solver.state_dict()["values"][0], expected) < 1e-14
+    weighted = ValueFunction(optimizer=sgd)
+    weighted(problem)
+    assert distance(solver.state_dict()["values"][0], weighted.state_dict()["values"][0]) > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -188,8 +188,8 @@ class PolicyProblem(BilevelProblem):
         with self._lower_pass(), self.policy.substituted(values), torch.no_grad():
             return torch.cat([self._lower_losses_of(batch) for batch in self.lower])
 
-    def lower_gradient_at(self, values: Values) -> tuple[Tensor, Values]:
-        weights_B = self.weights()
+    def lower_gradient_at(self, values: Values, weighted: bool = True) -> tuple[Tensor, Values]:
+        weights_B = self.weights() if weighted else torch.cat([batch.row_B >= 0 for batch in self.lower])
         losses, totals, start = [], [torch.zeros_like(value) for value in values], 0
         with self._lower_pass(), self.policy.substituted(values):
             for batch in self.lower:

@@ -36,6 +36,9 @@ class ValueFunction(BilevelSolver):
             learning rate is set before every step.
         learning_rate: φ's learning rate; by default the policy's current one. A larger one makes the scores a contrast
             between a model that knows the pool and a policy that barely moved towards validation: for selection alone.
+        weighted: whether φ learns the rows by their weights, as the value function has it. Where weights begin at a
+            prior, φ would not learn what the prior weighs down, and have no contrast to say of it; without, φ is a model
+            of the whole pool, and the scores are those of equal weights.
     """
 
     needs_upper_weight = True
@@ -46,11 +49,13 @@ class ValueFunction(BilevelSolver):
         inner_steps: int = 1,
         optimizer: Callable[[Iterable], Optimizer] = torch.optim.AdamW,
         learning_rate: float | None = None,
+        weighted: bool = True,
     ):
         if inner_steps < 1:
             raise UserError(f"`inner_steps` is {inner_steps}; it must be at least 1.")
         self.inner_steps = inner_steps
         self.learning_rate = learning_rate
+        self.weighted = weighted
         self.optimizer = optimizer
         self._values: Values = []
         self._optimizer: Optimizer | None = None
@@ -75,7 +80,7 @@ class ValueFunction(BilevelSolver):
     def _inner_step(self, problem: BilevelProblem) -> Tensor:
         """One step of φ; returns the losses before it, from the same forward pass."""
         assert self._optimizer is not None
-        loss_B, gradient = problem.lower_gradient_at(self._values)
+        loss_B, gradient = problem.lower_gradient_at(self._values, self.weighted)
         if torch.isfinite(norm(gradient)):  # one overflow would spoil φ for the rest of the run
             # the policy sees (1−λ)·g: on all of g φ would fit the pool faster than θ, and every row would look easier
             # to φ, whether it is good or bad

@@ -113,10 +113,11 @@ class LinearProblem(BilevelProblem):
         x, y = self.lower
         return 0.5 * (x @ values[0] - y) ** 2
 
-    def lower_gradient_at(self, values: Values) -> tuple[Tensor, Values]:
+    def lower_gradient_at(self, values: Values, weighted: bool = True) -> tuple[Tensor, Values]:
         x, y = self.lower
         residual = x @ values[0] - y
-        return 0.5 * residual**2, [x.T @ (self.weight_B * residual) / len(y) + self.ridge * values[0]]
+        pulled = self.weight_B * residual if weighted else residual
+        return 0.5 * residual**2, [x.T @ pulled / len(y) + self.ridge * values[0]]
 
     def lower_jvp(self, direction: Values) -> Tensor:
         x, y = self.lower
