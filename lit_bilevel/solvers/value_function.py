@@ -36,9 +36,9 @@ class ValueFunction(BilevelSolver):
             learning rate is set before every step.
         learning_rate: φ's learning rate; by default the policy's current one. A larger one makes the scores a contrast
             between a model that knows the pool and a policy that barely moved towards validation: for selection alone.
-        weighted: whether φ learns the rows by their weights, as the value function has it. Where weights begin at a
-            prior, φ would not learn what the prior weighs down, and have no contrast to say of it; without, φ is a model
-            of the whole pool, and the scores are those of equal weights.
+        weighted: whether φ learns the rows by their weights, as the value function has it. Without, φ is a model of the
+            whole pool, and scores are those of equal weights: where weights begin at a prior, φ would otherwise not
+            learn what the prior weighs down, and say nothing of it.
     """
 
     needs_upper_weight = True
