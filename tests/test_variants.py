@@ -12,7 +12,10 @@ import pytest
 from support.comparing import compare, table_of
 from support.files import ROOT, TOY, read_jsonl
 
+from lit_bilevel.cli import BilevelCLI
 from lit_bilevel.comparison.methods import Method
+from lit_bilevel.comparison.names import OF_RESPONSES
+from lit_bilevel.comparison.recipe import read_parts
 from lit_bilevel.comparison.variants import Variant, read_variants
 from lit_bilevel.errors import UserError
 
@@ -140,5 +143,14 @@ def test_the_script_of_the_results_names_methods_that_there_are():
     names = [name for part in (*lists, *given) for name in part.split()] + list(variants)
     assert len(lists) == len(given) == 2
     assert len(names) > 60
+    shared = ["--config=configs/quality.yaml", f"--model.policy.path={TOY / 'model'}"]
+    shared += [f"--data.{part}={TOY / part}.jsonl" for part in ("pool", "validation")]
+    phases, callbacks = read_parts(BilevelCLI(shared, run=False).config)
+    seen = set()
     for name in names:
-        Method.parse(name, variants)
+        method = Method.parse(name, variants)
+        flags = (*method.phases(phases, 200), *method.flags, *OF_RESPONSES * (not method.refine))
+        flags = (*flags, method.callbacks(callbacks, TOY))
+        if flags not in seen:  # the settings are accepted, too
+            BilevelCLI([*shared, *flags], run=False)
+        seen.add(flags)
