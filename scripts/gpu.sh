@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in ten minutes: the tests marked `gpu`, then every benchmark against Lightning, TRL and the plain
+# All that needs a GPU, in ten minutes: the tests marked `gpu`, then the benchmarks against Lightning, TRL and the plain
 # loop. Writes one file of results, also where a part fails or takes too long; a later part does not wait for it.
 #
 #   scripts/gpu.sh [OUT.md]                             PYTHON chooses the interpreter; MINUTES how long it may take

@@ -41,8 +41,8 @@ class ClosingSweep(Callback):
 
     Args:
         phase: its name; by default the last one that learns weights.
-        strength: how far the weights move: with softmax weights, a row whose score is one mean deviation better than
-            the mean weighs e^(1/strength) times its prior.
+        strength: the larger, the nearer the weights stay to the prior: with softmax weights, a row whose score is one
+            mean deviation better than the mean weighs e^(1/strength) times its prior.
     """
 
     def __init__(self, phase: str | None = None, strength: float = 1.0):

@@ -1,7 +1,7 @@
 """The LightningDataModule: files in, policy steps with both levels out.
 
 The validation file is split once, by a hash of the ids: `upper` trains the weights (and the policy when λ > 0),
-`monitor` only chooses the checkpoint. Nothing is ever reported on either; `test` is for that.
+`monitor` is never trained on: it chooses the checkpoint, and judges refinement rounds. Results are reported on `test`.
 
 Left out: sampler injection by the Trainer. Each process takes its share of a global window by itself, which makes the
 result independent of the number of processes.
@@ -57,7 +57,7 @@ class BilevelDataModule(LightningDataModule):
         max_length: longest sequence in tokens, prompt and response together.
         truncation: the side on which longer ones are cut: `right` the response, `left` first the oldest prompt tokens.
         train_on: assistant turns that are learned where there are several.
-        monitor_fraction: share of the validation file that only chooses the checkpoint.
+        monitor_fraction: share of the validation file that is not trained on and chooses the checkpoint.
         format: `auto` (by the columns), `prompt_response`, `messages`, `sharegpt`, `alpaca`, `preference` or `text`.
         columns: renames of columns, theirs to ours.
         on_bad_row: `error` names bad records and stops; `skip` leaves them out, counts them and lists them in

@@ -38,7 +38,7 @@ def read_sets(
         preparation: makes the table of a file.
         settings: how files are read, arguments of `Source`.
         pair_levels: the levels whose objective learns from pairs.
-        monitor_fraction: share of the validation rows that only chooses the checkpoint.
+        monitor_fraction: share of the validation rows that is not trained on and chooses the checkpoint.
 
     Raises:
         UserError: for files, records, overlaps or sizes that cannot be used.

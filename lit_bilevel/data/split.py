@@ -29,7 +29,7 @@ def apart(
     Args:
         sets: the tables `pool`, `validation` and perhaps `test`.
         on_bad_row: whether rows that ask what a more trusted file asks are refused (`error`) or left out (`skip`).
-        monitor_fraction: share of the validation rows that only chooses the checkpoint.
+        monitor_fraction: share of the validation rows that is not trained on and chooses the checkpoint.
 
     Raises:
         UserError: as `find_shared` and `split` do.

@@ -1,6 +1,6 @@
 """Scores learned weights against a truth file: AUROC of clean rows against each kind of corruption.
 
-A truth file (`id`, `corrupted` or `harmful`, `kind`) scores and never trains; only callbacks and scripts read it.
+A truth file (`id`, `corrupted` or `harmful`, `kind`) scores and never trains; no step of a run sees it.
 Left out: thresholds. A ranking does not depend on where somebody would cut it.
 """
 

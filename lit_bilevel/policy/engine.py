@@ -1,4 +1,4 @@
-"""The machinery around a policy step, as functions: tests give plain ones, `exchange.py` those of Lightning's strategy.
+"""The machinery around a policy step, as functions: `training/engine.py` has those of a strategy, tests plain ones.
 
 Left out: the optimizers' steps, which the module takes itself.
 """

@@ -2,7 +2,7 @@
 
     columns = score_rows(policy, tokenizer, data.sets["pool"], data.sets["upper"])      # on one process
 
-Only the `upper` part of the validation file is trusted here: the `monitor` part chooses checkpoints and nothing else.
+Only the `upper` part of the validation file is trusted here: the `monitor` part stays apart, to choose checkpoints.
 Memory: a part's token ids, the logits of a chunk, and 267 float32 numbers a row (1.1 GB at a million).
 
 Left out: refined responses.

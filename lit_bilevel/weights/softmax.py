@@ -1,6 +1,6 @@
 """Softmax weights: w_i = N·exp(ω_i/T) / Σ_j exp(ω_j/T), one logit per row (arXiv 2511.21056; SEAL, arXiv 2410.07471).
 
-With `optim.ExponentiatedGradient` on visited rows this is mirror descent on the simplex. The template to copy for a
+With `ExponentiatedGradient` on visited rows this is mirror descent on the simplex. The template to copy for a
 new table: one function u. Left out: anything that shares information between rows; see `source` and `network`.
 """
 

@@ -1,6 +1,6 @@
 """A score from one pass of the policy before it is trained, to keep rows by or to weight them by.
 
-All columns that `lit-bilevel score` writes, high or low as `scores/columns.py` says. Left out: sums of them.
+All columns that `lit-bilevel score` writes, high or low as `scores/columns.py` says. Left out: sums but `combined`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PassScore(Filter):
     def write_weights(self, evidence: Evidence, folder: Path) -> np.ndarray:
         """Write `weights.parquet` for `WarmStart`; returns the weights [N], of mean 1.
 
-        A density ratio is a weight as it is; another score goes through a sigmoid of its z-scores.
+        A density ratio is a weight as it is; others go through a sigmoid (`weights_from_score`).
         """
         import pyarrow
         import pyarrow.parquet
