@@ -20,6 +20,7 @@ from lit_bilevel import (
     LitBilevel,
     Mixing,
     NetworkWeights,
+    Phase,
     PolicySettings,
     SoftmaxWeights,
     SourceWeights,
@@ -129,6 +130,19 @@ def test_groups_that_could_never_learn_are_refused():
         with pytest.raises(UserError, match=r"`model.refined_weights` is `SoftmaxWeights`.*use `BMOWeights`"):
             LitBilevel(policy, weights, Mixing(), refined_weights=SoftmaxWeights())
         LitBilevel(policy, weights, Mixing(), refined_weights=BMOWeights())
+
+
+@pytest.mark.parametrize(
+    ("learning", "refined", "told"), [(0.75, None, False), (0.25, None, True), (0.25, BMOWeights(), False)]
+)
+def test_groups_that_no_phase_teaches_are_told(small, tmp_path, caplog, learning, refined, told):
+    """The first answers come after the second of four steps."""
+    phases = [Phase("weights", learning, 0.5), Phase("policy", 1 - learning, 0.5, learn_weights=False)]
+    with caplog.at_level("INFO"):
+        module = run(small, tmp_path, refine_all(), steps=4, phases=phases, refined_weights=refined)
+    assert ("every group of them weighs 1" in caplog.text) == told
+    weight_M = module.refinement.weights.table()
+    assert (weight_M.std() == 0) == told
 
 
 def test_groups_are_gated_at_the_end_of_an_epoch(small, tmp_path):

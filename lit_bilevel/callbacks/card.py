@@ -69,8 +69,10 @@ def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metri
         for name, path in data.paths.items()
         if path
     ]
+    weighted = "every row of the pool has a learned weight"
     method = f"The solver is `{settings['solver']}`, the weights are `{settings['weights']}`."
     if not module.learns_weights:
+        weighted = "no weight of a row was learned in this run"
         method = f"The solver is `{settings['solver']}`, which learns no weights."
     if "refine" in settings:
         method += " Answers of badly weighted rows were replaced by the policy's own (self-refining generation)."
@@ -93,7 +95,7 @@ def card(trainer: Trainer, module: LitBilevel, settings: dict[str, Plain], metri
         f"# {base}, tuned with lit-bilevel {__version__}",
         "",
         f"{'An adapter for' if adapter else 'Tuned from'} `{base}` on data that is not trusted, guided by a small"
-        f" trusted validation set: every row of the pool has a learned weight (arXiv 2511.21056). {method}",
+        f" trusted validation set (arXiv 2511.21056); {weighted}. {method}",
         f"Load it with `{loader}`. {SETTINGS[adapter]}",
         *("", "## Data", "", "| set | file | rows |", "|---|---|---|"),
         *(f"| {name} | `{path}` | {count:,} |" for name, path, count in rows),

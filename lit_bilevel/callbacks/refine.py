@@ -38,6 +38,7 @@ from lit_bilevel.module import LitBilevel
 from lit_bilevel.refinement.choose import LowestFraction, RowChooser
 from lit_bilevel.refinement.responses_file import ResponseFile, records
 from lit_bilevel.refinement.trust import Agreed, Trust
+from lit_bilevel.training.phases import learns_after
 from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.types import Response
 
@@ -258,7 +259,15 @@ class SelfRefine(Callback):
         if self._pending:
             self._pending = False
             self.refine(trainer, module)
-        last = trainer.estimated_stepping_batches if self.by_steps else trainer.max_epochs
+        steps = trainer.estimated_stepping_batches
+        last = steps if self.by_steps else trainer.max_epochs
+        first = self.start if self.by_steps or last in (None, -1) else self.start * steps / last
+        learns = module.solver.learns and learns_after(module.phases, first, steps)
+        if module.refinement.template.learnable and not learns:
+            say(
+                "no phase learns weights when answers come, so every group of them weighs 1; `model.refined_weights:"
+                " BMOWeights` would weigh groups by their losses"
+            )
         if last not in (None, -1) and self.start >= last:
             unit = "steps" if self.by_steps else "epochs"
             rank_zero_warn(

@@ -3,10 +3,10 @@
     w(x) = p_trusted(x) / p_pool(x) = odds of `trusted`, classes balanced      scaled to mean 1 over the pool
 
 Under covariate shift these are the weights that make the pool's expectation the trusted one (Shimodaira, 2000). The
-odds come from a logistic regression on the features, each standardised on the rows it is fitted on; of what was measured
-also on their squares, cut at 5 standard deviations. It is cross-fitted: rows of pool and validation are dealt out to
-folds alike, and a row's odds come from the fit without its fold, so no row is told apart because its own label was
-learned.
+odds come from a logistic regression on the features, each standardised on the rows it is fitted on; of what was
+measured also on their squares, cut at 5 standard deviations. It is cross-fitted: rows of pool and validation are dealt
+out to folds alike, and a row's odds come from the fit without its fold, so no row is told apart because its own label
+was learned.
 
 The strength of the penalty is chosen for every fold, by log loss with balanced classes on further folds of the rows
 fitted on: how well membership is told. Nothing else is looked at, a truth file least of all.

@@ -135,6 +135,11 @@ def index_of(phases: Sequence[Phase], name: str) -> int:
     return names.index(name)
 
 
+def learns_after(phases: Sequence[Phase], step: float, steps: float) -> bool:
+    """Whether any phase from that of a step on learns weights."""
+    return any(phase.learn_weights for phase in phases[index_at(phases, math.ceil(step), steps) :])
+
+
 def enter_phase(module: LitBilevel) -> None:
     """Begin a policy step of a `LitBilevel`: log its phase, and free what the solver keeps where it runs no more."""
     index = current_index(module)
