@@ -12,9 +12,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
-from lightning.pytorch.utilities import rank_zero_info
-
 from lit_bilevel.errors import UserError, gather
 from lit_bilevel.training.callbacks import drop_savers, refiners, unfit_callbacks
 from lit_bilevel.training.effects import of_precision, without_callbacks, without_effect
@@ -143,8 +140,6 @@ def check_run(module: LitBilevel, stage: str) -> None:
         )
     if problems:
         raise gather("this combination cannot run", problems)
-    if stage == "fit":
-        _tell_of_slow_types(module.trainer)
 
 
 def _of_decay(module: LitBilevel) -> list[str]:
@@ -174,17 +169,6 @@ def _of_length(module: LitBilevel) -> list[str]:
     return [
         "`model.phases` are shares of a run whose length is not known; set `trainer.max_steps` or `trainer.max_epochs`"
     ]
-
-
-def _tell_of_slow_types(trainer: Trainer) -> None:
-    """Say where a precision that saves time elsewhere costs time here: seen 20-fold on a CPU with AVX2 alone."""
-    if trainer.strategy.root_device.type != "cpu" or not str(trainer.precision).startswith("bf16"):
-        return
-    if torch.backends.mkldnn.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        rank_zero_info(
-            f"`trainer.precision` is {trainer.precision}, for which this CPU has no instructions: a step can take many"
-            " times as long as in 32-true"
-        )
 
 
 def check_precision(asked: Any, trainer: Trainer) -> None:
