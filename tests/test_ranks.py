@@ -30,7 +30,12 @@ SWEPT = {"phases": [LEARN, TRAIN], "callbacks": {"ClosingSweep": {"phase": "weig
 METHODS |= {
     "phases": {"solver": "ValueFunction", **SWEPT},
     "swept_one_step": {"solver": "OneStep", **SWEPT},
-    "curated": {"solver": "ValueFunction", **SWEPT, "callbacks": {"ScoredPrior": {}, **SWEPT["callbacks"]}},
+    "curated": {
+        "solver": "ValueFunction",
+        "solver_settings": {"weighted": False},
+        **SWEPT,
+        "callbacks": {"ScoredPrior": {}, **SWEPT["callbacks"]},
+    },
 }
 STRATEGIES = {
     "ddp": list(METHODS),

@@ -261,7 +261,7 @@ class SelfRefine(Callback):
             self.refine(trainer, module)
         steps = trainer.estimated_stepping_batches
         last = steps if self.by_steps else trainer.max_epochs
-        first = self.start if self.by_steps or last in (None, -1) else self.start * steps / last
+        first = self.start * (1 if self.by_steps else trainer.num_training_batches)
         learns = module.solver.learns and learns_after(module.phases, first, steps)
         if module.refinement.template.learnable and not learns:
             say(

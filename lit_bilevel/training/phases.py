@@ -113,7 +113,7 @@ def borders(phases: Sequence[Phase], steps: float) -> list[float]:
     return [min(steps, math.ceil(steps * share - ROUNDING)) for share in shares]
 
 
-def index_at(phases: Sequence[Phase], step: int, steps: float) -> int:
+def index_at(phases: Sequence[Phase], step: float, steps: float) -> int:
     """Which of the phases a step is in; after the last step, the last one."""
     return min(bisect.bisect_right(borders(phases, steps), step), len(phases) - 1)
 
@@ -137,7 +137,7 @@ def index_of(phases: Sequence[Phase], name: str) -> int:
 
 def learns_after(phases: Sequence[Phase], step: float, steps: float) -> bool:
     """Whether any phase from that of a step on learns weights."""
-    return any(phase.learn_weights for phase in phases[index_at(phases, math.ceil(step), steps) :])
+    return any(phase.learn_weights for phase in phases[index_at(phases, step, steps) :])
 
 
 def enter_phase(module: LitBilevel) -> None:
