@@ -48,6 +48,7 @@ from lit_bilevel.training.guard import Guard, GuardSettings
 from lit_bilevel.training.optimizers import make_optimizers
 from lit_bilevel.training.phases import WHOLE, Phase, current_index, enter_phase
 from lit_bilevel.training.policy_step import step_policy
+from lit_bilevel.training.preparation import prepare_solver, rests
 from lit_bilevel.training.refusals import check_flags, check_run, check_settings
 from lit_bilevel.training.schedule import upper_weight_of
 from lit_bilevel.types import Batch, Features, Question
@@ -201,6 +202,9 @@ class LitBilevel(LightningModule):
         inner, outer = self._optimizers()
         inner.optimizer.zero_grad(set_to_none=True)
         problem = make_problem(self, batch, inner.optimizer)
+        if rests(self):
+            self._log_step(prepare_solver(self, inner, problem))
+            return
         tally = weigh_responses(problem, self.refinement.rule) if self.refinement.active else None
         s_B = self._ask_solver(problem)
         features, s_B, losses = gather_scores(problem, s_B, self.trainer.strategy, self.refinement.active)

@@ -134,7 +134,7 @@ def test_the_sweep_of_a_run_without_phases_is_at_its_end(small, tmp_path, monkey
 def test_a_sweep_that_has_nothing_to_set_is_refused(small, tmp_path):
     phases = [LEARN, TRAIN]
     for callback, settings, message in (
-        (ClosingSweep("policy"), {"phases": phases}, "the phase 'policy', which learns no weights"),
+        (ClosingSweep("policy"), {"phases": phases}, "the phase 'policy', in which the solver does not run"),
         (ClosingSweep("all"), {"phases": phases}, "there is no phase 'all' in `model.phases`; there are: weights"),
         (ClosingSweep(), {"weights": NetworkWeights()}, "`OneStep` with `NetworkWeights`; use `ValueFunction`"),
         (ClosingSweep(), {"solver": Mixing()}, "`Mixing` with `SoftmaxWeights`"),

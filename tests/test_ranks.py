@@ -26,6 +26,7 @@ METHODS = {
 }
 LEARN = {"name": "weights", "share": 0.5, "upper_weight": 0.9, "learning_rate": 0.5}
 TRAIN = {"name": "policy", "share": 0.5, "learning_rate": 1.0, "learn_weights": False}
+REST = {"name": "pool", "share": 0.5, "prepare_solver": True, "learning_rate": 0.0, "learn_weights": False}
 SWEPT = {"phases": [LEARN, TRAIN], "callbacks": {"ClosingSweep": {"phase": "weights"}}}
 METHODS |= {
     "phases": {"solver": "ValueFunction", **SWEPT},
@@ -33,8 +34,8 @@ METHODS |= {
     "curated": {
         "solver": "ValueFunction",
         "solver_settings": {"weighted": False},
-        **SWEPT,
-        "callbacks": {"ScoredPrior": {}, **SWEPT["callbacks"]},
+        "phases": [REST, TRAIN],
+        "callbacks": {"ScoredPrior": {}, "ClosingSweep": {"phase": "pool"}},
     },
 }
 STRATEGIES = {

@@ -40,10 +40,13 @@ class ClosingSweep(Callback):
     """Sets the weights from scores of all rows at the end of a phase.
 
     Args:
-        phase: its name; by default the last one that learns weights.
+        phase: its name; by default the last one that learns weights or prepares the solver.
         strength: the larger, the nearer the weights stay to the prior: with softmax weights, a row whose score is one
             mean deviation better than the mean weighs e^(1/strength) times its prior.
     """
+
+    sets_weights = True
+    """Read by `training/callbacks.py`, which does not know this class."""
 
     def __init__(self, phase: str | None = None, strength: float = 1.0):
         if not strength > 0:
@@ -74,16 +77,18 @@ class ClosingSweep(Callback):
                 " with `SigmoidWeights`, for example, or leave the callback out."
             )
         index = self._phase_index(module)
-        if not module.phases[index].learn_weights:
-            raise UserError(f"`ClosingSweep` names the phase {self.phase!r}, which learns no weights; name another.")
+        if not module.phases[index].runs_solver:
+            raise UserError(
+                f"`ClosingSweep` names the phase {self.phase!r}, in which the solver does not run; name another."
+            )
 
     def _phase_index(self, module: LitBilevel) -> int:
         if self.phase is not None:
             return index_of(module.phases, self.phase)
-        learning = [index for index, phase in enumerate(module.phases) if phase.learn_weights]
-        if not learning:
-            raise UserError("no phase of `model.phases` learns weights, so `ClosingSweep` has no end to wait for.")
-        return learning[-1]
+        running = [index for index, phase in enumerate(module.phases) if phase.runs_solver]
+        if not running:
+            raise UserError("the solver runs in no phase of `model.phases`, so `ClosingSweep` has no end to wait for.")
+        return running[-1]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

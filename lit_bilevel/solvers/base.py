@@ -45,6 +45,15 @@ class BilevelSolver(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027  (most solvers have no state)
         """Take over what `state_dict` returned."""
 
+    def prepare(self, problem: BilevelProblem) -> Tensor | None:
+        """Advance what is kept from step to step at a policy that does not move, without scores.
+
+        Returns:
+            Losses of this process's examples under a model of the solver's own, [B], detached, for the log.
+        """
+        self.weight_gradient(problem)
+        return None
+
     def scores_at_rest(self, problem: BilevelProblem) -> Tensor:
         """s_i of rows at the policy and the state as they are now, [B], detached; nothing learns and nothing is kept.
 

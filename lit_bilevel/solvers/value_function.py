@@ -64,13 +64,17 @@ class ValueFunction(BilevelSolver):
         gamma = penalty_strength(problem)
         policy_loss_B = problem.lower_losses()
         begins = self._optimizer is None
-        if begins:
-            self._begin(problem.values())
-        for _ in range(self.inner_steps):
-            pool_loss_B = self._inner_step(problem)
+        pool_loss_B = self.prepare(problem)
         if begins and self.inner_steps == 1:  # φ was θ in that pass; what differs is the rounding of two kernels
             return torch.zeros_like(policy_loss_B)
         return gamma * (policy_loss_B - pool_loss_B)
+
+    def prepare(self, problem: BilevelProblem) -> Tensor:
+        if self._optimizer is None:
+            self._begin(problem.values())
+        for _ in range(self.inner_steps):
+            pool_loss_B = self._inner_step(problem)
+        return pool_loss_B
 
     def _begin(self, values: Values) -> None:
         # copies: φ's optimizer writes into them, and the policy must not move along

@@ -17,6 +17,7 @@ from lit_bilevel.training.trainer import callbacks_of, find_callbacks
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+    from lit_bilevel.callbacks.closing_sweep import ClosingSweep
     from lit_bilevel.callbacks.refine import SelfRefine
     from lit_bilevel.callbacks.scored_prior import ScoredPrior
 
@@ -71,4 +72,11 @@ def scorers(trainer: Trainer) -> list[ScoredPrior]:
     """The callbacks that score the rows before the first step: `ScoredPrior`, or made from it."""
     return [
         cast("ScoredPrior", callback) for callback in callbacks_of(trainer) if getattr(callback, "scores_rows", False)
+    ]
+
+
+def sweepers(trainer: Trainer) -> list[ClosingSweep]:
+    """The callbacks that set weights from scores at rest: `ClosingSweep`, or made from it."""
+    return [
+        cast("ClosingSweep", callback) for callback in callbacks_of(trainer) if getattr(callback, "sets_weights", False)
     ]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lit_bilevel.training.callbacks import scorers
+from lit_bilevel.training.callbacks import scorers, sweepers
+from lit_bilevel.training.phases import unused_preparation
 
 if TYPE_CHECKING:
     from lit_bilevel.module import LitBilevel
@@ -45,7 +46,7 @@ def without_callbacks(module: LitBilevel, refines: bool) -> list[str]:
         for name in ("response_weights", "refined_weights")
         if (value := getattr(module, name)) is not None and not refines
     ]
-    return problems + _without_scores(module)
+    return problems + _without_scores(module) + _without_sweep(module)
 
 
 def of_precision(module: LitBilevel) -> list[str]:
@@ -67,4 +68,15 @@ def _without_scores(module: LitBilevel) -> list[str]:
     return [
         f"`columns` of `model.weights` are {', '.join(names)}, and nothing scores rows without the callback"
         " `ScoredPrior`; add it to `trainer.callbacks`, or leave the columns out"
+    ]
+
+
+def _without_sweep(module: LitBilevel) -> list[str]:
+    """A solver that is prepared for nothing."""
+    name = unused_preparation(module.phases)
+    if name is None or sweepers(module.trainer):
+        return []
+    return [
+        f"the phase {name!r} has `prepare_solver`, and no later one learns weights; add the callback `ClosingSweep` to"
+        " `trainer.callbacks`, or leave `prepare_solver` out"
     ]

@@ -7,6 +7,12 @@
 Of 1,000 steps, 0 to 399 are of the first phase: weights are learned while the policy moves at a fiftieth of its rate.
 Then the policy is trained under the weights, which stay, without a pass of the solver.
 
+    phases:
+      - {name: pool, share: 0.4, learning_rate: 0, learn_weights: false, prepare_solver: true}
+
+In these steps the policy rests: the solver's own state learns from the pool rows and nothing else is computed, which
+for `ValueFunction` is half of what a step of `Mixing` costs. `ClosingSweep` sets the weights at their end.
+
 The phase of a step follows from its number and the run's length alone, so a resumed run needs nothing to know it.
 Left out: phases of another solver, another policy or other data; those are runs of their own.
 """
@@ -39,9 +45,10 @@ class Phase:
         upper_weight: λ in this phase; by default that of the module, with its decay.
         learn_weights: whether weights are learned; without, a step costs what one of `Mixing` does.
         prepare_solver: where no weights are learned, run the solver all the same and drop its scores, so that its pool
-            model or its mean direction is ready for the next phase.
+            model or its mean direction is ready for the next phase, or for `ClosingSweep` at the end of this one.
         learning_rate: factor of the policy's learning rate, whose schedule (warm-up and decay) begins anew with this
-            phase; by default the schedule of the phase before goes on through this one.
+            phase; by default the schedule of the phase before goes on through this one. At 0 the policy rests, and a
+            phase that only prepares the solver has no pass of the policy's own.
     """
 
     name: str
@@ -55,6 +62,11 @@ class Phase:
     def runs_solver(self) -> bool:
         """Whether the solver is asked in its steps."""
         return self.learn_weights or self.prepare_solver
+
+    @property
+    def rests(self) -> bool:
+        """Whether nothing moves in its steps but the solver's own state."""
+        return self.prepare_solver and self.learning_rate == 0
 
     def problems(self) -> list[str]:
         """What is wrong with its settings."""
@@ -87,11 +99,10 @@ def problems_of(phases: Sequence[Phase]) -> list[str]:
     names = [phase.name for phase in phases]
     if again := sorted({name for name in names if names.count(name) > 1}):
         problems.append(f"`model.phases` has {', '.join(map(repr, again))} more than once; give each a name of its own")
-    for index, phase in enumerate(phases):
-        if phase.prepare_solver and (phase.learn_weights or not any(later.learn_weights for later in phases[index:])):
+    for phase in phases:
+        if phase.prepare_solver and phase.learn_weights:
             problems.append(
-                f"`prepare_solver` of the phase {phase.name!r} is for one that learns no weights, before one that does;"
-                " leave it out"
+                f"`prepare_solver` of the phase {phase.name!r} is for one that learns no weights; leave it out"
             )
     total = sum(phase.share for phase in phases)
     if not abs(total - 1) <= ROUNDING:
@@ -133,6 +144,16 @@ def index_of(phases: Sequence[Phase], name: str) -> int:
     if name not in names:
         raise UserError(f"there is no phase {name!r} in `model.phases`; there are: {', '.join(names)}.")
     return names.index(name)
+
+
+def unused_preparation(phases: Sequence[Phase]) -> str | None:
+    """The name of the last phase that prepares a solver which no later one learns weights from, if there is such."""
+    for phase in reversed(phases):
+        if phase.learn_weights:
+            return None
+        if phase.prepare_solver:
+            return phase.name
+    return None
 
 
 def learns_after(phases: Sequence[Phase], step: float, steps: float) -> bool:
