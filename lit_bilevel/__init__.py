@@ -19,7 +19,7 @@ _NAMES = {
     "lit_bilevel.weights.optimizer": "ExponentiatedGradient",
     "lit_bilevel.weights": "BMOWeights ExampleWeights NetworkWeights RunningWeights SigmoidWeights SoftmaxWeights "
     "SourceWeights TableWeights UniformWeights",
-    "lit_bilevel.solvers": "BilevelSolver Implicit Mixing OneStep Penalty ValueFunction",
+    "lit_bilevel.solvers": "BilevelSolver CrossFit Implicit Mixing OneStep Penalty ValueFunction",
     "lit_bilevel.refinement.response_weights": "Aligned LengthNormalised ResponseWeights SelfNormalised SequenceRatio "
     "TokenRatio UniformRatio",
     "lit_bilevel.refinement.consensus": "Agreement Product",
@@ -28,9 +28,9 @@ _NAMES = {
     "lit_bilevel.generation.base": "GenerationBackend Sampling",
     "lit_bilevel.generation.hf": "HFGenerate",
     "lit_bilevel.generation.backends": "ContinuousBatching VLLM",
-    "lit_bilevel.callbacks": "BelowThreshold BelowTypical BilevelCheckpoint ClosingSweep Export Figures LowestFraction "
-    "ModelCard Predictions RandomFraction RandomState RowChooser ScoredPrior SelfRefine Summary WarmStart "
-    "WeightInspector",
+    "lit_bilevel.callbacks": "BelowThreshold BelowTypical BilevelCheckpoint ClosingRatio ClosingSweep Export Figures "
+    "LowestFraction ModelCard Predictions RandomFraction RandomState RowChooser ScoredPrior SelfRefine Summary "
+    "WarmStart WeightInspector",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 

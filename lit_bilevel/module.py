@@ -194,6 +194,11 @@ class LitBilevel(LightningModule):
         return [level for level, objective in levels.items() if objective.pairs]
 
     @property
+    def row_folds(self) -> int:
+        """Into how many folds the pool rows of this step are dealt out; the data module asks for it."""
+        return self.solver.folds if self.phase.runs_solver else 1
+
+    @property
     def learns_weights(self) -> bool:
         """Whether solver and weights together change any weight."""
         return self.solver.learns and self.weights.learnable
@@ -207,7 +212,8 @@ class LitBilevel(LightningModule):
             return
         tally = weigh_responses(problem, self.refinement.rule) if self.refinement.active else None
         s_B = self._ask_solver(problem)
-        features, s_B, losses = gather_scores(problem, s_B, self.trainer.strategy, self.refinement.active)
+        uneven = self.refinement.active or self.row_folds > 1
+        features, s_B, losses = gather_scores(problem, s_B, self.trainer.strategy, uneven)
         self._step_weights(outer, features, s_B)
         problem.backward()
         statistics = self.weights.statistics()

@@ -45,6 +45,15 @@ class BilevelProblem(ABC):
     def values(self) -> Values:
         """θ, detached; not to be written to."""
 
+    def fold(self, number: int, folds: int) -> BilevelProblem:
+        """The same step over those of its lower rows that are of one fold, for passes at any values.
+
+        Args:
+            number: of the fold, from 0.
+            folds: how many a solver has asked for by its `folds`.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def upper_gradient(self) -> Values:
         """∇f(θ)."""

@@ -1,4 +1,4 @@
-"""Phases in which the policy rests: what moves, what is computed, and that the pool model is the same as beside a pass."""
+"""Phases in which the policy rests: what moves and what is computed; the pool model is that beside a pass."""
 
 from __future__ import annotations
 
@@ -86,4 +86,6 @@ def test_other_solvers_are_prepared_at_a_policy_that_rests(small, tmp_path, monk
 
 def test_a_solver_that_is_prepared_for_nothing_is_refused(small, tmp_path):
     with pytest.raises(UserError, match="the phase 'pool' has `prepare_solver`, and no later one learns weights; add"):
-        run(small, tmp_path, Logged(), steps=2, solver=ValueFunction(), phases=[REST, TRAIN])
+        run(small, tmp_path, Logged(), steps=2, solver=OneStep(), phases=[REST, TRAIN])
+    with pytest.raises(UserError, match="so its learning rate is 0, which `ValueFunction` would take for its own"):
+        run(small, tmp_path, ClosingSweep(), steps=2, solver=ValueFunction(), phases=[REST, TRAIN])

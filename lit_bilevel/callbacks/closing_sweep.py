@@ -10,7 +10,6 @@ two forward passes a row.
     phases: [{name: weights, share: 0.4}, {name: policy, share: 0.6, learn_weights: false, learning_rate: 1.0}]
     callbacks: [{class_path: ClosingSweep, init_args: {phase: weights}}]
 
-A checkpoint is saved only after it, or before the last step of the phase, so a killed run sweeps once in the end.
 Rows that are refined by then are settled, too. Left out: weights that rows share; they have no entry to set.
 """
 
@@ -18,25 +17,24 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lit_bilevel.callbacks.passes import evaluating
+from lit_bilevel.callbacks.phase_end import AtPhaseEnd
 from lit_bilevel.callbacks.progress import say
 from lit_bilevel.callbacks.run import module_of
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.rest import RestingProblem
 from lit_bilevel.training.engine import lightning_engine
-from lit_bilevel.training.phases import borders, index_of
 from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.weights.table import TableWeights
 
 
-class ClosingSweep(Callback):
+class ClosingSweep(AtPhaseEnd):
     """Sets the weights from scores of all rows at the end of a phase.
 
     Args:
@@ -45,81 +43,32 @@ class ClosingSweep(Callback):
             mean deviation better than the mean weighs e^(1/strength) times its prior.
     """
 
-    sets_weights = True
-    """Read by `training/callbacks.py`, which does not know this class."""
-
     def __init__(self, phase: str | None = None, strength: float = 1.0):
         if not strength > 0:
             raise UserError(f"`strength` of `ClosingSweep` is {strength}; it must be above 0.")
-        self.phase, self.strength = phase, strength
-        self._done = False
-
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(phase=self.phase)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"done": self._done}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._done = state_dict["done"]
-
-    # ---- when ----
+        super().__init__(phase)
+        self.strength = strength
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = module_of(pl_module)
-        if trainer.ckpt_path is None:
-            self._done = False
         if not (module.learns_weights and isinstance(module.weights, TableWeights)):
             raise UserError(
                 "`ClosingSweep` sets a table of weights from the scores of a solver, and the run has"
                 f" `{type(module.solver).__name__}` with `{type(module.weights).__name__}`; use `ValueFunction`"
                 " with `SigmoidWeights`, for example, or leave the callback out."
             )
-        index = self._phase_index(module)
-        if not module.phases[index].runs_solver:
-            raise UserError(
-                f"`ClosingSweep` names the phase {self.phase!r}, in which the solver does not run; name another."
-            )
+        super().on_fit_start(trainer, pl_module)
 
-    def _phase_index(self, module: LitBilevel) -> int:
-        if self.phase is not None:
-            return index_of(module.phases, self.phase)
-        running = [index for index, phase in enumerate(module.phases) if phase.runs_solver]
-        if not running:
-            raise UserError("the solver runs in no phase of `model.phases`, so `ClosingSweep` has no end to wait for.")
-        return running[-1]
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        module = module_of(pl_module)
-        index = self._phase_index(module)
-        border = borders(module.phases, trainer.estimated_stepping_batches)[index]
-        if not self._done and trainer.global_step >= border:
-            self.sweep(trainer, module, self._upper_weight(module, index))
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Where steps were skipped, or the run has no length: at the end of the last epoch."""
-        module = module_of(pl_module)
-        index = self._phase_index(module)
-        last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        if not self._done and last and index == len(module.phases) - 1:
-            self.sweep(trainer, module, self._upper_weight(module, index))
-
-    @staticmethod
-    def _upper_weight(module: LitBilevel, index: int) -> float:
+    def close(self, trainer: Trainer, module: LitBilevel, index: int) -> None:
         own = module.phases[index].upper_weight
-        return own if own is not None else module.upper_weight  # scores are scaled, so its decay says nothing
-
-    # ---- what ----
+        # scores are scaled, so the decay of the module's λ says nothing
+        self.sweep(trainer, module, own if own is not None else module.upper_weight)
 
     def sweep(self, trainer: Trainer, module: LitBilevel, upper_weight: float) -> None:
         """Score all rows and set the weights, on all processes alike."""
         started = time.monotonic()
         assert isinstance(module.weights, TableWeights)
         module.weights.settle(pool_scores(trainer, module, upper_weight), self.strength)
-        self._done = True
         say(
             f"all {module.weights.pool_rows:,} rows were scored once more and the weights set from that"
             f" ({time.monotonic() - started:.0f} s)"

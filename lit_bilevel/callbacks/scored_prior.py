@@ -33,7 +33,7 @@ from lit_bilevel.errors import UserError, gather
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.scores.columns import COLUMNS, COMBINED, DIRECTION
 from lit_bilevel.scores.combination import SHARPNESS, combine, normal_scores, prior_weights
-from lit_bilevel.scores.sweep import Sweep, score_rows, sweep_for
+from lit_bilevel.scores.sweep import Sweep, score_both, sweep_for
 from lit_bilevel.scores.table import Scores, read_scores, write_scores
 from lit_bilevel.training.trainer import data_of, policy_of
 
@@ -67,6 +67,7 @@ class ScoredPrior(Callback):
         if problems:
             raise gather("bad settings of `ScoredPrior`", problems)
         self.columns, self.sharpness, self.scores = tuple(columns), sharpness, scores
+        self._known: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         strategy = trainer.strategy
@@ -83,7 +84,7 @@ class ScoredPrior(Callback):
         if trainer.ckpt_path is not None or module.weights.visits.any():  # they have their prior already
             return
         started = time.monotonic()
-        scores = self._get_scores(trainer, module)
+        scores = self._get_scores(trainer, module)[0]
         for name in self.columns:
             if not np.isfinite(scores[name]).any():
                 rank_zero_warn(f"no row has a `{name}`, so the prior is without it; `lit-bilevel score` says why.")
@@ -99,25 +100,47 @@ class ScoredPrior(Callback):
 
     # ---- the scores ----
 
-    def _get_scores(self, trainer: Trainer, module: LitBilevel) -> dict[str, np.ndarray]:
-        """All columns of the pool rows, on every process."""
+    def both_scores(self, trainer: Trainer, module: LitBilevel) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The sum of the columns and the loss under the untouched policy, high for rows to be kept.
+
+        Returns:
+            [N] numbers of the pool rows by name, and [M] the same of the trusted rows.
+
+        Raises:
+            UserError: if the file of scores has no trusted rows.
+        """
+        pool, trusted = self._known or self._get_scores(trainer, module)
+        if not trusted:
+            raise UserError(
+                f"{self.scores or FILE} has no scores of trusted rows; score this pool and validation file anew."
+            )
+        priors = combine(pool, self.columns), combine(pool, self.columns, trusted)
+        both = [{"prior": z, "policy": -columns["loss"]} for z, columns in zip(priors, (pool, trusted), strict=True)]
+        return both[0], both[1]
+
+    def _get_scores(self, trainer: Trainer, module: LitBilevel) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """All columns of the pool rows and of the trusted rows, on every process."""
         data = data_of(trainer)
         policy = policy_of(module)
         if self.scores is not None:
-            return _join(read_scores(self.scores), column(data.sets["pool"], "id").to_pylist(), self.scores)
+            given = read_scores(self.scores)
+            return _join(given, column(data.sets["pool"], "id").to_pylist(), self.scores), given.trusted or {}
         with trainer.precision_plugin.forward_context():
             if is_rehearsal(trainer):  # leaves no files
-                return score_rows(policy, module.tokenizer, data.sets["pool"], data.sets["upper"])
+                self._known = score_both(policy, module.tokenizer, data.sets["pool"], data.sets["upper"])
+                return self._known
             path = run_folder(trainer) / FILE
             sweep = sweep_for(trainer, policy, module.tokenizer, data, path.with_name(f"{FILE}.parts"))
             made_of = {**sweep.made_of, "policy_path": module.policy_settings.path}
             if not trainer.strategy.broadcast(_is_known(path, made_of)):
                 self._pass(trainer, sweep)
                 if trainer.is_global_zero:
-                    write_scores(path, column(data.sets["pool"], "id"), sweep.columns(), made_of)
+                    columns, trusted = sweep.columns()
+                    write_scores(path, column(data.sets["pool"], "id"), columns, made_of, trusted)
                     sweep.files.remove()
         trainer.strategy.barrier("scores")
-        return read_scores(path).columns
+        found = read_scores(path)
+        return found.columns, found.trusted or {}
 
     @staticmethod
     def _pass(trainer: Trainer, sweep: Sweep) -> None:

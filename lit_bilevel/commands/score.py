@@ -147,10 +147,10 @@ def _score(options: argparse.Namespace, shared: list[str]) -> None:
         return
     scoring.bar.close()
     sweep, data = scoring.sweep, scoring.data
-    columns = sweep.columns()
+    columns, trusted = sweep.columns()
     shown = columns if options.features else {name: columns[name] for name in COLUMNS}
     made_of = {**sweep.made_of, "policy_path": scoring.settings.path}
-    write_scores(output, column(data.sets["pool"], "id"), shown, made_of)
+    write_scores(output, column(data.sets["pool"], "id"), shown, made_of, trusted)
     sweep.files.remove()
     _tell(columns, data, output, time.perf_counter() - started)
 

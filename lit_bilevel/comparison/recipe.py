@@ -23,7 +23,7 @@ from lit_bilevel.resources import locate
 
 Settings = Sequence[Mapping[str, Any]]
 
-CALLBACKS = ("ScoredPrior", "ClosingSweep")
+CALLBACKS = ("ScoredPrior", "ClosingRatio", "ClosingSweep")
 """Callbacks that belong to a recipe's phases."""
 
 

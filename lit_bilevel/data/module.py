@@ -25,6 +25,7 @@ from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.examples import Batches, EvaluationWindows, Examples, Window, question_batches, questions_of
 from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
+from lit_bilevel.data.folds import split_folds
 from lit_bilevel.data.layout import layout_for
 from lit_bilevel.data.prepare import Preparation, cache_folder, load_tokenizer
 from lit_bilevel.data.refusals import check_settings
@@ -263,8 +264,14 @@ class BilevelDataModule(LightningDataModule):
             examples = window.examples[start : start + size]
             if level == "lower":
                 examples = self.responses.overlay(examples, len(self.sets["pool"]))
-            batches.append(collate(examples, window.rows, *layout_for(self.trainer, self.packing)))
+            for part in split_folds(examples, self._folds if level == "lower" else 1):
+                batches.append(collate(part, window.rows, *layout_for(self.trainer, self.packing)))
         return self._pin(batches)
+
+    @property
+    def _folds(self) -> int:
+        """Into how many folds the pool rows of the step are dealt out; the module says."""
+        return getattr(self.trainer.lightning_module, "row_folds", 1) if self.trainer is not None else 1
 
     def _pin(self, batches: list[Batch]) -> list[Batch]:
         return [batch.pin_memory() for batch in batches] if self.pin_memory else batches

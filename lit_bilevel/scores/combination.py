@@ -25,12 +25,15 @@ SHARPNESS = 2.0
 """How far apart weights are that begin at a combined score: rows one standard deviation from the mean, 7 to 1."""
 
 
-def combine(columns: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
+def combine(
+    columns: Mapping[str, np.ndarray], names: Sequence[str], others: Mapping[str, np.ndarray] | None = None
+) -> np.ndarray:
     """[N] the sum of standardised columns, high for rows to be kept, mean 0 and standard deviation 1; float64.
 
     Args:
         columns: [N] numbers by name.
         names: those that are added.
+        others: [M] the same of other rows; where they are given, the result is theirs, on the scale of the first.
 
     Raises:
         UserError: for a name that is not there or has no direction, or if no row differs from any other.
@@ -42,17 +45,30 @@ def combine(columns: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarr
     spread = float(np.std(total_N))
     if not spread > 0:
         raise UserError(f"all rows are equal in {', '.join(names)}, so they cannot be told apart; use other scores.")
+    if others is not None:
+        mean = total_N.mean()
+        total_N = np.sum([DIRECTION[name] * normal_scores(others[name], columns[name]) for name in names], axis=0)
+        return (total_N - mean) / spread
     return (total_N - total_N.mean()) / spread
 
 
-def normal_scores(values_N: np.ndarray) -> np.ndarray:
-    """[N] quantiles of a standard normal at the rows' ranks, float64; 0 where a value is not finite."""
-    from scipy.stats import norm, rankdata
+def normal_scores(values_N: np.ndarray, among_M: np.ndarray | None = None) -> np.ndarray:
+    """[N] quantiles of a standard normal at the rows' ranks, float64; 0 where a value is not finite.
+
+    Args:
+        values_N: of the rows.
+        among_M: values whose ranks count; by default those of the rows themselves.
+    """
+    from scipy.stats import norm
 
     known_N = np.isfinite(values_N)
+    among = values_N[known_N] if among_M is None else among_M[np.isfinite(among_M)]
     found_N = np.zeros(len(values_N))
-    if known_N.any():
-        found_N[known_N] = norm.ppf((rankdata(values_N[known_N]) - 0.5) / known_N.sum())
+    if known_N.any() and len(among):
+        among, values = np.sort(among), values_N[known_N]
+        below, upto = among.searchsorted(values), among.searchsorted(values, "right")
+        share = (below + upto) / (2 * len(among))  # of equal values, those at their mean rank
+        found_N[known_N] = norm.ppf(share.clip(0.5 / len(among), 1 - 0.5 / len(among)))
     return found_N
 
 

@@ -53,6 +53,8 @@ class Regression:
 MEASURED = Regression(True, 20_000, 10, 5, (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0))
 HIDDEN = Regression(False, 5_000, 5, 5, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1))
 """Of many features: without squares, which would be as many again, and on fewer rows, for each fit takes longer."""
+SUMMED = Regression(False, 20_000, 10, 5, (1e-3, 1e-2, 1e-1, 1.0))
+"""Of a few scores, each of which is standardised already and speaks for a row where it is high."""
 LEAST_TRUSTED = 10
 LIMIT = 5.0
 
@@ -76,7 +78,7 @@ def density_ratio(pool_NF: np.ndarray, trusted_MF: np.ndarray, seed: int = 0) ->
     Raises:
         UserError: if there are too few trusted rows.
     """
-    return _ratio(pool_NF, trusted_MF, MEASURED, seed)
+    return both_ratios(pool_NF, trusted_MF, MEASURED, seed)[: len(pool_NF)]
 
 
 def hidden_ratio(pool_NS: np.ndarray, trusted_MS: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -90,10 +92,21 @@ def hidden_ratio(pool_NS: np.ndarray, trusted_MS: np.ndarray, seed: int = 0) -> 
     Raises:
         UserError: if there are too few trusted rows.
     """
-    return _ratio(pool_NS, trusted_MS, HIDDEN, seed)
+    return both_ratios(pool_NS, trusted_MS, HIDDEN, seed)[: len(pool_NS)]
 
 
-def _ratio(pool_NF: np.ndarray, trusted_MF: np.ndarray, how: Regression, seed: int) -> np.ndarray:
+def both_ratios(pool_NF: np.ndarray, trusted_MF: np.ndarray, how: Regression, seed: int = 0) -> np.ndarray:
+    """[N + M] the ratio of the pool rows, whose mean is 1, and then of the trusted rows, on the same scale.
+
+    Args:
+        pool_NF: features of the pool rows.
+        trusted_MF: the same of trusted rows.
+        how: of the regression.
+        seed: of the folds.
+
+    Raises:
+        UserError: if there are too few trusted rows.
+    """
     if len(trusted_MF) < LEAST_TRUSTED:
         raise UserError(
             f"a density ratio needs at least {LEAST_TRUSTED} trusted rows and there are {len(trusted_MF)}; give more"
@@ -101,9 +114,9 @@ def _ratio(pool_NF: np.ndarray, trusted_MF: np.ndarray, how: Regression, seed: i
         )
     features_nF = np.concatenate([pool_NF, trusted_MF])
     trusted_n = np.arange(len(features_nF)) >= len(pool_NF)
-    log_odds_N = cross_fit_log_odds(features_nF, trusted_n, how, seed)[: len(pool_NF)]
-    ratio_N = np.exp(log_odds_N - log_odds_N.max())
-    return ratio_N / ratio_N.mean()
+    log_odds_n = cross_fit_log_odds(features_nF, trusted_n, how, seed)
+    ratio_n = np.exp(log_odds_n - log_odds_n[: len(pool_NF)].max())
+    return ratio_n / ratio_n[: len(pool_NF)].mean()
 
 
 def cross_fit_log_odds(

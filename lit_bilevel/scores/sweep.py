@@ -29,7 +29,7 @@ from lit_bilevel.scores.hidden import NUMBERS
 from lit_bilevel.scores.measure import Measure
 from lit_bilevel.scores.opening import opening_of
 from lit_bilevel.scores.parts import Part, PartFiles, plan
-from lit_bilevel.scores.table import columns_of
+from lit_bilevel.scores.table import both_columns
 from lit_bilevel.types import Example
 from lit_bilevel.version import __version__
 
@@ -109,10 +109,10 @@ class Sweep:
         examples, responses = self.rows[part.set](part.rows.tolist())
         self.files.write(part, self.measure(examples, responses, counted))
 
-    def columns(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """All numbers of the pool rows by name, when no part is missing."""
+    def columns(self, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """All numbers of the pool rows and of the trusted ones by name, when no part is missing."""
         tables = self.files.read(self.parts, {name: len(rows) for name, rows in self.rows.items()})
-        return columns_of(tables["pool"], tables.get("upper"), seed)
+        return both_columns(tables["pool"], tables.get("upper"), seed)
 
 
 def sweep_for(
@@ -156,6 +156,19 @@ def score_rows(
     Returns:
         [N] float32 numbers by name, in the order of the pool: all of `COLUMNS` and of `FEATURES`.
     """
+    return score_both(policy, tokenizer, pool, trusted, batch_size, call_cost, seed)[0]
+
+
+def score_both(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    pool: Dataset,
+    trusted: Dataset | None = None,
+    batch_size: int = 64,
+    call_cost: float = math.inf,
+    seed: int = 0,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The same of the pool rows, [N], and of the trusted rows, [M]."""
     measure = Measure(policy, opening_of(tokenizer), tokenizer.eos_token_id, batch_size, call_cost)
     tables = {}
     for name, table in (("pool", pool), ("upper", trusted)):
@@ -164,7 +177,7 @@ def score_rows(
             tables[name] = np.empty((len(rows), len(FEATURES) + NUMBERS), dtype=np.float32)
             for part in plan({name: rows.length_n}):
                 tables[name][part.rows] = measure(*rows(part.rows.tolist()))
-    return columns_of(tables["pool"], tables.get("upper"), seed)
+    return both_columns(tables["pool"], tables.get("upper"), seed)
 
 
 def policy_digest(policy: Policy) -> str:

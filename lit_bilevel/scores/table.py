@@ -19,7 +19,7 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.files import replacing
 from lit_bilevel.scores.columns import COLUMNS, COMBINED, DIRECTION, FEATURES, RATIOS
 from lit_bilevel.scores.combination import SHARPNESS, combine, prior_weights
-from lit_bilevel.scores.density import LEAST_TRUSTED, density_features, density_ratio, hidden_ratio
+from lit_bilevel.scores.density import HIDDEN, LEAST_TRUSTED, MEASURED, both_ratios, density_features
 
 if TYPE_CHECKING:
     import pyarrow
@@ -38,6 +38,8 @@ class Scores:
     columns: dict[str, np.ndarray]
     made_of: Mapping[str, Any] | None = None
     """What the numbers come from, where the file says so."""
+    trusted: dict[str, np.ndarray] | None = None
+    """[M] the same numbers of the trusted rows, where the file has them."""
 
     def orient(self, name: str) -> np.ndarray:
         """[N] a column with its sign turned where low values speak for a row, float64; high is for keeping.
@@ -77,25 +79,38 @@ def columns_of(pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0
     Raises:
         UserError: if a loss is not finite.
     """
-    pool_NF, pool_NS = np.split(pool_NF, [len(FEATURES)], axis=1)
-    columns = {name: pool_NF[:, column] for column, name in enumerate(FEATURES)}
+    return both_columns(pool_NF, trusted_MF, seed)[0]
+
+
+def both_columns(
+    pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The same of the pool rows and of the trusted rows, whose `combined` is on the scale of the pool's."""
+    rows = len(pool_NF)
+    whole_n = pool_NF if trusted_MF is None else np.concatenate([pool_NF, trusted_MF])
+    whole_nF, whole_nS = np.split(whole_n, [len(FEATURES)], axis=1)
+    columns = {name: whole_nF[:, column] for column, name in enumerate(FEATURES)}
     if wrong := int((~np.isfinite(columns["loss"])).sum()):
         raise UserError(f"the loss of {wrong:,} rows is not finite; check the policy, and `trainer.precision`.")
     columns["pmi"] = columns["loss_without_prompt"] - columns["loss"]
     with np.errstate(divide="ignore", invalid="ignore"):
         columns["ifd"] = columns["loss"] / columns["loss_without_prompt"]
-    columns |= {name: np.full(len(pool_NF), np.nan, dtype=np.float32) for name in RATIOS}
-    if trusted_MF is not None and len(trusted_MF) >= LEAST_TRUSTED:
-        trusted_MF, trusted_MS = np.split(trusted_MF, [len(FEATURES)], axis=1)
-        ratio_N = density_ratio(density_features(pool_NF), density_features(trusted_MF), seed)
-        columns["density_ratio"] = ratio_N.astype(np.float32)
-        if pool_NS.size and np.isfinite(pool_NS).all() and np.isfinite(trusted_MS).all():
-            columns["hidden_ratio"] = hidden_ratio(pool_NS, trusted_MS, seed).astype(np.float32)
+    columns |= {name: np.full(len(whole_n), np.nan, dtype=np.float32) for name in RATIOS}
+    if len(whole_n) - rows >= LEAST_TRUSTED:
+        measured_nF = density_features(whole_nF)
+        columns["density_ratio"] = both_ratios(measured_nF[:rows], measured_nF[rows:], MEASURED, seed)
+        if whole_nS.size and np.isfinite(whole_nS).all():
+            columns["hidden_ratio"] = both_ratios(whole_nS[:rows], whole_nS[rows:], HIDDEN, seed)
+    pool = {name: values_n[:rows].astype(np.float32) for name, values_n in columns.items()}
+    trusted = {name: values_n[rows:].astype(np.float32) for name, values_n in columns.items()}
     try:
-        columns["combined"] = combine(columns, COMBINED).astype(np.float32)
+        pool["combined"] = combine(pool, COMBINED).astype(np.float32)
+        trusted["combined"] = combine(pool, COMBINED, trusted).astype(np.float32)
     except UserError:  # no row differs from any other
-        columns["combined"] = np.full(len(pool_NF), np.nan, dtype=np.float32)
-    return {name: columns[name] for name in dict.fromkeys((*COLUMNS, *FEATURES))}
+        pool["combined"] = np.full(rows, np.nan, dtype=np.float32)
+        trusted["combined"] = np.full(len(whole_n) - rows, np.nan, dtype=np.float32)
+    names = dict.fromkeys((*COLUMNS, *FEATURES))
+    return {name: pool[name] for name in names}, {name: trusted[name] for name in names}
 
 
 def weights_from_score(name: str, directed_N: np.ndarray) -> np.ndarray:
@@ -118,7 +133,11 @@ def weights_from_score(name: str, directed_N: np.ndarray) -> np.ndarray:
 
 
 def write_scores(
-    path: Path, ids: pyarrow.ChunkedArray | Sequence[str], columns: Mapping[str, np.ndarray], made_of: Mapping[str, Any]
+    path: Path,
+    ids: pyarrow.ChunkedArray | Sequence[str],
+    columns: Mapping[str, np.ndarray],
+    made_of: Mapping[str, Any],
+    trusted: Mapping[str, np.ndarray] | None = None,
 ) -> None:
     """Write the file; it is there whole or not at all.
 
@@ -127,12 +146,14 @@ def write_scores(
         ids: [N] a pyarrow column or a list.
         columns: [N] numbers by name.
         made_of: what the numbers come from, kept in the file's metadata.
+        trusted: [M] the same numbers of the trusted rows, kept there, too.
     """
     import pyarrow
     import pyarrow.parquet
 
     table = pyarrow.table({"id": ids} | {name: pyarrow.array(values) for name, values in columns.items()})
-    table = table.replace_schema_metadata({"lit_bilevel": json.dumps(made_of)})
+    others = {name: values.tolist() for name, values in (trusted or {}).items() if name in COLUMNS}
+    table = table.replace_schema_metadata({"lit_bilevel": json.dumps(made_of), "trusted": json.dumps(others)})
     with replacing(path) as partial:
         pyarrow.parquet.write_table(table, partial)
 
@@ -154,8 +175,10 @@ def read_scores(path: str | Path) -> Scores:
     except (pyarrow.ArrowException, KeyError) as error:
         raise UserError(f"{path} is not a table of scores ({error}); `lit-bilevel score` writes one.") from error
     numbers = [field.name for field in table.schema if pyarrow.types.is_floating(field.type)]
-    made_of = json.loads((table.schema.metadata or {}).get(b"lit_bilevel", b"null"))
-    return Scores(ids, {name: table[name].to_numpy() for name in numbers}, made_of)
+    metadata = table.schema.metadata or {}
+    made_of, others = (json.loads(metadata.get(key, b"null")) for key in (b"lit_bilevel", b"trusted"))
+    trusted = {name: np.array(values, dtype=np.float32) for name, values in (others or {}).items()}
+    return Scores(ids, {name: table[name].to_numpy() for name in numbers}, made_of, trusted or None)
 
 
 def seconds_taken(path: str | Path) -> float:

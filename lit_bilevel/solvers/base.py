@@ -33,6 +33,10 @@ class BilevelSolver(ABC):
     """Whether it asks for derivatives of the losses along a direction, by differences or in forward mode."""
     second_order: bool = False
     """Whether it asks for Hessian-vector products."""
+    folds: int = 1
+    """Into how many folds it wants the pool dealt out; batches of lower rows then have rows of one fold each."""
+    prepares_only: bool = False
+    """Whether it has no scores in a step, so that it is for phases that prepare it."""
 
     @abstractmethod
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:
@@ -69,6 +73,18 @@ class BilevelSolver(ABC):
             f"`{type(self).__name__}` has no scores at rest; use `ValueFunction`, `OneStep` or `Penalty`, or leave"
             " `ClosingSweep` out."
         )
+
+    def losses_at_rest(self, problem: BilevelProblem, fold: int | None) -> Tensor:
+        """Losses of rows under a model of the pool that never learned them, [B], detached; nothing learns.
+
+        Args:
+            problem: whose lower losses at other values are asked for, and nothing of its upper level.
+            fold: that all its rows are of; `None` for rows that are not of the pool.
+
+        Raises:
+            UserError: where a solver has no such model.
+        """
+        raise UserError(f"`{type(self).__name__}` has no pool model that did not learn a row; use `CrossFit`.")
 
     def release(self) -> None:  # noqa: B027
         """Forget all that is kept from step to step; called where no later step of the run asks for scores."""

@@ -98,8 +98,11 @@ class ValueFunction(BilevelSolver):
 
     def scores_at_rest(self, problem: BilevelProblem) -> Tensor:
         policy_loss_B = problem.lower_losses()
-        pool_loss_B = problem.lower_losses_at(self._values) if self._values else policy_loss_B  # φ is still θ
-        return penalty_strength(problem) * (policy_loss_B - pool_loss_B)
+        return penalty_strength(problem) * (policy_loss_B - self.losses_at(problem))
+
+    def losses_at(self, problem: BilevelProblem) -> Tensor:
+        """[B] losses under φ as it is; under the policy where φ has not begun."""
+        return problem.lower_losses_at(self._values) if self._values else problem.lower_losses()
 
     def release(self) -> None:
         self._values, self._optimizer = [], None

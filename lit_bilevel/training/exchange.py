@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def gather_scores(
-    problem: PolicyProblem, s_B: Tensor | None, strategy: Strategy, refined: bool
+    problem: PolicyProblem, s_B: Tensor | None, strategy: Strategy, uneven: bool
 ) -> tuple[Features, Tensor, dict[str, Tensor]]:
     """Features with losses, scores, and the losses to log, over the global window.
 
@@ -30,7 +30,8 @@ def gather_scores(
         problem: the policy step, with its lower losses computed.
         s_B: this process's scores, or `None` where nothing is learned (they count as 0).
         strategy: Lightning's strategy, for `all_gather` and `reduce`.
-        refined: whether any row is refined; a window may then hold such a row twice, as its pair and as its group.
+        uneven: whether processes can hold different numbers of examples: where rows are dealt out to folds, or any is
+            refined and a window may hold it twice, as its pair and as its group.
     """
     own = [batch.features for batch in problem.lower]
     loss_B = problem.lower_losses()
@@ -46,17 +47,17 @@ def gather_scores(
     table = torch.stack([column.double() for column in columns], dim=1)
     upper, rows = problem.upper_loss, problem.lower[0].window_rows
     if problem.engine.world_size > 1:
-        if refined:  # processes can hold different numbers of examples; gathering takes equal ones
+        if uneven:  # gathering takes equal ones
             most = 2 * -(-rows // problem.engine.world_size)
             table = torch.nn.functional.pad(table, (0, 0, 0, most - len(table)), value=PADDING_ROW)
         table = strategy.all_gather(table).flatten(0, 1)
         # each process's part of f is a sum over its own rows times the number of processes
         upper = None if upper is None else strategy.reduce(upper, reduce_op="mean")
-    if refined:
+    if uneven:
         table = table[table[:, 0] >= 0]
     # by row and not by process, for float sums depend on their order; padding comes last
     ordered = table[:, 0].argsort(descending=True)
-    row, source, length, loss, weight, s = table[ordered if refined else ordered[:rows]].unbind(1)
+    row, source, length, loss, weight, s = table[ordered if uneven else ordered[:rows]].unbind(1)
     # the weights are those before the weight step
     losses = {"lower/loss": loss.mean(), "lower/weighted_loss": (weight * loss).sum() / rows}
     if upper is not None:

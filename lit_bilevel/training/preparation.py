@@ -52,7 +52,9 @@ def prepare_solver(module: LitBilevel, optimizer: LightningOptimizer, problem: P
     module.guard.count_taken()
     if loss_B is None:
         return {}
-    real_B = torch.cat([batch.row_B for batch in problem.lower]) >= 0  # others only fill a shape
+    folds = module.solver.folds
+    batches = [batch for fold in range(folds) for batch in problem.lower[fold::folds]]  # as solvers return losses
+    real_B = torch.cat([batch.row_B for batch in batches]) >= 0  # others only fill a shape
     # each process has its own rows of the window, and the mean over processes undoes the factor
     loss = (loss_B * real_B).sum() * (problem.engine.world_size / problem.lower[0].window_rows)
     return {"lower/solver_loss": module.trainer.strategy.reduce(loss, reduce_op="mean")}

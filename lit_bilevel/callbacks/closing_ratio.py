@@ -1,0 +1,140 @@
+"""Sets the weights from how far the prior and two pool models tell trusted rows from pool rows, at the end of a phase.
+
+    z_i = log odds that row i is a trusted one, from its prior score, its loss under the untouched policy, and its loss
+          under a pool model that never learned it                                      scaled to standard deviation 1
+    w_i = σ(sharpness · z_i)                                                            scaled to mean 1
+
+What a loss under the pool model means depends on the data. Where junk is of a kind (generic answers, gibberish), the
+model learns it, and a low loss speaks against a row. Where most answers are right and the others wrong each in its own
+way, it learns what is right, and a low loss speaks for a row. The trusted rows tell which: no model learned them, nor
+did a pool row's own model learn it (`CrossFit`), so their losses can be compared. The odds are cross-fitted
+(`density.py`).
+
+    phases: [{name: pool, share: 0.3, learning_rate: 0, learn_weights: false, prepare_solver: true}, {name: policy, …}]
+    callbacks: [{class_path: ScoredPrior}, {class_path: ClosingRatio}]
+
+It costs a forward pass a pool row, and two a trusted row. Left out: what weights have learned before, which it would
+overwrite.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lit_bilevel.callbacks.passes import evaluating
+from lit_bilevel.callbacks.phase_end import AtPhaseEnd
+from lit_bilevel.callbacks.progress import say
+from lit_bilevel.callbacks.run import module_of
+from lit_bilevel.callbacks.scored_prior import ScoredPrior
+from lit_bilevel.data.examples import Window
+from lit_bilevel.data.folds import split_folds
+from lit_bilevel.errors import UserError
+from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.rest import RestingProblem
+from lit_bilevel.scores.combination import SHARPNESS, normal_scores, prior_weights
+from lit_bilevel.scores.density import LEAST_TRUSTED, SUMMED, cross_fit_log_odds
+from lit_bilevel.training.callbacks import scorers
+from lit_bilevel.training.engine import lightning_engine
+from lit_bilevel.training.trainer import data_of, policy_of
+
+
+class ClosingRatio(AtPhaseEnd):
+    """Sets the weights from the odds that a row is a trusted one, at the end of a phase.
+
+    Args:
+        phase: its name; by default the last one that prepares the solver.
+        sharpness: how far apart the weights are, as in `ScoredPrior`.
+    """
+
+    def __init__(self, phase: str | None = None, sharpness: float = SHARPNESS):
+        if not 0 <= sharpness < float("inf"):
+            raise UserError(f"`sharpness` of `ClosingRatio` is {sharpness}; it must be at least 0.")
+        super().__init__(phase)
+        self.sharpness = sharpness
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        module = module_of(pl_module)
+        problems = []
+        if module.solver.folds == 1:
+            problems.append(f"it needs the solver `CrossFit`, and the run has `{type(module.solver).__name__}`")
+        if not scorers(trainer):
+            problems.append("it needs the callback `ScoredPrior` before it")
+        if any(phase.learn_weights for phase in module.phases[: self.phase_index(module) + 1]):
+            problems.append("a phase up to its own learns weights, which it would overwrite")
+        if (rows := len(data_of(trainer).sets["upper"])) < LEAST_TRUSTED:
+            problems.append(f"it needs {LEAST_TRUSTED} validation rows that train the weights, and there are {rows}")
+        if problems:
+            raise UserError(f"`ClosingRatio` cannot run: {'; '.join(problems)}.")
+
+    def close(self, trainer: Trainer, module: LitBilevel, index: int) -> None:
+        started = time.monotonic()
+        pool, trusted = scorer_of(trainer).both_scores(trainer, module)
+        pool["pool_model"] = -held_out_losses(trainer, module, "pool")
+        trusted["pool_model"] = -held_out_losses(trainer, module, "upper")
+        z_N = odds_of_trust(pool, trusted)
+        weight_N = torch.from_numpy(prior_weights(z_N, self.sharpness))
+        module.weights.set_prior(weight_N)
+        size = float(weight_N.sum() ** 2 / (weight_N**2).sum())
+        say(
+            f"the weights of {len(weight_N):,} rows were set from {', '.join(pool)} by {len(trusted['pool_model']):,}"
+            f" trusted rows, effective size {size / len(weight_N):.0%} of the pool ({time.monotonic() - started:.0f} s)"
+        )
+
+
+def scorer_of(trainer: Trainer) -> ScoredPrior:
+    """The callback that scored the rows."""
+    return scorers(trainer)[0]
+
+
+def odds_of_trust(pool: dict[str, np.ndarray], trusted: dict[str, np.ndarray]) -> np.ndarray:
+    """[N] log odds that a pool row is a trusted one, mean 0 and standard deviation 1.
+
+    Args:
+        pool: [N] scores by name, high for rows to be kept.
+        trusted: [M] the same of trusted rows that no model has learned.
+    """
+    # by ranks in the pool, as in the prior
+    columns = [np.r_[normal_scores(pool[name]), normal_scores(trusted[name], pool[name])] for name in pool]
+    rows = len(pool["pool_model"])
+    features_nF = np.stack(columns, axis=1)
+    log_odds_N = cross_fit_log_odds(features_nF, np.arange(len(features_nF)) >= rows, SUMMED)[:rows]
+    return (log_odds_N - log_odds_N.mean()) / max(float(log_odds_N.std()), np.finfo(np.float64).tiny)
+
+
+def held_out_losses(trainer: Trainer, module: LitBilevel, name: str) -> np.ndarray:
+    """[rows] losses of a set's rows under pool models that did not learn them, float64, on all processes alike.
+
+    Args:
+        trainer: Lightning's, in a fit.
+        module: with its solver's state.
+        name: of the set; rows of another than the pool are asked of all models, and their mean counts.
+    """
+    policy, data = policy_of(module), data_of(trainer)
+    inner, _ = module._optimizers()
+    rows = len(data.sets[name])
+    loss_N = torch.zeros(rows, dtype=torch.float64, device=module.device)
+    engine = lightning_engine(module)
+    with evaluating(trainer, module) as made:
+        for window in data.evaluation_loader(name):
+            for fold, part in parts_of(window, module.solver.folds if name == "pool" else 1):
+                batch = made(part)
+                # λ only has to be one at which a lower level exists
+                problem = RestingProblem(policy, batch, 0.5, inner.optimizer, engine, module.lower_objective)
+                found_B = module.solver.losses_at_rest(problem, fold if name == "pool" else None).double()
+                real_B = batch.row_B >= 0
+                loss_N.index_add_(0, batch.row_B.clamp_min(0), found_B * real_B)
+    if trainer.world_size > 1:  # every row is on one process
+        loss_N = trainer.strategy.reduce(loss_N, reduce_op="sum")
+    return loss_N.cpu().numpy()
+
+
+def parts_of(window: Window, folds: int) -> Iterator[tuple[int, Window]]:
+    """A window by the folds of its rows, as many on every process."""
+    for fold, examples in enumerate(split_folds(window.examples, folds)):
+        yield fold, Window(examples, window.rows)

@@ -1,0 +1,96 @@
+"""Calls once at the end of a phase, in every run that is killed and continued, too.
+
+    class Rescore(AtPhaseEnd):
+        def close(self, trainer, module, index): ...
+
+A checkpoint is saved only after the call, or before the last step of the phase, so a killed run has it once in the end.
+Left out: the beginning of a phase.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_bilevel.callbacks.run import module_of
+from lit_bilevel.errors import UserError
+from lit_bilevel.module import LitBilevel
+from lit_bilevel.training.phases import borders, index_of
+
+
+class AtPhaseEnd(Callback):
+    """Something to be done when a phase in which the solver runs is over.
+
+    Args:
+        phase: its name; by default the last one that learns weights or prepares the solver.
+    """
+
+    sets_weights = True
+    """Read by `training/callbacks.py`, which does not know this class."""
+
+    def __init__(self, phase: str | None = None):
+        self.phase = phase
+        self._done = False
+
+    @abstractmethod
+    def close(self, trainer: Trainer, module: LitBilevel, index: int) -> None:
+        """Do it, on all processes alike; `index` is the number of the phase."""
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(phase=self.phase)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self._done}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._done = state_dict["done"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = module_of(pl_module)
+        if trainer.ckpt_path is None:
+            self._done = False
+        index = self.phase_index(module)
+        if not module.phases[index].runs_solver:
+            raise UserError(
+                f"`{type(self).__name__}` names the phase {self.phase!r}, in which the solver does not run; name"
+                " another."
+            )
+
+    def phase_index(self, module: LitBilevel) -> int:
+        """Number of the phase.
+
+        Raises:
+            UserError: if there is none of the name, or none in which the solver runs.
+        """
+        if self.phase is not None:
+            return index_of(module.phases, self.phase)
+        running = [index for index, phase in enumerate(module.phases) if phase.runs_solver]
+        if not running:
+            raise UserError(
+                f"the solver runs in no phase of `model.phases`, so `{type(self).__name__}` has no end to wait for."
+            )
+        return running[-1]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        module = module_of(pl_module)
+        index = self.phase_index(module)
+        border = borders(module.phases, trainer.estimated_stepping_batches)[index]
+        if not self._done and trainer.global_step >= border:
+            self._close(trainer, module, index)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Where steps were skipped, or the run has no length: at the end of the last epoch."""
+        module = module_of(pl_module)
+        index = self.phase_index(module)
+        last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+        if not self._done and last and index == len(module.phases) - 1:
+            self._close(trainer, module, index)
+
+    def _close(self, trainer: Trainer, module: LitBilevel, index: int) -> None:
+        self.close(trainer, module, index)
+        self._done = True

@@ -1,0 +1,39 @@
+"""Deals pool rows out to folds, for solvers that keep a model which did not learn a row.
+
+    fold_of(row, 2)         0 or 1, by a hash of the row's number
+
+By a hash, for a file may alternate between good and bad rows. Left out: folds of equal size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lit_bilevel.types import PADDING_ROW, Example
+
+
+def fold_of(row: int, folds: int) -> int:
+    """Which fold a row is in; the same in every run."""
+    return (row * 2654435761 % 2**32 >> 16) % folds  # Knuth's multiplicative hash
+
+
+def split_folds(examples: Sequence[Example], folds: int, fill: bool = True) -> list[list[Example]]:
+    """Some examples by their folds.
+
+    Args:
+        examples: at least one.
+        folds: how many.
+        fill: put padding into a fold without an example, for every process has to make the same number of batches.
+    """
+    if folds == 1:
+        return [list(examples)]
+    parts: list[list[Example]] = [[] for _ in range(folds)]
+    for example in examples:
+        # padding goes where there is room: it counts nothing anywhere
+        fold = min(range(folds), key=lambda k: len(parts[k])) if example.row < 0 else fold_of(example.row, folds)
+        parts[fold].append(example)
+    if fill:
+        shortest = min(examples, key=lambda example: len(example.input_ids))
+        parts = [part or [replace(shortest, row=PADDING_ROW)] for part in parts]
+    return parts
