@@ -16,13 +16,13 @@ from support.mortal import Moment, Run, same
 
 from lit_bilevel import (
     BilevelDataModule,
-    ClosingSweep,
+    ClosingRatio,
+    CrossFit,
     LitBilevel,
     Phase,
     PolicySettings,
     ScoredPrior,
     SigmoidWeights,
-    ValueFunction,
 )
 from lit_bilevel.cli import main
 
@@ -59,17 +59,17 @@ BORDERS = [
     Moment("part of the scores", 2),
     Moment("scores"),
     Moment("prior"),
-    Moment("forward", 2),  # before φ is on its way
+    Moment("forward", 2),  # before the pool models are on their way
     Moment("step", 5),
-    Moment("sweep"),
-    Moment("settled"),
+    Moment("closing"),
+    Moment("prior"),  # the second, for the first is in the checkpoint
     Moment("checkpoint", 1),
-    Moment("settled"),
+    Moment("closing"),
     Moment("forward", 2),
     Moment("half a checkpoint", 2),
     Moment("policy"),
 ]
-FEW = [moment for moment in BORDERS if moment.name in ("part of the scores", "step", "settled")]
+FEW = [moment for moment in BORDERS if moment.name in ("part of the scores", "step", "closing")]
 
 
 @pytest.mark.parametrize("moments", [FEW, pytest.param(BORDERS, marks=pytest.mark.slow)], ids=len)
@@ -142,9 +142,9 @@ def test_the_recipe_says_what_it_does(whole):
     for text in (
         "scored 90 pool rows in",
         "the weights begin at ifd + density_ratio + hidden_ratio, effective size",
-        "phase 2 of 3, weights:",
-        "all 90 rows were scored once more",
-        "phase 3 of 3, policy:",
+        "phase 1 of 2, pool:",
+        "the weights of 90 rows were set from prior, policy, pool_model by 24 trusted rows, effective size",
+        "phase 2 of 2, policy:",
     ):
         assert told.count(text) == 1, text
 
@@ -152,18 +152,18 @@ def test_the_recipe_says_what_it_does(whole):
 def test_the_recipe_in_python(small, tmp_path):
     """The ten lines of the documentation."""
     phases = [
-        Phase("weights", 1 / 3, upper_weight=0.95, learning_rate=0.02),
+        Phase("pool", 1 / 3, learning_rate=0, learn_weights=False, prepare_solver=True),
         Phase("policy", 2 / 3, upper_weight=0.25, learning_rate=1.0, learn_weights=False),
     ]
     module = LitBilevel(
-        PolicySettings(str(TOY / "model")), SigmoidWeights(), ValueFunction(learning_rate=1e-3), phases=phases
+        PolicySettings(str(TOY / "model")), SigmoidWeights(), CrossFit(learning_rate=1e-3), phases=phases
     )
     data = BilevelDataModule(small["pool"], small["validation"], batch_size=8, max_length=64)
     trainer = Trainer(
         max_steps=6,
         default_root_dir=tmp_path,
         accelerator="cpu",
-        callbacks=[ScoredPrior(), ClosingSweep("weights")],
+        callbacks=[ScoredPrior(), ClosingRatio()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

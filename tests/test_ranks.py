@@ -32,10 +32,9 @@ METHODS |= {
     "phases": {"solver": "ValueFunction", **SWEPT},
     "swept_one_step": {"solver": "OneStep", **SWEPT},
     "curated": {
-        "solver": "ValueFunction",
-        "solver_settings": {"weighted": False},
+        "solver": "CrossFit",
         "phases": [REST, TRAIN],
-        "callbacks": {"ScoredPrior": {}, "ClosingSweep": {"phase": "pool"}},
+        "callbacks": {"ScoredPrior": {}, "ClosingRatio": {"phase": "pool"}},
     },
 }
 STRATEGIES = {

@@ -77,6 +77,6 @@ def _without_sweep(module: LitBilevel) -> list[str]:
     if name is None or sweepers(module.trainer):
         return []
     return [
-        f"the phase {name!r} has `prepare_solver`, and no later one learns weights; add the callback `ClosingSweep` to"
-        " `trainer.callbacks`, or leave `prepare_solver` out"
+        f"the phase {name!r} has `prepare_solver`, and no later one learns weights; add the callback `ClosingSweep` or"
+        " `ClosingRatio` to `trainer.callbacks`, or leave `prepare_solver` out"
     ]

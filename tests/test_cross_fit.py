@@ -1,0 +1,147 @@
+"""`CrossFit` and `ClosingRatio`: which rows a model learned, what its losses mean, and what the weights are set to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from support.policies import ENGINE, ROWS, batches, made, tiny_policy
+from support.refining import Logged, run
+
+from lit_bilevel import SFT, ClosingRatio, CrossFit, Mixing, OneStep, Phase, ScoredPrior, SigmoidWeights, ValueFunction
+from lit_bilevel.callbacks import closing_ratio
+from lit_bilevel.callbacks.closing_ratio import odds_of_trust
+from lit_bilevel.data.folds import fold_of, split_folds
+from lit_bilevel.errors import UserError
+from lit_bilevel.policy.rest import RestingProblem
+from lit_bilevel.scores.combination import prior_weights
+from lit_bilevel.types import PADDING_ROW, Example
+
+REST = Phase("pool", 0.5, learn_weights=False, prepare_solver=True, learning_rate=0)
+TRAIN = Phase("policy", 0.5, upper_weight=0.25, learn_weights=False, learning_rate=1.0)
+
+
+# ---- folds ----
+
+
+def test_rows_are_dealt_out_by_a_hash_and_padding_fills_what_is_empty():
+    folds = np.array([fold_of(row, 2) for row in range(10_000)])
+    assert abs(folds.mean() - 0.5) < 0.01
+    for step in (2, 3, 4, 8):  # a file may go through kinds of rows in turn
+        assert abs(folds[::step].mean() - 0.5) < 0.05
+    examples = [Example(row, 0, [1] * (5 + row), 2) for row in range(40) if fold_of(row, 2) == 0][:3]
+    (own, other), (whole,) = split_folds(examples, 2), split_folds(examples, 1)
+    assert own == examples == whole
+    assert [example.row for example in other] == [PADDING_ROW]
+
+
+# ---- the models ----
+
+
+def two_folds(policy, optimizer):
+    problem = made(policy, ROWS // 2, optimizer=optimizer)
+    assert len(problem.lower) == 2
+    return problem
+
+
+def test_each_model_learns_the_other_fold_and_is_asked_of_its_own():
+    """Model k is a `ValueFunction` that was shown the other fold alone, and what a row of fold k is asked of."""
+    policy = tiny_policy()
+    optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-3)
+    solver = CrossFit(1e-2)
+    alone = [ValueFunction(learning_rate=1e-2, weighted=False) for _ in range(2)]
+    for _ in range(3):
+        solver.prepare(two_folds(policy, optimizer))
+        for number, model in enumerate(alone):
+            problem = two_folds(policy, optimizer)
+            model.prepare(problem.at_rows([problem.lower[1 - number]]))
+    for number, batch in enumerate(batches(1, ROWS // 2)):
+        rest = RestingProblem(policy, batch, 0.5, optimizer, ENGINE, SFT())
+        held = solver.losses_at_rest(rest, number)
+        assert torch.equal(held, rest.lower_losses_at(alone[number]._values))
+        assert (held - rest.lower_losses_at(alone[1 - number]._values)).abs().min() > 1e-3
+        both = torch.stack([rest.lower_losses_at(model._values) for model in alone]).mean(0)
+        assert torch.equal(solver.losses_at_rest(rest, None), both)
+
+
+def test_a_continued_run_has_both_models():
+    policy = tiny_policy()
+    optimizer = torch.optim.AdamW(policy.trainable(), lr=1e-3)
+    first, second = CrossFit(1e-2), CrossFit(1e-2)
+    first.prepare(two_folds(policy, optimizer))
+    second.load_state_dict(first.state_dict())
+    for solver in (first, second):
+        solver.prepare(two_folds(policy, optimizer))
+    for one, other in zip(first._models, second._models, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(one._values, other._values, strict=True))
+    first.release()
+    assert first.state_dict() == {}
+
+
+# ---- the odds ----
+
+
+@pytest.mark.parametrize("good_is", ["learned", "not learned"])
+def test_trusted_rows_tell_what_a_loss_under_the_pool_model_means(good_is):
+    """30 % of the rows are bad; the pool model finds them hard, or easy. The prior says little."""
+    random = np.random.default_rng(0)
+    bad_N = random.random(800) < 0.3
+    sign = 1 if good_is == "learned" else -1
+
+    def scores(bad):
+        return {
+            "prior": random.normal(size=len(bad)) - 0.3 * bad,
+            "policy": random.normal(size=len(bad)),
+            "pool_model": random.normal(size=len(bad)) - sign * 1.5 * bad,
+        }
+
+    z_N = odds_of_trust(scores(bad_N), scores(np.zeros(120, dtype=bool)))
+    assert z_N.mean() == pytest.approx(0, abs=1e-9)
+    assert z_N.std() == pytest.approx(1)
+    assert (z_N[~bad_N][:, None] > z_N[bad_N]).mean() > 0.8  # the AUROC
+
+
+# ---- in a run ----
+
+
+def closed(small, folder, *watch, **settings):
+    settings = {"weights": SigmoidWeights(), "solver": CrossFit(), "phases": [REST, TRAIN], **settings}
+    return run(small, folder, ScoredPrior(), watch=[*watch], steps=8, **settings)
+
+
+def test_the_weights_are_those_of_the_odds(small, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(*both):
+        seen.append((both, odds_of_trust(*both)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(closing_ratio, "odds_of_trust", watched)
+    module = closed(small, tmp_path, ClosingRatio(sharpness=1.5))
+    (((pool, trusted), z_N),) = seen
+    assert list(pool) == list(trusted) == ["prior", "policy", "pool_model"]
+    assert all(len(values) == 90 for values in pool.values())
+    assert all(len(values) == 24 and np.isfinite(values).all() for values in trusted.values())
+    expected = torch.from_numpy(prior_weights(z_N, 1.5))
+    torch.testing.assert_close(module.weights.table(), expected, rtol=1e-5, atol=1e-8)
+    assert not np.array_equal(pool["policy"], pool["pool_model"])
+
+
+def test_a_ratio_that_cannot_be_taken_is_refused(small, tmp_path):
+    learn = Phase("weights", 0.5)
+    cases = [
+        ([ClosingRatio()], {"solver": ValueFunction(learning_rate=1e-3)}, "needs the solver `CrossFit`"),
+        ([ClosingRatio()], {"phases": [learn, TRAIN]}, "`CrossFit` has no scores in a step, and the phase 'weights'"),
+        ([ClosingRatio("policy")], {}, "the phase 'policy', in which the solver does not run"),
+        ([ClosingRatio()], {"solver": Mixing()}, "needs the solver `CrossFit`"),
+        ([Logged()], {}, "add the callback `ClosingSweep` or `ClosingRatio`"),
+    ]
+    for watch, settings, message in cases:
+        with pytest.raises(UserError, match=message):
+            closed(small, tmp_path, *watch, **settings)
+    with pytest.raises(UserError, match="it needs the callback `ScoredPrior`"):
+        run(small, tmp_path, ClosingRatio(), steps=2, solver=CrossFit(), phases=[REST, TRAIN])
+    with pytest.raises(UserError, match="has no pool model that did not learn a row; use `CrossFit`"):
+        OneStep().losses_at_rest(made(tiny_policy()), None)
+    with pytest.raises(UserError, match="`sharpness` of `ClosingRatio` is -1"):
+        ClosingRatio(sharpness=-1)
