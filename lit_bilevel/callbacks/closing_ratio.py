@@ -1,14 +1,13 @@
-"""Sets the weights from how far the prior and two pool models tell trusted rows from pool rows, at the end of a phase.
+"""Sets the weights to the probability that a row is clean, by its prior and two pool models, at the end of a phase.
 
-    z_i = log odds that row i is a trusted one, from its prior score, its loss under the untouched policy, and its loss
-          under a pool model that never learned it                                      scaled to standard deviation 1
-    w_i = σ(sharpness · z_i)                                                            scaled to mean 1
+    w_i = σ(t_i) / mean σ(t)        σ(t_i) the probability that row i is clean, by its prior score, its loss under the
+                                    untouched policy, and its loss under a pool model that never learned it
 
 What a loss under the pool model means depends on the data. Where junk is of a kind (generic answers, gibberish), the
 model learns it, and a low loss speaks against a row. Where most answers are right and the others wrong each in its own
 way, it learns what is right, and a low loss speaks for a row. The trusted rows tell which: no model learned them, nor
-did a pool row's own model learn it (`CrossFit`), so their losses can be compared. The odds are cross-fitted
-(`density.py`).
+did a pool row's own model learn it (`CrossFit`), so their losses can be compared. How far the weights are apart is told
+by the same fit (`scores/presence.py`), as is the share of clean rows, which the run says.
 
     phases: [{name: pool, share: 0.3, learning_rate: 0, learn_weights: false, prepare_solver: true}, {name: policy, …}]
     callbacks: [{class_path: ScoredPrior}, {class_path: ClosingRatio}]
@@ -36,26 +35,20 @@ from lit_bilevel.data.folds import split_folds
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.rest import RestingProblem
-from lit_bilevel.scores.combination import SHARPNESS, normal_scores, prior_weights
-from lit_bilevel.scores.density import LEAST_TRUSTED, SUMMED, cross_fit_log_odds
+from lit_bilevel.scores.combination import normal_scores
+from lit_bilevel.scores.density import LEAST_TRUSTED
+from lit_bilevel.scores.presence import Presence, presence
 from lit_bilevel.training.callbacks import scorers
 from lit_bilevel.training.engine import lightning_engine
 from lit_bilevel.training.trainer import data_of, policy_of
 
 
 class ClosingRatio(AtPhaseEnd):
-    """Sets the weights from the odds that a row is a trusted one, at the end of a phase.
+    """Sets the weights to the probability that a row is a clean one, at the end of a phase.
 
     Args:
         phase: its name; by default the last one that prepares the solver.
-        sharpness: how far apart the weights are, as in `ScoredPrior`.
     """
-
-    def __init__(self, phase: str | None = None, sharpness: float = SHARPNESS):
-        if not 0 <= sharpness < float("inf"):
-            raise UserError(f"`sharpness` of `ClosingRatio` is {sharpness}; it must be at least 0.")
-        super().__init__(phase)
-        self.sharpness = sharpness
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -77,13 +70,15 @@ class ClosingRatio(AtPhaseEnd):
         pool, trusted = scorer_of(trainer).both_scores(trainer, module)
         pool["pool_model"] = -held_out_losses(trainer, module, "pool")
         trusted["pool_model"] = -held_out_losses(trainer, module, "upper")
-        z_N = odds_of_trust(pool, trusted)
-        weight_N = torch.from_numpy(prior_weights(z_N, self.sharpness))
+        found = clean_rows(pool, trusted)
+        weight_N = torch.from_numpy(found.probability_N)
         module.weights.set_prior(weight_N)
         size = float(weight_N.sum() ** 2 / (weight_N**2).sum())
+        counts = ", ".join(f"{name} {slope:+.2f}" for name, slope in zip(pool, found.slopes, strict=True))
+        rows, known = len(weight_N), len(trusted["pool_model"])
         say(
-            f"the weights of {len(weight_N):,} rows were set from {', '.join(pool)} by {len(trusted['pool_model']):,}"
-            f" trusted rows, effective size {size / len(weight_N):.0%} of the pool ({time.monotonic() - started:.0f} s)"
+            f"about {found.share:.0%} of {rows:,} pool rows are like the {known:,} trusted ones ({counts}); the weights"
+            f" were set from that, effective size {size / rows:.0%} of the pool ({time.monotonic() - started:.0f} s)"
         )
 
 
@@ -92,19 +87,16 @@ def scorer_of(trainer: Trainer) -> ScoredPrior:
     return scorers(trainer)[0]
 
 
-def odds_of_trust(pool: dict[str, np.ndarray], trusted: dict[str, np.ndarray]) -> np.ndarray:
-    """[N] log odds that a pool row is a trusted one, mean 0 and standard deviation 1.
+def clean_rows(pool: dict[str, np.ndarray], trusted: dict[str, np.ndarray]) -> Presence:
+    """The probability of every pool row to be a clean one, and the share of these.
 
     Args:
-        pool: [N] scores by name, high for rows to be kept.
+        pool: [N] scores by name.
         trusted: [M] the same of trusted rows that no model has learned.
     """
     # by ranks in the pool, as in the prior
-    columns = [np.r_[normal_scores(pool[name]), normal_scores(trusted[name], pool[name])] for name in pool]
-    rows = len(pool["pool_model"])
-    features_nF = np.stack(columns, axis=1)
-    log_odds_N = cross_fit_log_odds(features_nF, np.arange(len(features_nF)) >= rows, SUMMED)[:rows]
-    return (log_odds_N - log_odds_N.mean()) / max(float(log_odds_N.std()), np.finfo(np.float64).tiny)
+    pool_NF = np.stack([normal_scores(pool[name]) for name in pool], axis=1)
+    return presence(pool_NF, np.stack([normal_scores(trusted[name], pool[name]) for name in pool], axis=1))
 
 
 def held_out_losses(trainer: Trainer, module: LitBilevel, name: str) -> np.ndarray:

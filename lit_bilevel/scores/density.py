@@ -53,8 +53,6 @@ class Regression:
 MEASURED = Regression(True, 20_000, 10, 5, (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0))
 HIDDEN = Regression(False, 5_000, 5, 5, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 1e-1))
 """Of many features: without squares, which would be as many again, and on fewer rows, for each fit takes longer."""
-SUMMED = Regression(False, 20_000, 10, 5, (1e-3, 1e-2, 1e-1, 1.0))
-"""Of a few scores, each of which is standardised already and speaks for a row where it is high."""
 LEAST_TRUSTED = 10
 LIMIT = 5.0
 
