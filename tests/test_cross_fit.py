@@ -10,11 +10,11 @@ from support.refining import Logged, run
 
 from lit_bilevel import SFT, ClosingRatio, CrossFit, Mixing, OneStep, Phase, ScoredPrior, SigmoidWeights, ValueFunction
 from lit_bilevel.callbacks import closing_ratio
-from lit_bilevel.callbacks.closing_ratio import odds_of_trust
+from lit_bilevel.callbacks.closing_ratio import clean_rows
 from lit_bilevel.data.folds import fold_of, split_folds
 from lit_bilevel.errors import UserError
 from lit_bilevel.policy.rest import RestingProblem
-from lit_bilevel.scores.combination import prior_weights
+from lit_bilevel.scores.presence import presence
 from lit_bilevel.types import PADDING_ROW, Example
 
 REST = Phase("pool", 0.5, learn_weights=False, prepare_solver=True, learning_rate=0)
@@ -78,7 +78,7 @@ def test_a_continued_run_has_both_models():
     assert first.state_dict() == {}
 
 
-# ---- the odds ----
+# ---- who is clean ----
 
 
 @pytest.mark.parametrize("good_is", ["learned", "not learned"])
@@ -95,10 +95,39 @@ def test_trusted_rows_tell_what_a_loss_under_the_pool_model_means(good_is):
             "pool_model": random.normal(size=len(bad)) - sign * 1.5 * bad,
         }
 
-    z_N = odds_of_trust(scores(bad_N), scores(np.zeros(120, dtype=bool)))
-    assert z_N.mean() == pytest.approx(0, abs=1e-9)
-    assert z_N.std() == pytest.approx(1)
-    assert (z_N[~bad_N][:, None] > z_N[bad_N]).mean() > 0.8  # the AUROC
+    found = clean_rows(scores(bad_N), scores(np.zeros(120, dtype=bool)))
+    assert found.slopes[2] * sign > 0.5
+    w_N = found.probability_N
+    assert (w_N[~bad_N][:, None] > w_N[bad_N]).mean() > 0.8  # the AUROC
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_the_share_of_clean_rows_and_their_probabilities_are_found(share):
+    """Two normal distributions, two standard deviations apart, whose posterior is a logistic function."""
+    random = np.random.default_rng(1)
+    clean_N = random.random(20_000) < share
+    pool_N, trusted_M = random.normal(size=20_000) + 2 * clean_N, random.normal(size=2_000) + 2
+    found = presence(pool_N[:, None] / 1.4, trusted_M[:, None] / 1.4)
+    assert found.share == pytest.approx(share, abs=0.051)  # one step of the grid
+    exact_N = 1 / (1 + (1 - share) / share * np.exp(2 - 2 * pool_N))
+    assert abs(found.probability_N - exact_N).mean() < 0.05
+    assert found.probability_N.mean() == pytest.approx(share, abs=0.06)
+
+
+def test_a_large_pool_is_fitted_on_in_part_and_told_whole(monkeypatch):
+    random = np.random.default_rng(2)
+    pool_NF, trusted_MF = random.normal(size=(3000, 2)), random.normal(size=(200, 2)) + 0.5
+    whole = presence(pool_NF, trusted_MF)
+    monkeypatch.setattr("lit_bilevel.scores.presence.MOST", 1500)
+    part = presence(pool_NF, trusted_MF)
+    assert len(part.probability_N) == 3000
+    assert 0 < abs(part.probability_N - whole.probability_N).max() < 0.2
+
+
+def test_scores_that_say_nothing_leave_the_weights_equal():
+    random = np.random.default_rng(3)
+    found = presence(random.normal(size=(2000, 2)), random.normal(size=(400, 2)))
+    assert found.probability_N.std() / found.probability_N.mean() < 0.15
 
 
 # ---- in a run ----
@@ -109,20 +138,20 @@ def closed(small, folder, *watch, **settings):
     return run(small, folder, ScoredPrior(), watch=[*watch], steps=8, **settings)
 
 
-def test_the_weights_are_those_of_the_odds(small, tmp_path, monkeypatch):
+def test_the_weights_are_probabilities(small, tmp_path, monkeypatch):
     seen = []
 
     def watched(*both):
-        seen.append((both, odds_of_trust(*both)))
+        seen.append((both, clean_rows(*both)))
         return seen[-1][1]
 
-    monkeypatch.setattr(closing_ratio, "odds_of_trust", watched)
-    module = closed(small, tmp_path, ClosingRatio(sharpness=1.5))
-    (((pool, trusted), z_N),) = seen
+    monkeypatch.setattr(closing_ratio, "clean_rows", watched)
+    module = closed(small, tmp_path, ClosingRatio())
+    (((pool, trusted), found),) = seen
     assert list(pool) == list(trusted) == ["prior", "policy", "pool_model"]
     assert all(len(values) == 90 for values in pool.values())
     assert all(len(values) == 24 and np.isfinite(values).all() for values in trusted.values())
-    expected = torch.from_numpy(prior_weights(z_N, 1.5))
+    expected = torch.from_numpy(found.probability_N / found.probability_N.mean())
     torch.testing.assert_close(module.weights.table(), expected, rtol=1e-5, atol=1e-8)
     assert not np.array_equal(pool["policy"], pool["pool_model"])
 
@@ -143,5 +172,3 @@ def test_a_ratio_that_cannot_be_taken_is_refused(small, tmp_path):
         run(small, tmp_path, ClosingRatio(), steps=2, solver=CrossFit(), phases=[REST, TRAIN])
     with pytest.raises(UserError, match="has no pool model that did not learn a row; use `CrossFit`"):
         OneStep().losses_at_rest(made(tiny_policy()), None)
-    with pytest.raises(UserError, match="`sharpness` of `ClosingRatio` is -1"):
-        ClosingRatio(sharpness=-1)

@@ -143,7 +143,8 @@ def test_the_recipe_says_what_it_does(whole):
         "scored 90 pool rows in",
         "the weights begin at ifd + density_ratio + hidden_ratio, effective size",
         "phase 1 of 2, pool:",
-        "the weights of 90 rows were set from prior, policy, pool_model by 24 trusted rows, effective size",
+        "of 90 pool rows are like the 24 trusted ones (prior ",
+        "the weights were set from that, effective size",
         "phase 2 of 2, policy:",
     ):
         assert told.count(text) == 1, text

@@ -21,8 +21,8 @@ import numpy as np
 
 SHARES = np.linspace(0.05, 1.0, 20)
 """Values of c that are tried."""
-RIDGE = 1e-3
-"""Penalty of b², so that scores which tell everything get no endless slope."""
+RIDGE = 0.1
+"""Penalty of mean b² over the number of trusted rows, so that scores which tell everything get no endless slope."""
 MOST = 20_000
 """Pool rows that are fitted on at most."""
 
@@ -60,16 +60,16 @@ def presence(pool_NF: np.ndarray, trusted_MF: np.ndarray, seed: int = 0) -> Pres
     trusted_n = np.arange(len(x_nF)) >= len(fitted_NF)
     sign_n = np.where(trusted_n, 1.0, -1.0)
     balance_n = np.where(trusted_n, 0.5 / trusted_n.sum(), 0.5 / (~trusted_n).sum())
+    ridge = RIDGE / len(trusted_MF) / pool_NF.shape[1]
 
     def loss(b: np.ndarray, share: float) -> tuple[float, np.ndarray]:
         t_n = x_nF @ b
         odds_n = sign_n * (log_expit(t_n) - np.log(share))
         # of −log σ(odds), by t: odds grow with log σ(t), whose slope is σ(−t)
         slope_n = -balance_n * expit(-odds_n) * sign_n * expit(-t_n)
-        penalty = RIDGE * (b[1:] ** 2).mean()
         gradient = slope_n @ x_nF
-        gradient[1:] += 2 * RIDGE * b[1:] / len(b[1:])
-        return float(-(balance_n * log_expit(odds_n)).sum() + penalty), gradient
+        gradient[1:] += 2 * ridge * b[1:]
+        return float(-(balance_n * log_expit(odds_n)).sum() + ridge * (b[1:] ** 2).sum()), gradient
 
     start = np.full(x_nF.shape[1], 0.5)
     fits = [(minimize(loss, start, (share,), method="L-BFGS-B", jac=True), share) for share in SHARES]
