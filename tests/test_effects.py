@@ -75,8 +75,10 @@ REFUSED = {
         "`model.upper_weight_decay` is 0.1, but every phase has an `upper_weight` of its own",
     ),
     "a solver that is ready for nothing": (
-        lambda: module(phases=[Phase("a", 0.5), Phase("b", 0.5, learn_weights=False, prepare_solver=True)]),
-        "`prepare_solver` of the phase 'b' is for one that learns no weights, before one that does",
+        lambda: check_run(
+            fit(phases=[Phase("a", 0.5), Phase("b", 0.5, learn_weights=False, prepare_solver=True)]), "fit"
+        ),
+        "the phase 'b' has `prepare_solver`, and no later one learns weights",
     ),
     "a solver that runs anyway": (
         lambda: module(phases=[Phase("a", 1.0, prepare_solver=True)]),
