@@ -104,8 +104,6 @@ class Method:
         if name in variants:
             return cls._variant(name, variants[name], {k: v for k, v in variants.items() if k != name})
         kind, _, rest = name.partition(":")
-        if name == "curate":
-            return cls(recipe="configs/curate.yaml")
         if name == "best_mixing":
             return cls(best_of=SHARES)
         if kind == "best" and rest:
@@ -154,7 +152,7 @@ class Method:
         if parts is None:
             raise unknown(name)
         base, refine, rule = parts.groups()
-        filter, flags, stopped_early = None, list(UNIFORM), False
+        filter, flags, stopped_early, recipe = None, list(UNIFORM), False, ""
         constant = base in CONSTANT_SHARE or base.startswith("mixing@")
         if base in BASELINES:
             flags += BASELINES[base]
@@ -162,6 +160,9 @@ class Method:
         elif base.startswith("mixing@"):
             flags += [f"--model.upper_weight={share(base)}", *CONSTANT]
             stopped_early = True
+        elif base == "curate":
+            # no phase learns weights when answers come, so groups of them have weights in closed form
+            flags, recipe = ["--model.refined_weights=BMOWeights"] if refine else [], "configs/curate.yaml"
         elif base == "bmo":
             flags = ["--model.weights=BMOWeights", *UNIFORM[1:], *CONSTANT]
         else:
@@ -182,7 +183,15 @@ class Method:
             kind = find_class(rule, RULES, (ResponseWeights,), "response weights")
             flags.append(f"--model.response_weights={flag_of(kind)}")
         needs = filter.needs if filter is not None else ""
-        return cls(tuple(flags), filter, needs, refine=bool(refine), stopped_early=stopped_early, constant=constant)
+        return cls(
+            tuple(flags),
+            filter,
+            needs,
+            refine=bool(refine),
+            stopped_early=stopped_early,
+            constant=constant,
+            recipe=recipe,
+        )
 
     def phases(self, configured: Settings | None, steps: int) -> list[str]:
         """Flags for the phases of the run, to stand before those of the method; see `recipe`.

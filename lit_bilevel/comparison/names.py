@@ -69,7 +69,11 @@ def short_names(room: ModuleType, kind: type, suffix: str = "") -> dict[str, typ
     return {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", c.__name__.removesuffix(suffix)).lower(): c for c in chosen}
 
 
-SOLVERS = {name: c for name, c in short_names(lit_bilevel.solvers, BilevelSolver).items() if c.learns}
+SOLVERS = {
+    name: c
+    for name, c in short_names(lit_bilevel.solvers, BilevelSolver).items()
+    if c.learns and not c.prepares_only  # a method of its own has scores in every step
+}
 WEIGHTS = {name: c for name, c in short_names(lit_bilevel.weights, ExampleWeights, "Weights").items() if c.learnable}
 RULES = short_names(lit_bilevel.refinement.response_weights, ResponseWeights, "Ratio") | {"agreement": Agreement}
 FILTERS: dict[str, type[Any]] = {"oracle": CleanRows, "random": RandomRows}
