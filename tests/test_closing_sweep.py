@@ -38,7 +38,7 @@ def test_scores_at_rest_are_those_of_the_closed_form(solver, steps):
     assert torch.equal(first, second)
     gamma = 0.6 / 0.4
     if isinstance(solver, ValueFunction):
-        expected = gamma * (problem.lower_losses() - problem.lower_losses_at(solver._values))
+        expected = gamma * (problem.lower_losses() - problem.lower_losses_at(solver._model.values))
     elif isinstance(solver, Penalty):
         expected = gamma * problem.lower_losses()
     else:
@@ -64,7 +64,7 @@ def test_rows_at_rest_are_scored_as_one_by_one(solver):
     step = made(policy, optimizer=optimizer)
     solver(step)
     if isinstance(solver, ValueFunction):
-        solver._values = [v + 0.1 * d for v, d in zip(solver._values, direction_of(policy), strict=True)]
+        solver._model.values = [v + 0.1 * d for v, d in zip(solver._model.values, direction_of(policy), strict=True)]
 
     def rest(batch):
         return RestingProblem(policy, batch, UPPER_WEIGHT, optimizer, step.engine, step.lower_objective)
@@ -73,7 +73,7 @@ def test_rows_at_rest_are_scored_as_one_by_one(solver):
     alone = torch.cat([solver.scores_at_rest(rest(batch)) for batch in batches(1, 1)])
     torch.testing.assert_close(whole, alone, rtol=1e-6, atol=1e-9)
     assert whole.std() > 0
-    at = solver._values if isinstance(solver, ValueFunction) else step.values()
+    at = solver._model.values if isinstance(solver, ValueFunction) else step.values()
     if not isinstance(solver, OneStep):
         plain, _ = reference(policy, 1)
         with policy.substituted(at):

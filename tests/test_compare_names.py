@@ -90,3 +90,18 @@ def test_refinement_is_put_in_and_taken_out():
     refined = json.loads(Method.parse("one_step+refine").callbacks([mine, other]).partition("=")[2])
     assert mine in refined
     assert other in refined
+
+
+def test_the_recipe_is_refined_with_groups_in_closed_form():
+    """None of its phases learns weights when answers come."""
+    method = Method.parse("curate+refine:agreement")
+    assert method.recipe == "configs/curate.yaml"
+    assert method.flags == ("--model.refined_weights=BMOWeights", "--model.response_weights=Agreement")
+    classes = [
+        callback["class_path"].rpartition(".")[2]
+        for callback in json.loads(method.callbacks([])[len("--trainer.callbacks=") :])
+    ]
+    assert classes == ["ScoredPrior", "ClosingRatio", "SelfRefine", "Stopwatch"]
+    assert Method.parse("curate").flags == ()
+    with pytest.raises(UserError, match="unknown method 'cross_fit'"):  # it has no scores in a step
+        Method.parse("cross_fit")

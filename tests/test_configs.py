@@ -24,7 +24,7 @@ PARTIAL = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs"
 
 METHODS = {
     "contrast.yaml": "ValueFunction SigmoidWeights SFT",
-    "curate.yaml": "ValueFunction SigmoidWeights SFT",
+    "curate.yaml": "CrossFit SigmoidWeights SFT",
     "dpo_upper.yaml": "OneStep SoftmaxWeights DPO",
     "paper.yaml": "OneStep SoftmaxWeights SFT",
     "paper_llama3.yaml": "OneStep SoftmaxWeights SFT",

@@ -58,9 +58,9 @@ def test_each_model_learns_the_other_fold_and_is_asked_of_its_own():
     for number, batch in enumerate(batches(1, ROWS // 2)):
         rest = RestingProblem(policy, batch, 0.5, optimizer, ENGINE, SFT())
         held = solver.losses_at_rest(rest, number)
-        assert torch.equal(held, rest.lower_losses_at(alone[number]._values))
-        assert (held - rest.lower_losses_at(alone[1 - number]._values)).abs().min() > 1e-3
-        both = torch.stack([rest.lower_losses_at(model._values) for model in alone]).mean(0)
+        assert torch.equal(held, rest.lower_losses_at(alone[number]._model.values))
+        assert (held - rest.lower_losses_at(alone[1 - number]._model.values)).abs().min() > 1e-3
+        both = torch.stack([rest.lower_losses_at(model._model.values) for model in alone]).mean(0)
         assert torch.equal(solver.losses_at_rest(rest, None), both)
 
 
@@ -73,7 +73,7 @@ def test_a_continued_run_has_both_models():
     for solver in (first, second):
         solver.prepare(two_folds(policy, optimizer))
     for one, other in zip(first._models, second._models, strict=True):
-        assert all(torch.equal(p, q) for p, q in zip(one._values, other._values, strict=True))
+        assert all(torch.equal(p, q) for p, q in zip(one.values, other.values, strict=True))
     first.release()
     assert first.state_dict() == {}
 

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from lit_bilevel.problem import BilevelProblem
 from lit_bilevel.solvers.base import BilevelSolver
-from lit_bilevel.solvers.value_function import ValueFunction
+from lit_bilevel.solvers.pool_model import PoolModel
 
 
 class CrossFit(BilevelSolver):
@@ -42,11 +42,11 @@ class CrossFit(BilevelSolver):
 
     def __init__(self, learning_rate: float = 1e-3, optimizer: Callable[[Iterable], Optimizer] = torch.optim.AdamW):
         self.learning_rate, self.optimizer = learning_rate, optimizer
-        self._models = [ValueFunction(1, optimizer, learning_rate, weighted=False) for _ in range(self.folds)]
+        self._models = [PoolModel(optimizer, learning_rate, weighted=False) for _ in range(self.folds)]
 
     def prepare(self, problem: BilevelProblem) -> Tensor:
         folds = [problem.fold(number, self.folds) for number in range(self.folds)]
-        return torch.cat([self._models[1 - number].prepare(fold) for number, fold in enumerate(folds)])
+        return torch.cat([self._models[1 - number].step(fold) for number, fold in enumerate(folds)])
 
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:
         losses_B = problem.lower_losses()  # where a step has a pass of the policy all the same
