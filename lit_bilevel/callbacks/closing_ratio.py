@@ -29,7 +29,6 @@ from lit_bilevel.callbacks.passes import evaluating
 from lit_bilevel.callbacks.phase_end import AtPhaseEnd
 from lit_bilevel.callbacks.progress import say
 from lit_bilevel.callbacks.run import module_of
-from lit_bilevel.callbacks.scored_prior import ScoredPrior
 from lit_bilevel.data.examples import Window
 from lit_bilevel.data.folds import split_folds
 from lit_bilevel.errors import UserError
@@ -67,7 +66,7 @@ class ClosingRatio(AtPhaseEnd):
 
     def close(self, trainer: Trainer, module: LitBilevel, index: int) -> None:
         started = time.monotonic()
-        pool, trusted = scorer_of(trainer).both_scores(trainer, module)
+        pool, trusted = scorers(trainer)[0].both_scores(trainer)
         pool["pool_model"] = -held_out_losses(trainer, module, "pool")
         trusted["pool_model"] = -held_out_losses(trainer, module, "upper")
         found = clean_rows(pool, trusted)
@@ -80,11 +79,6 @@ class ClosingRatio(AtPhaseEnd):
             f"about {found.share:.0%} of {rows:,} pool rows are like the {known:,} trusted ones ({counts}); the weights"
             f" were set from that, effective size {size / rows:.0%} of the pool ({time.monotonic() - started:.0f} s)"
         )
-
-
-def scorer_of(trainer: Trainer) -> ScoredPrior:
-    """The callback that scored the rows."""
-    return scorers(trainer)[0]
 
 
 def clean_rows(pool: dict[str, np.ndarray], trusted: dict[str, np.ndarray]) -> Presence:

@@ -100,7 +100,7 @@ class ScoredPrior(Callback):
 
     # ---- the scores ----
 
-    def both_scores(self, trainer: Trainer, module: LitBilevel) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def both_scores(self, trainer: Trainer) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """The sum of the columns and the loss under the untouched policy, high for rows to be kept.
 
         Returns:
@@ -109,7 +109,7 @@ class ScoredPrior(Callback):
         Raises:
             UserError: if the file of scores has no trusted rows.
         """
-        pool, trusted = self._known or self._get_scores(trainer, module)
+        pool, trusted = self._known or self._read(trainer)  # the file is there, as the prior was set from it
         if not trusted:
             raise UserError(
                 f"{self.scores or FILE} has no scores of trusted rows; score this pool and validation file anew."
@@ -123,8 +123,7 @@ class ScoredPrior(Callback):
         data = data_of(trainer)
         policy = policy_of(module)
         if self.scores is not None:
-            given = read_scores(self.scores)
-            return _join(given, column(data.sets["pool"], "id").to_pylist(), self.scores), given.trusted or {}
+            return self._read(trainer)
         with trainer.precision_plugin.forward_context():
             if is_rehearsal(trainer):  # leaves no files
                 self._known = score_both(policy, module.tokenizer, data.sets["pool"], data.sets["upper"])
@@ -139,8 +138,13 @@ class ScoredPrior(Callback):
                     write_scores(path, column(data.sets["pool"], "id"), columns, made_of, trusted)
                     sweep.files.remove()
         trainer.strategy.barrier("scores")
+        return self._read(trainer)
+
+    def _read(self, trainer: Trainer) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """The columns in the file, in the order of the pool."""
+        path = self.scores or str(run_folder(trainer) / FILE)
         found = read_scores(path)
-        return found.columns, found.trusted or {}
+        return _join(found, column(data_of(trainer).sets["pool"], "id").to_pylist(), path), found.trusted or {}
 
     @staticmethod
     def _pass(trainer: Trainer, sweep: Sweep) -> None:
