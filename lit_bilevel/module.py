@@ -194,11 +194,6 @@ class LitBilevel(LightningModule):
         return [level for level, objective in levels.items() if objective.pairs]
 
     @property
-    def row_folds(self) -> int:
-        """Into how many folds the pool rows of this step are dealt out; the data module asks for it."""
-        return self.solver.folds if self.phase.runs_solver else 1
-
-    @property
     def learns_weights(self) -> bool:
         """Whether solver and weights together change any weight."""
         return self.solver.learns and self.weights.learnable
@@ -212,7 +207,7 @@ class LitBilevel(LightningModule):
             return
         tally = weigh_responses(problem, self.refinement.rule) if self.refinement.active else None
         s_B = self._ask_solver(problem)
-        uneven = self.refinement.active or self.row_folds > 1
+        uneven = self.refinement.active or (self.phase.runs_solver and self.solver.folds > 1)
         features, s_B, losses = gather_scores(problem, s_B, self.trainer.strategy, uneven)
         self._step_weights(outer, features, s_B)
         problem.backward()
@@ -295,11 +290,7 @@ class LitBilevel(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
-        """Refused: a checkpoint holds numbers only, neither the settings nor the base model.
-
-        Raises:
-            UserError: always, with what to do instead.
-        """
+        """Refused, by a `UserError`: a checkpoint holds numbers only, neither the settings nor the base model."""
         raise settings_missing()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -9,13 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from lit_bilevel.types import PADDING_ROW, Example
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def fold_of(row: int, folds: int) -> int:
     """Which fold a row is in; the same in every run."""
     return (row * 2654435761 % 2**32 >> 16) % folds  # Knuth's multiplicative hash
+
+
+def folds_of(trainer: Trainer | None, level: str) -> int:
+    """Into how many folds the rows of a level are dealt out in this step; the solver of the Trainer's module says."""
+    module: Any = None if trainer is None else trainer.lightning_module
+    if level != "lower" or not hasattr(module, "solver") or not module.phase.runs_solver:
+        return 1
+    return module.solver.folds
 
 
 def split_folds(examples: Sequence[Example], folds: int, fill: bool = True) -> list[list[Example]]:

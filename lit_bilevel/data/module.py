@@ -25,7 +25,7 @@ from lit_bilevel.data.collate import collate
 from lit_bilevel.data.encode import Encoder
 from lit_bilevel.data.examples import Batches, EvaluationWindows, Examples, Window, question_batches, questions_of
 from lit_bilevel.data.fingerprint import fingerprint, refuse_changes
-from lit_bilevel.data.folds import split_folds
+from lit_bilevel.data.folds import folds_of, split_folds
 from lit_bilevel.data.layout import layout_for
 from lit_bilevel.data.prepare import Preparation, cache_folder, load_tokenizer
 from lit_bilevel.data.refusals import check_settings
@@ -258,20 +258,14 @@ class BilevelDataModule(LightningDataModule):
 
     def _micro_batches(self, level: str, window: Window) -> list[Batch]:
         """Batches of at most `batch_size` rows, those of like length together; as many on every process."""
-        size = self.batch_size if level == "lower" else self.upper_batch_size
-        batches = []
+        size, batches = self.batch_size if level == "lower" else self.upper_batch_size, []
         for start in range(0, len(window.examples), size):
             examples = window.examples[start : start + size]
             if level == "lower":
                 examples = self.responses.overlay(examples, len(self.sets["pool"]))
-            for part in split_folds(examples, self._folds if level == "lower" else 1):
+            for part in split_folds(examples, folds_of(self.trainer, level)):
                 batches.append(collate(part, window.rows, *layout_for(self.trainer, self.packing)))
         return self._pin(batches)
-
-    @property
-    def _folds(self) -> int:
-        """Into how many folds the pool rows of the step are dealt out; the module says."""
-        return getattr(self.trainer.lightning_module, "row_folds", 1) if self.trainer is not None else 1
 
     def _pin(self, batches: list[Batch]) -> list[Batch]:
         return [batch.pin_memory() for batch in batches] if self.pin_memory else batches

@@ -58,11 +58,6 @@ def check_settings(module: LitBilevel) -> None:
                 " from them; set its `learn_weights` to false, and `prepare_solver` to true in the phase in which the"
                 " solver learns"
             )
-        if phase.rests and getattr(module.solver, "learning_rate", 0) is None:
-            problems.append(
-                f"the policy rests in the phase {phase.name!r}, so its learning rate is 0, which"
-                f" `{type(module.solver).__name__}` would take for its own model; set `model.solver.learning_rate`"
-            )
         name, value = "`model.upper_weight`", module.upper_weight
         if phase.upper_weight is not None:
             name, value = f"`upper_weight` of the phase {phase.name!r}", phase.upper_weight
@@ -72,6 +67,7 @@ def check_settings(module: LitBilevel) -> None:
                     f"{name} is {value}, so λ is 0 in some step, where `{type(part).__name__}` has no meaning; change"
                     " it, or use `OneStep` with `SoftmaxWeights`"
                 )
+    problems += _of_phases(module)
     groups = module.refinement.template
     if groups.learnable and not module.weights.learnable:
         problems.append(
@@ -151,6 +147,18 @@ def check_run(module: LitBilevel, stage: str) -> None:
         )
     if problems:
         raise gather("this combination cannot run", problems)
+
+
+def _of_phases(module: LitBilevel) -> list[str]:
+    """Phases that the solver is not made for."""
+    problems = []
+    for phase in module.phases:
+        if phase.rests and getattr(module.solver, "learning_rate", 0) is None:
+            problems.append(
+                f"the policy rests in the phase {phase.name!r}, so its learning rate is 0, which"
+                f" `{type(module.solver).__name__}` would take for its own model; set `model.solver.learning_rate`"
+            )
+    return problems
 
 
 def _of_decay(module: LitBilevel) -> list[str]:
