@@ -30,13 +30,10 @@ def folds_of(trainer: Trainer | None, level: str) -> int:
     return module.solver.folds
 
 
-def split_folds(examples: Sequence[Example], folds: int, fill: bool = True) -> list[list[Example]]:
-    """Some examples by their folds.
+def split_folds(examples: Sequence[Example], folds: int) -> list[list[Example]]:
+    """Some examples, at least one, by their folds; a fold without an example has padding.
 
-    Args:
-        examples: at least one.
-        folds: how many.
-        fill: put padding into a fold without an example, for every process has to make the same number of batches.
+    So every process makes the same number of batches.
     """
     if folds == 1:
         return [list(examples)]
@@ -45,7 +42,5 @@ def split_folds(examples: Sequence[Example], folds: int, fill: bool = True) -> l
         # padding goes where there is room: it counts nothing anywhere
         fold = min(range(folds), key=lambda k: len(parts[k])) if example.row < 0 else fold_of(example.row, folds)
         parts[fold].append(example)
-    if fill:
-        shortest = min(examples, key=lambda example: len(example.input_ids))
-        parts = [part or [replace(shortest, row=PADDING_ROW)] for part in parts]
-    return parts
+    shortest = min(examples, key=lambda example: len(example.input_ids))
+    return [part or [replace(shortest, row=PADDING_ROW)] for part in parts]
