@@ -15,7 +15,7 @@ from lit_bilevel.data.collate import collate
 from lit_bilevel.scores import hidden
 from lit_bilevel.scores.columns import FEATURES
 from lit_bilevel.scores.combination import combine
-from lit_bilevel.scores.density import hidden_ratio
+from lit_bilevel.scores.density import HIDDEN, density_ratios
 from lit_bilevel.scores.measure import Measure
 from lit_bilevel.scores.opening import opening_of
 from lit_bilevel.scores.sweep import ScoredRows, score_rows
@@ -84,7 +84,7 @@ def test_the_ratio_tells_rows_apart_that_differ_in_one_direction():
     good = np.arange(400) < 200
     pool[good, 3] += 3
     trusted[:, 3] += 3
-    found = hidden_ratio(pool, trusted)
+    found = density_ratios(pool, trusted, HIDDEN)[: len(pool)]
     assert found.mean() == pytest.approx(1)
     assert (found[good][:, None] > found[~good]).mean() > 0.95
 
@@ -93,7 +93,7 @@ def test_a_policy_that_shows_no_states_has_no_such_ratio(model, small):
     """Its output layer is not known, so logits are all that it gives."""
     data, tokenizer, policy = rows_of(model, small), AutoTokenizer.from_pretrained(model), policy_of(model)
     policy.head_shape = None
-    found = score_rows(policy, tokenizer, data.sets["pool"], data.sets["upper"])
+    found, _ = score_rows(policy, tokenizer, data.sets["pool"], data.sets["upper"])
     assert np.isnan(found["hidden_ratio"]).all()
     assert np.isfinite(found["density_ratio"]).all()
     combined = combine(found, ["ifd", "density_ratio"])  # the others decide

@@ -89,7 +89,7 @@ def test_every_number_is_that_of_a_plain_pass(model, chat_model, small, template
     data, tokenizer = rows_of(folder, small, max_length=32 if templated else 18), AutoTokenizer.from_pretrained(folder)
     opening = opening_of(tokenizer)
     assert tokenizer.decode(opening).endswith("assistant " if templated else tokenizer.bos_token or tokenizer.eos_token)
-    found = score_rows(policy_of(folder), tokenizer, data.sets["pool"], data.sets["upper"], batch_size=7)
+    found, _ = score_rows(policy_of(folder), tokenizer, data.sets["pool"], data.sets["upper"], batch_size=7)
     assert list(found)[: len(COLUMNS)] == list(COLUMNS)
     assert np.isnan(found["end_loss"]).any()  # some are cut
     for row in range(0, 90, 9):
@@ -101,7 +101,7 @@ def test_every_number_is_that_of_a_plain_pass(model, chat_model, small, template
 def test_a_row_is_scored_alike_in_any_batch(model, small):
     data, tokenizer = rows_of(model, small), AutoTokenizer.from_pretrained(model)
     found = [
-        score_rows(policy_of(model), tokenizer, data.sets["pool"], None, batch_size, call_cost)
+        score_rows(policy_of(model), tokenizer, data.sets["pool"], None, batch_size, call_cost)[0]
         for batch_size, call_cost in ((1, math.inf), (5, math.inf), (64, 8.0))
     ]
     for name in FEATURES:
@@ -120,7 +120,7 @@ def test_all_turns_or_the_last_are_learned_and_the_last_is_scored(model, tmp_pat
     }
     tokenizer = AutoTokenizer.from_pretrained(model)
     last, every = (
-        score_rows(policy_of(model), tokenizer, rows_of(model, small, train_on=which).sets["pool"])
+        score_rows(policy_of(model), tokenizer, rows_of(model, small, train_on=which).sets["pool"])[0]
         for which in ("last", "all")
     )
     assert last["length"].tolist() == [4]
@@ -135,14 +135,14 @@ def test_plain_text_has_no_prompt_to_take_away(model, tmp_path):
         "validation": write_jsonl(tmp_path / "validation.jsonl", texts[20:]),
     }
     data = rows_of(model, small)
-    found = score_rows(policy_of(model), AutoTokenizer.from_pretrained(model), data.sets["pool"], data.sets["upper"])
+    found, _ = score_rows(policy_of(model), AutoTokenizer.from_pretrained(model), data.sets["pool"], data.sets["upper"])
     for name in ("loss_without_prompt", "pmi", "ifd"):
         assert np.isnan(found[name]).all()
     assert found["density_ratio"].mean() == pytest.approx(1)
     assert np.isfinite(found["loss"]).all()
     with pytest.raises(ValueError, match="20 of 20 rows have no `ifd`, because they have no prompt"):
         Scores([], found).orient("ifd")
-    alone = score_rows(policy_of(model), AutoTokenizer.from_pretrained(model), data.sets["pool"])
+    alone, _ = score_rows(policy_of(model), AutoTokenizer.from_pretrained(model), data.sets["pool"])
     with pytest.raises(
         ValueError, match="20 of 20 rows have no `combined`, because ifd, density_ratio, hidden_ratio tell"
     ):

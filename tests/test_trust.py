@@ -101,6 +101,31 @@ def test_where_all_together_are_no_better_those_that_agree_may_be():
     assert verdict.new_right > 0.8
 
 
+def test_chosen_questions_may_be_harder_than_trusted_ones():
+    """Most trusted questions are easy, few of the chosen ones are, and the others have few wrong answers."""
+    chosen = questions(0.3, 0.9, 300) + questions(0.3, 0.05, 700, wrong=6)
+    trusted = questions(1.0, 0.9, 50) + questions(1.0, 0.05, 14, wrong=6)
+    right = {least: [] for least in (0, 1)}
+    for question in chosen:
+        for agreed, text in zip(Agreed().agreement(question.new), question.new, strict=True):
+            for least in right:
+                right[least] += [text == "0"] if agreed >= least else []
+    share = {least: sum(answers) / len(answers) for least, answers in right.items()}
+    assert share[0] < 0.33  # as good as the old ones
+    verdict = Agreed().judge(chosen, trusted)
+    assert verdict.least == 1
+    # their agreeing answers are wrong more often than those to trusted questions, which is not known
+    assert share[1] < verdict.new_right < 1
+    assert verdict.old_right == pytest.approx(0.3, abs=0.12)
+
+
+def test_an_agreement_that_few_trusted_questions_have_is_judged_with_lower_ones():
+    chosen = [Answered("1", ("0", "0"))] * 20
+    trusted = [Answered("0", ("0", "0"))] * 7 + [Answered("0", ("0", "1"))] * 57
+    assert Agreed(fewest=8).judge(chosen, trusted).new_right == pytest.approx((7 + 57 / 2) / 65)
+    assert Agreed(fewest=7).judge(chosen, trusted).new_right == pytest.approx(7 / 8)
+
+
 def test_a_few_lucky_answers_prove_nothing():
     trusted = [Answered("0", ("0", "0"))] * 7 + [Answered("0", (None, None))] * 57
     verdict = Agreed(fewest=8).judge(questions(0.0, 1.0), trusted)

@@ -33,7 +33,7 @@ from lit_bilevel.errors import UserError, gather
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.scores.columns import COLUMNS, COMBINED, DIRECTION
 from lit_bilevel.scores.combination import SHARPNESS, combine, normal_scores, prior_weights
-from lit_bilevel.scores.sweep import Sweep, score_both, sweep_for
+from lit_bilevel.scores.sweep import Sweep, score_rows, sweep_for
 from lit_bilevel.scores.table import Scores, read_scores, write_scores
 from lit_bilevel.training.trainer import data_of, policy_of
 
@@ -126,7 +126,7 @@ class ScoredPrior(Callback):
             return self._read(trainer)
         with trainer.precision_plugin.forward_context():
             if is_rehearsal(trainer):  # leaves no files
-                self._known = score_both(policy, module.tokenizer, data.sets["pool"], data.sets["upper"])
+                self._known = score_rows(policy, module.tokenizer, data.sets["pool"], data.sets["upper"])
                 return self._known
             path = run_folder(trainer) / FILE
             sweep = sweep_for(trainer, policy, module.tokenizer, data, path.with_name(f"{FILE}.parts"))

@@ -65,39 +65,11 @@ def density_features(table_NF: np.ndarray) -> np.ndarray:
     return features_NF
 
 
-def density_ratio(pool_NF: np.ndarray, trusted_MF: np.ndarray, seed: int = 0) -> np.ndarray:
-    """[N] weights of the pool rows, mean 1.
-
-    Args:
-        pool_NF: features of the pool rows; NaN for a feature that a row does not have.
-        trusted_MF: the same of trusted rows.
-        seed: of the folds.
-
-    Raises:
-        UserError: if there are too few trusted rows.
-    """
-    return both_ratios(pool_NF, trusted_MF, MEASURED, seed)[: len(pool_NF)]
-
-
-def hidden_ratio(pool_NS: np.ndarray, trusted_MS: np.ndarray, seed: int = 0) -> np.ndarray:
-    """[N] weights of the pool rows, mean 1, from their hidden states.
-
-    Args:
-        pool_NS: numbers of the pool rows, as in `hidden.py`.
-        trusted_MS: the same of trusted rows.
-        seed: of the folds.
-
-    Raises:
-        UserError: if there are too few trusted rows.
-    """
-    return both_ratios(pool_NS, trusted_MS, HIDDEN, seed)[: len(pool_NS)]
-
-
-def both_ratios(pool_NF: np.ndarray, trusted_MF: np.ndarray, how: Regression, seed: int = 0) -> np.ndarray:
+def density_ratios(pool_NF: np.ndarray, trusted_MF: np.ndarray, how: Regression, seed: int = 0) -> np.ndarray:
     """[N + M] the ratio of the pool rows, whose mean is 1, and then of the trusted rows, on the same scale.
 
     Args:
-        pool_NF: features of the pool rows.
+        pool_NF: features of the pool rows; NaN for a feature that a row does not have.
         trusted_MF: the same of trusted rows.
         how: of the regression.
         seed: of the folds.

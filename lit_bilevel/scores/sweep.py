@@ -1,6 +1,6 @@
 """Passes over the pool and the trusted rows in parts, or without files for a policy in training.
 
-    columns = score_rows(policy, tokenizer, data.sets["pool"], data.sets["upper"])      # on one process
+    columns, trusted = score_rows(policy, tokenizer, data.sets["pool"], data.sets["upper"])      # on one process
 
 Only the `upper` part of the validation file is trusted here: the `monitor` part stays apart, to choose checkpoints.
 Memory: a part's token ids, the logits of a chunk, and 267 float32 numbers a row (1.1 GB at a million).
@@ -29,7 +29,7 @@ from lit_bilevel.scores.hidden import NUMBERS
 from lit_bilevel.scores.measure import Measure
 from lit_bilevel.scores.opening import opening_of
 from lit_bilevel.scores.parts import Part, PartFiles, plan
-from lit_bilevel.scores.table import both_columns
+from lit_bilevel.scores.table import columns_of
 from lit_bilevel.types import Example
 from lit_bilevel.version import __version__
 
@@ -112,7 +112,7 @@ class Sweep:
     def columns(self, seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """All numbers of the pool rows and of the trusted ones by name, when no part is missing."""
         tables = self.files.read(self.parts, {name: len(rows) for name, rows in self.rows.items()})
-        return both_columns(tables["pool"], tables.get("upper"), seed)
+        return columns_of(tables["pool"], tables.get("upper"), seed)
 
 
 def sweep_for(
@@ -141,7 +141,7 @@ def score_rows(
     batch_size: int = 64,
     call_cost: float = math.inf,
     seed: int = 0,
-) -> dict[str, np.ndarray]:
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Scores of pool rows under a policy as it is, without files.
 
     Args:
@@ -154,21 +154,9 @@ def score_rows(
         seed: of the folds of the ratios.
 
     Returns:
-        [N] float32 numbers by name, in the order of the pool: all of `COLUMNS` and of `FEATURES`.
+        [N] float32 numbers of the pool rows by name, in their order: all of `COLUMNS` and of `FEATURES`; and [M] the
+        same of the trusted rows.
     """
-    return score_both(policy, tokenizer, pool, trusted, batch_size, call_cost, seed)[0]
-
-
-def score_both(
-    policy: Policy,
-    tokenizer: PreTrainedTokenizerBase,
-    pool: Dataset,
-    trusted: Dataset | None = None,
-    batch_size: int = 64,
-    call_cost: float = math.inf,
-    seed: int = 0,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The same of the pool rows, [N], and of the trusted rows, [M]."""
     measure = Measure(policy, opening_of(tokenizer), tokenizer.eos_token_id, batch_size, call_cost)
     tables = {}
     for name, table in (("pool", pool), ("upper", trusted)):
@@ -177,7 +165,7 @@ def score_both(
             tables[name] = np.empty((len(rows), len(FEATURES) + NUMBERS), dtype=np.float32)
             for part in plan({name: rows.length_n}):
                 tables[name][part.rows] = measure(*rows(part.rows.tolist()))
-    return both_columns(tables["pool"], tables.get("upper"), seed)
+    return columns_of(tables["pool"], tables.get("upper"), seed)
 
 
 def policy_digest(policy: Policy) -> str:

@@ -19,7 +19,7 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.files import replacing
 from lit_bilevel.scores.columns import COLUMNS, COMBINED, DIRECTION, FEATURES, RATIOS
 from lit_bilevel.scores.combination import SHARPNESS, combine, prior_weights
-from lit_bilevel.scores.density import HIDDEN, LEAST_TRUSTED, MEASURED, both_ratios, density_features
+from lit_bilevel.scores.density import HIDDEN, LEAST_TRUSTED, MEASURED, density_features, density_ratios
 
 if TYPE_CHECKING:
     import pyarrow
@@ -67,8 +67,10 @@ def why_missing(name: str) -> str:
     return "their response was cut at `data.max_length`" if name == "end_loss" else "they have no prompt"
 
 
-def columns_of(pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0) -> dict[str, np.ndarray]:
-    """All numbers of the pool rows by name, float32: the columns of the file, then the other features.
+def columns_of(
+    pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """All numbers of the rows by name, float32: the columns of the file, then the other features.
 
     Args:
         pool_NF: what was measured of the pool rows, F in the order of `FEATURES`, then that of their hidden states.
@@ -76,16 +78,12 @@ def columns_of(pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0
             states `hidden_ratio` is.
         seed: of the folds of the ratios.
 
+    Returns:
+        [N] of the pool rows, and [M] of the trusted rows, whose `combined` is on the scale of the pool's.
+
     Raises:
         UserError: if a loss is not finite.
     """
-    return both_columns(pool_NF, trusted_MF, seed)[0]
-
-
-def both_columns(
-    pool_NF: np.ndarray, trusted_MF: np.ndarray | None, seed: int = 0
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The same of the pool rows and of the trusted rows, whose `combined` is on the scale of the pool's."""
     rows = len(pool_NF)
     whole_n = pool_NF if trusted_MF is None else np.concatenate([pool_NF, trusted_MF])
     whole_nF, whole_nS = np.split(whole_n, [len(FEATURES)], axis=1)
@@ -98,9 +96,9 @@ def both_columns(
     columns |= {name: np.full(len(whole_n), np.nan, dtype=np.float32) for name in RATIOS}
     if len(whole_n) - rows >= LEAST_TRUSTED:
         measured_nF = density_features(whole_nF)
-        columns["density_ratio"] = both_ratios(measured_nF[:rows], measured_nF[rows:], MEASURED, seed)
+        columns["density_ratio"] = density_ratios(measured_nF[:rows], measured_nF[rows:], MEASURED, seed)
         if whole_nS.size and np.isfinite(whole_nS).all():
-            columns["hidden_ratio"] = both_ratios(whole_nS[:rows], whole_nS[rows:], HIDDEN, seed)
+            columns["hidden_ratio"] = density_ratios(whole_nS[:rows], whole_nS[rows:], HIDDEN, seed)
     pool = {name: values_n[:rows].astype(np.float32) for name, values_n in columns.items()}
     trusted = {name: values_n[rows:].astype(np.float32) for name, values_n in columns.items()}
     try:

@@ -17,7 +17,7 @@ from lit_bilevel.training.trainer import callbacks_of, find_callbacks
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from lit_bilevel.callbacks.closing_sweep import ClosingSweep
+    from lit_bilevel.callbacks.phase_end import AtPhaseEnd
     from lit_bilevel.callbacks.refine import SelfRefine
     from lit_bilevel.callbacks.scored_prior import ScoredPrior
 
@@ -75,8 +75,8 @@ def scorers(trainer: Trainer) -> list[ScoredPrior]:
     ]
 
 
-def sweepers(trainer: Trainer) -> list[ClosingSweep]:
-    """The callbacks that set weights from scores at rest: `ClosingSweep`, or made from it."""
+def closers(trainer: Trainer) -> list[AtPhaseEnd]:
+    """The callbacks that set weights at the end of a phase: `ClosingSweep`, `ClosingRatio`, or made like them."""
     return [
-        cast("ClosingSweep", callback) for callback in callbacks_of(trainer) if getattr(callback, "sets_weights", False)
+        cast("AtPhaseEnd", callback) for callback in callbacks_of(trainer) if getattr(callback, "sets_weights", False)
     ]

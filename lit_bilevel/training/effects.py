@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lit_bilevel.training.callbacks import scorers, sweepers
+from lit_bilevel.training.callbacks import closers, scorers
 from lit_bilevel.training.phases import unused_preparation
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _without_scores(module: LitBilevel) -> list[str]:
 def _without_sweep(module: LitBilevel) -> list[str]:
     """A solver that is prepared for nothing."""
     name = unused_preparation(module.phases)
-    if name is None or sweepers(module.trainer):
+    if name is None or closers(module.trainer):
         return []
     return [
         f"the phase {name!r} has `prepare_solver`, and no later one learns weights; add the callback `ClosingSweep` or"

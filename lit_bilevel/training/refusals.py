@@ -52,12 +52,6 @@ def check_settings(module: LitBilevel) -> None:
             f" {type(module.solver).__name__}` would do nothing; use `Mixing`, or weights that learn"
         )
     for phase in module.phases:
-        if phase.learn_weights and module.solver.prepares_only:
-            problems.append(
-                f"`{type(module.solver).__name__}` has no scores in a step, and the phase {phase.name!r} learns weights"
-                " from them; set its `learn_weights` to false, and `prepare_solver` to true in the phase in which the"
-                " solver learns"
-            )
         name, value = "`model.upper_weight`", module.upper_weight
         if phase.upper_weight is not None:
             name, value = f"`upper_weight` of the phase {phase.name!r}", phase.upper_weight
@@ -153,6 +147,12 @@ def _of_phases(module: LitBilevel) -> list[str]:
     """Phases that the solver is not made for."""
     problems = []
     for phase in module.phases:
+        if phase.learn_weights and module.solver.prepares_only:
+            problems.append(
+                f"`{type(module.solver).__name__}` has no scores in a step, and the phase {phase.name!r} learns weights"
+                " from them; set its `learn_weights` to false, and `prepare_solver` to true in the phase in which the"
+                " solver learns"
+            )
         if phase.rests and getattr(module.solver, "learning_rate", 0) is None:
             problems.append(
                 f"the policy rests in the phase {phase.name!r}, so its learning rate is 0, which"

@@ -84,7 +84,7 @@ class Evidence:
             return read_scores(path)
         with self.trainer.precision_plugin.forward_context():
             cost = layout_for(self.trainer, packing=False).call_cost
-            columns = score_rows(policy, tokenizer, pool, trusted, self.data.eval_batch_size, cost)
+            columns, _ = score_rows(policy, tokenizer, pool, trusted, self.data.eval_batch_size, cost)
         scores = Scores(self.ids, {column: columns[column] for column in COLUMNS})
         if path is not None:
             write_scores(path, scores.ids, scores.columns, {"seconds": time.perf_counter() - started})
