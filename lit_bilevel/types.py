@@ -66,7 +66,7 @@ class Response:
 
     Args:
         token_ids: sampled ids, the end-of-sequence token included if it was drawn.
-        token_logprobs: log-probability of each at the sampling temperature.
+        token_logprobs: log-probability of each at the sampling temperature; empty where they were not wanted.
         finished: whether the response ended by itself.
         agreement: share of the other responses to its question that say the same.
     """

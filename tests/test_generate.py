@@ -111,6 +111,12 @@ def test_scoring_goes_through_some_rows_at_a_time(monkeypatch):
     for one, other in zip(whole, parts, strict=True):
         assert one.token_ids == other.token_ids
         assert one.token_logprobs == pytest.approx(other.token_logprobs, abs=1e-5)
+    passes.clear()
+    some = [replace(request, scored=place % 2 == 0) for place, request in enumerate(requests)]
+    found = score(policy, some, samples, 1.0, torch.device("cpu"))
+    assert len(passes) == len(requests[::2])
+    for request, one, other in zip(some, parts, found, strict=True):
+        assert other == (one if request.scored else replace(one, token_logprobs=[]))
 
 
 class Broken(Exception):

@@ -66,7 +66,8 @@ def _requests(
     for number, ids, start in zip(*(table[column] for column in table), strict=True):
         own = room(context, start, min(sampling.max_new_tokens, data.max_length - start))
         for sample in range(count):  # there is room: the whole row was found to fit
-            requests.append(Request(ids[:start], (data.seed, round, number, sample, *MARKS[name]), own))
+            stream = (data.seed, round, number, sample, *MARKS[name])
+            requests.append(Request(ids[:start], stream, own, scored=name == "pool"))  # only these are trained on
     return requests
 
 

@@ -62,11 +62,13 @@ class Request:
         prompt_ids: token ids of the prompt.
         stream: the key (seed, round, row, sample) of its random numbers.
         max_new_tokens: longest response to this prompt.
+        scored: whether log-probabilities of the response are wanted, which takes a pass over it.
     """
 
     prompt_ids: list[int]
     stream: tuple[int, ...]
     max_new_tokens: int
+    scored: bool = True
 
     @property
     def seed(self) -> int:

@@ -2,9 +2,10 @@
 
     |logits while decoding − logits of one pass over the row alone|  ≤  tolerance · |logits of two rows differ|
 
-First `decode_padded` is tried, with three short prompts of which one leaves after a token; if that deviates, raises, or
-its cache holds more than keys and values, `decode_unpadded`, then `decode_singly`. A model for which none is right is
-refused by name. So a refinement cannot sample from another distribution than the one that is trained.
+First `decode_shared` is tried, with three short prompts of which one leaves after a token; if that deviates, raises, or
+its cache holds more than all keys and values, `decode_padded`, then `decode_unpadded`, then `decode_singly`. A model
+for which none is right is refused by name. So a refinement cannot sample from another distribution than the one that
+is trained.
 
 Left out: faults that only long sequences show.
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from lit_bilevel.errors import UserError
 from lit_bilevel.generation.base import Request, Sample, Sampling, cut_at_end
-from lit_bilevel.generation.padded import decode_padded
+from lit_bilevel.generation.padded import decode_padded, decode_shared
 from lit_bilevel.generation.sampling import draw, uniforms
 from lit_bilevel.generation.unpadded import decode_singly, decode_unpadded
 from lit_bilevel.policy.causal import embeddings_of
@@ -76,8 +77,7 @@ def decoder_for(policy: Policy) -> Decoder:
         # under autocast logits are rounded whatever the parameters are, and two right ways differ by that
         exact = policy.precise and not torch.is_autocast_enabled(embeddings_of(model).device.type)
         tolerance = EXACT if exact else ROUNDED
-        ways = [decode_padded] if _holds_keys_and_values(model) else []
-        for way in (*ways, decode_unpadded, decode_singly):
+        for way in (*_padded_ways(model), decode_unpadded, decode_singly):
             if (deviation := _deviation(model, way)) <= tolerance:
                 policy.decoder = way
                 break
@@ -86,11 +86,15 @@ def decoder_for(policy: Policy) -> Decoder:
     return policy.decoder
 
 
-def _holds_keys_and_values(model: PreTrainedModel) -> bool:
-    """Whether every layer of its cache is of a kind that rows can leave."""
+def _padded_ways(model: PreTrainedModel) -> list[Decoder]:
+    """Those that its cache allows: of all its layers rows can leave, and padding may stand inside of a row."""
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    return all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in DynamicCache(config=model.config).layers)
+    layers = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    if not layers <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return []
+    # a window counts the padding between a beginning and the rest
+    return [decode_padded] if DynamicSlidingWindowLayer in layers else [decode_shared, decode_padded]
 
 
 def _deviation(model: PreTrainedModel, decode: Decoder) -> float:
@@ -99,7 +103,7 @@ def _deviation(model: PreTrainedModel, decode: Decoder) -> float:
     vocabulary = embeddings_of(model).shape[0]
     # not the first ids, which are padding and ends of text in many vocabularies and may be treated apart
     ids = torch.arange(3, 3 + sum(LENGTHS)) % vocabulary
-    prompts = [part.tolist() for part in ids.split(LENGTHS)]
+    prompts = [[3, *part[1:].tolist()] for part in ids.split(LENGTHS)]  # of one beginning
     seen: list[tuple[int, int, Tensor]] = []
     given: list[list[int]] = [[] for _ in prompts]
 

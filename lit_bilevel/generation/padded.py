@@ -1,9 +1,12 @@
 """Decodes prompts of different lengths together, for models whose cache holds keys and values and nothing else.
 
 Prompts are padded on the left, a mask and positions tell the model so, and rows that have ended leave the batch and its
-cache. A prompt that is to be answered several times is read once: its keys and values are copied.
-Left out: models with a state that padding would go through, see `unpadded`; and reading a beginning that different
-prompts share once, which would put the padding into the middle of rows.
+cache. A prompt that is to be answered several times is read once: its keys and values are copied. So is a beginning
+that all prompts share, such as a system prompt; the padding then stands behind it:
+
+    decode_padded    [pad pad sys sys a b]  [sys sys a b c d]       decode_shared    sys sys | [pad pad a b]  [a b c d]
+
+Left out: models with a state that padding would go through, see `unpadded`; and beginnings that some prompts share.
 """
 
 from __future__ import annotations
@@ -42,7 +45,28 @@ def decode_padded(
         choose: what draws the tokens.
         progress: told the number of new tokens after each step.
     """
-    batch = _Padded(model, prompts, limits, end_ids)
+    return _decode(_Padded(model, prompts, limits, end_ids, shared=0), choose, progress)
+
+
+def decode_shared(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    limits: Sequence[int],
+    end_ids: Sequence[int],
+    choose: Choose,
+    progress: Callable[[int], object] | None = None,
+) -> list[list[int]]:
+    """The same, the beginning that all prompts share read once; the arguments are those of `decode_padded`."""
+    shared = 0
+    if any(prompt != prompts[0] for prompt in prompts):
+        shortest = min(map(len, prompts))
+        different = (n for n, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
+        # a row keeps at least its last token, for the logits after it are asked for
+        shared = min(next(different, shortest), shortest - 1)
+    return _decode(_Padded(model, prompts, limits, end_ids, shared), choose, progress)
+
+
+def _decode(batch: _Padded, choose: Choose, progress: Callable[[int], object] | None) -> list[list[int]]:
     step = 0
     while len(batch.alive):
         drawn_B = choose(batch.alive_B, step, batch.logits(step))
@@ -57,7 +81,12 @@ class _Padded:
     """One batch; row b of the tensors is the prompt `alive[b]`."""
 
     def __init__(
-        self, model: PreTrainedModel, prompts: Sequence[list[int]], limits: Sequence[int], end_ids: Sequence[int]
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[list[int]],
+        limits: Sequence[int],
+        end_ids: Sequence[int],
+        shared: int,
     ):
         from transformers import DynamicCache
 
@@ -74,21 +103,32 @@ class _Padded:
         ids = torch.zeros(len(prompts), width, dtype=torch.int64)
         mask = torch.zeros(len(prompts), width + max(limits), dtype=torch.int64)
         for b, prompt in enumerate(prompts):
-            ids[b, width - len(prompt) :] = torch.tensor(prompt)
-            mask[b, width - len(prompt) :] = 1
+            ids[b, :shared] = torch.tensor(prompt[:shared])
+            ids[b, width - len(prompt) + shared :] = torch.tensor(prompt[shared:])
+            mask[b, :shared] = 1
+            mask[b, width - len(prompt) + shared :] = 1
         # equal prompts, as the G answers of a row have, are read once; the cache is copied for the others
-        first = {tuple(prompt): b for b, prompt in reversed(list(enumerate(prompts)))}
+        first: dict[tuple[int, ...], int] = {}
+        for b, prompt in enumerate(prompts):
+            first.setdefault(tuple(prompt), b)
         index = {prompt: number for number, prompt in enumerate(first)}
         self.first = torch.tensor(list(first.values()), device=self.device)  # of each different prompt
         self.index_B = torch.tensor([index[tuple(prompt)] for prompt in prompts], device=self.device)
         self.input_ids, self.mask = ids.to(self.device), mask.to(self.device)
         self.offset = torch.tensor([width - len(prompt) for prompt in prompts], device=self.device)
+        self.shared = shared
 
     def logits(self, step: int) -> Tensor:
         """Of the next token of every row, [B, V]."""
-        if step > 0 or len(self.first) == len(self.index_B):
+        if step > 0:
             return self._logits(self.width + step, self.input_ids, self.mask, self.offset)
-        logits = self._logits(self.width, *(t[self.first] for t in (self.input_ids, self.mask, self.offset)))
+        ids, mask, offset = (t[self.first] for t in (self.input_ids, self.mask, self.offset))
+        if self.shared:
+            self._logits(self.shared, ids[:1, : self.shared], mask[:1], torch.zeros_like(offset[:1]))
+            self.cache.batch_select_indices(torch.zeros_like(self.first))
+        logits = self._logits(self.width, ids[:, self.shared :], mask, offset)
+        if len(self.first) == len(self.index_B):
+            return logits
         self.cache.batch_select_indices(self.index_B)
         return logits[self.index_B]
 

@@ -33,22 +33,25 @@ class GenerationFailed(RuntimeError):
 def score(
     policy: Policy, requests: Sequence[Request], samples: Sequence[Sample], temperature: float, device: torch.device
 ) -> list[Response]:
-    """Responses with their behaviour log-probabilities, by the pass that training uses, some rows at a time."""
+    """Responses with their behaviour log-probabilities, by the pass that training uses, some rows at a time; without
+    those that are not wanted.
+    """
     examples = []
     for request, sample in zip(requests, samples, strict=True):
         unscored = Response(sample.token_ids, [0.0] * len(sample.token_ids), sample.finished)
         group = Group((unscored,), 1.0, temperature)
         examples.append(Example(0, 0, request.prompt_ids, len(request.prompt_ids), group))
-    scored: dict[int, Response] = {}
+    logprobs: dict[int, list[float]] = {}
+    wanted = [i for i, request in enumerate(requests) if request.scored]
     # not the numbers that decoding had: through a cache they differ from those of training, and an unchanged policy
     # would not have ratios of 1
-    for chosen in batches_by_length(requests, SCORED_TOKENS):
+    for places in batches_by_length([requests[i] for i in wanted], SCORED_TOKENS):
+        chosen = [wanted[place] for place in places]
         batch = collate([examples[i] for i in chosen], len(chosen)).to(device)
         lengths = [len(samples[i].token_ids) for i in chosen]
         parts = response_logprobs(policy, batch).float().cpu().split(lengths)
-        for i, part in zip(chosen, parts, strict=True):
-            scored[i] = Response(samples[i].token_ids, part.tolist(), samples[i].finished)
-    return [scored[i] for i in range(len(samples))]
+        logprobs |= {i: part.tolist() for i, part in zip(chosen, parts, strict=True)}
+    return [Response(x.token_ids, logprobs.get(i, []), x.finished) for i, x in enumerate(samples)]
 
 
 def respond(
