@@ -138,7 +138,8 @@ def closed(small, folder, *watch, **settings):
     return run(small, folder, ScoredPrior(), watch=[*watch], steps=8, **settings)
 
 
-def test_the_weights_are_probabilities(small, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sharpness", [1.0, 2.0])
+def test_the_weights_are_powers_of_probabilities(small, tmp_path, monkeypatch, caplog, sharpness):
     seen = []
 
     def watched(*both):
@@ -146,12 +147,15 @@ def test_the_weights_are_probabilities(small, tmp_path, monkeypatch):
         return seen[-1][1]
 
     monkeypatch.setattr(closing_ratio, "clean_rows", watched)
-    module = closed(small, tmp_path, ClosingRatio())
+    module = closed(small, tmp_path, ClosingRatio(sharpness=sharpness))
     (((pool, trusted), found),) = seen
     assert list(pool) == list(trusted) == ["prior", "policy", "pool_model"]
     assert all(len(values) == 90 for values in pool.values())
     assert all(len(values) == 24 and np.isfinite(values).all() for values in trusted.values())
-    expected = torch.from_numpy(found.probability_N / found.probability_N.mean())
+    power_N = found.probability_N**sharpness
+    expected = torch.from_numpy(power_N / power_N.mean())
+    left = (power_N * (1 - found.probability_N)).sum() / power_N.sum()
+    assert f"the others are left about {left:.0%} of the weight" in caplog.text
     torch.testing.assert_close(module.weights.table(), expected, rtol=1e-5, atol=1e-8)
     assert not np.array_equal(pool["policy"], pool["pool_model"])
 
@@ -168,6 +172,8 @@ def test_a_ratio_that_cannot_be_taken_is_refused(small, tmp_path):
     for watch, settings, message in cases:
         with pytest.raises(UserError, match=message):
             closed(small, tmp_path, *watch, **settings)
+    with pytest.raises(UserError, match="`sharpness` of `ClosingRatio` is -1"):
+        ClosingRatio(sharpness=-1)
     with pytest.raises(UserError, match="it needs the callback `ScoredPrior`"):
         run(small, tmp_path, ClosingRatio(), steps=2, solver=CrossFit(), phases=[REST, TRAIN])
     with pytest.raises(UserError, match="has no pool model that did not learn a row; use `CrossFit`"):

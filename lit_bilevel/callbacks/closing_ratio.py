@@ -1,13 +1,17 @@
-"""Sets the weights to the probability that a row is clean, by its prior and two pool models, at the end of a phase.
+"""Sets the weights by the probability that a row is clean, by its prior and two pool models, at the end of a phase.
 
-    w_i = σ(t_i) / mean σ(t)        σ(t_i) the probability that row i is clean, by its prior score, its loss under the
-                                    untouched policy, and its loss under a pool model that never learned it
+    w_i = p_i^s / mean p^s        p_i the probability that row i is clean, by its prior score, its loss under the
+                                  untouched policy, and its loss under a pool model that never learned it
 
 What a loss under the pool model means depends on the data. Where junk is of a kind (generic answers, gibberish), the
 model learns it, and a low loss speaks against a row. Where most answers are right and the others wrong each in its own
 way, it learns what is right, and a low loss speaks for a row. The trusted rows tell which: no model learned them, nor
-did a pool row's own model learn it (`CrossFit`), so their losses can be compared. How far the weights are apart is told
-by the same fit (`scores/presence.py`), as is the share of clean rows, which the run says.
+did a pool row's own model learn it (`CrossFit`), so their losses can be compared (`scores/presence.py`). The run says
+which share of the pool is clean, and how much of the weight is left on the others.
+
+At s = 1 a row weighs as much as is expected of it. But wrong rows among those that look right all teach the same, which
+is no noise that evens out; s = 2 takes from them and leaves nearly as many clean rows. For example, of rows with
+p = 0.9 and as many with 0.3, 40 % are wrong; they keep 25 % of the weight at s = 1, and 16 % at s = 2.
 
     phases: [{name: pool, share: 0.3, learning_rate: 0, learn_weights: false, prepare_solver: true}, {name: policy, …}]
     callbacks: [{class_path: ScoredPrior}, {class_path: ClosingRatio}]
@@ -43,11 +47,18 @@ from lit_bilevel.training.trainer import data_of, policy_of
 
 
 class ClosingRatio(AtPhaseEnd):
-    """Sets the weights to the probability that a row is a clean one, at the end of a phase.
+    """Sets the weights by the probability that a row is a clean one, at the end of a phase.
 
     Args:
         phase: its name; by default the last one that prepares the solver.
+        sharpness: s, how far apart the weights are: 0 is equal ones, 1 the probabilities themselves.
     """
+
+    def __init__(self, phase: str | None = None, sharpness: float = 2.0):
+        super().__init__(phase)
+        if not 0 <= sharpness < float("inf"):
+            raise UserError(f"`sharpness` of `ClosingRatio` is {sharpness}; it must be at least 0.")
+        self.sharpness = sharpness
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -70,14 +81,16 @@ class ClosingRatio(AtPhaseEnd):
         pool["pool_model"] = -held_out_losses(trainer, module, "pool")
         trusted["pool_model"] = -held_out_losses(trainer, module, "upper")
         found = clean_rows(pool, trusted)
-        weight_N = torch.from_numpy(found.probability_N)
+        weight_N = torch.from_numpy(found.probability_N**self.sharpness)
         module.weights.set_prior(weight_N)
         size = float(weight_N.sum() ** 2 / (weight_N**2).sum())
+        left = 1 - np.average(found.probability_N, weights=weight_N)
         counts = ", ".join(f"{name} {slope:+.2f}" for name, slope in zip(pool, found.slopes, strict=True))
         rows, known = len(weight_N), len(trusted["pool_model"])
         say(
-            f"about {found.share:.0%} of {rows:,} pool rows are like the {known:,} trusted ones ({counts}); the weights"
-            f" were set from that, effective size {size / rows:.0%} of the pool ({time.monotonic() - started:.0f} s)"
+            f"about {found.share:.0%} of {rows:,} pool rows are like the {known:,} trusted ones ({counts}); the others"
+            f" are left about {left:.0%} of the weight, effective size {size / rows:.0%} of the pool"
+            f" ({time.monotonic() - started:.0f} s)"
         )
 
 
