@@ -203,10 +203,12 @@ class BilevelCLI(LightningCLI):
         lines = []
         (summary,) = find_callbacks(self.trainer, Summary)
         if monitor := summary.monitor_losses:
-            best, error = min(zip(monitor, summary.monitor_errors, strict=True))
+            lowest, error = min(zip(monitor, summary.monitor_errors, strict=True))
+            score = getattr(run_checkpoint(self.trainer), "best_model_score", None)
+            later = "" if score is None or float(score) <= lowest else f", {float(score):.4f} at the state chosen"
             lines.append(
-                f"{'monitor/loss':<20} {monitor[0]:.4f} at its first check, {best:.4f} at its best (standard error"
-                f" {error:.4f}, over {len(self.datamodule.sets['monitor']):,} rows)"
+                f"{'monitor/loss':<20} {monitor[0]:.4f} at its first check, {lowest:.4f} at its best{later} (standard"
+                f" error {error:.4f}, over {len(self.datamodule.sets['monitor']):,} rows)"
             )
         metrics = folder / "metrics.json"
         if metrics.is_file():

@@ -20,6 +20,7 @@ from lit_bilevel import (
     SoftmaxWeights,
     ValueFunction,
 )
+from lit_bilevel.callbacks import closing_sweep
 from lit_bilevel.callbacks.closing_sweep import pool_scores
 from lit_bilevel.errors import UserError
 from lit_bilevel.policy.rest import RestingProblem
@@ -95,14 +96,13 @@ class Settled(Callback):
 
     def __init__(self, monkeypatch):
         self.steps, self.scores = [], []
-        original = ClosingSweep.sweep
 
-        def sweep(callback, trainer, module, upper_weight):
+        def scores(trainer, module, upper_weight):
             self.steps.append((trainer.global_step, upper_weight))
             self.scores.append(pool_scores(trainer, module, upper_weight))
-            original(callback, trainer, module, upper_weight)
+            return self.scores[-1]
 
-        monkeypatch.setattr(ClosingSweep, "sweep", sweep)
+        monkeypatch.setattr(closing_sweep, "pool_scores", scores)
 
 
 def test_the_sweep_is_at_the_end_of_its_phase_and_sets_the_weights(small, tmp_path, monkeypatch):

@@ -143,8 +143,8 @@ def test_the_recipe_says_what_it_does(whole):
         "scored 90 pool rows in",
         "the weights begin at ifd + density_ratio + hidden_ratio, effective size",
         "phase 1 of 2, pool:",
-        "of 90 pool rows are like the 24 trusted ones (prior ",
-        "of the weight, effective size",
+        "of 90 pool rows (",
+        " are like the 24 trusted ones (prior ",
         "phase 2 of 2, policy:",
     ):
         assert told.count(text) == 1, text

@@ -28,7 +28,9 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
+from lit_bilevel.callbacks.choice import LatestWithin, look_once, losses_by_row
 from lit_bilevel.callbacks.nodes import check_shared
 from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_folder
 from lit_bilevel.errors import UserError
@@ -49,15 +51,25 @@ class BilevelCheckpoint(ModelCheckpoint):
         every_n_steps: also save `last.ckpt` every so many policy steps.
         every_minutes: also save `last.ckpt` when so many minutes have passed since it was last saved.
         dirpath: folder of the checkpoints; by default `checkpoints/` in the run folder.
+        tolerance: `best.ckpt` is the latest state whose monitor loss is higher than the lowest one by no more than so
+            many standard errors of the difference (`choice.py`); at 0 the lowest.
     """
 
     of_run = True
     """That this is the callback that a run's results are taken from."""
 
     def __init__(
-        self, every_n_steps: int | None = None, every_minutes: float | None = None, dirpath: str | None = None
+        self,
+        every_n_steps: int | None = None,
+        every_minutes: float | None = None,
+        dirpath: str | None = None,
+        tolerance: float = 0.0,
     ):
-        for name, value, least in (("every_n_steps", every_n_steps, 1), ("every_minutes", every_minutes, 0)):
+        for name, value, least in (
+            ("every_n_steps", every_n_steps, 1),
+            ("every_minutes", every_minutes, 0),
+            ("tolerance", tolerance, 0),
+        ):
             if value is not None and value < least:
                 raise UserError(f"`checkpoint.{name}` is {value}; it must be at least {least}.")
         super().__init__(
@@ -72,6 +84,7 @@ class BilevelCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
         self._own_dirpath = self.dirpath
+        self._choice = LatestWithin(tolerance)
         self.every_n_steps = every_n_steps
         self.every_minutes = every_minutes
         self._saved_at = time.monotonic()
@@ -124,6 +137,7 @@ class BilevelCheckpoint(ModelCheckpoint):
         self.best_model_score, self.current_score = None, None
         self.best_k_models = {}
         self.kth_value, self._last_global_step_saved = torch.tensor(torch.inf), 0
+        self._choice.lowest_M = None
 
     def _find_last_checkpoints(self, trainer: Trainer) -> set[str]:
         self._set_folder(trainer)  # `--ckpt_path last` is looked up before `setup`
@@ -145,20 +159,7 @@ class BilevelCheckpoint(ModelCheckpoint):
         if trainer.ckpt_path is None and trainer.is_global_zero and not is_rehearsal(trainer):
             self._set_aside()
             check_room(str(self.dirpath), _bytes_of(module_of(pl_module)))
-        self._look_once(trainer)
-
-    @staticmethod
-    def _look_once(trainer: Trainer) -> None:
-        """Let a run that would end before its first look at the monitor part look after its last step."""
-        total, every = trainer.estimated_stepping_batches, trainer.val_check_interval
-        counted = trainer.check_val_every_n_epoch is None and isinstance(every, int) and trainer.limit_val_batches != 0
-        if counted and total < every and not is_rehearsal(trainer):
-            steps = trainer.val_check_batch = int(total)
-            rank_zero_warn(
-                f"`trainer.val_check_interval` is {every} and the run has {steps:,} steps, so the monitor loss is"
-                f" looked at once, after the last of them; set it to {max(1, steps // 8)}, for example, to choose among"
-                " several checkpoints."
-            )
+        look_once(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where a run that was to be continued had come to its end before."""
@@ -221,12 +222,26 @@ class BilevelCheckpoint(ModelCheckpoint):
         self._due |= trainer.fit_loop.epoch_loop.batch_progress.is_last_batch  # else cut short by `max_steps`
         self._save_and_end(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module_of(pl_module).evaluation.monitor_rows = [] if self._choice.tolerance > 0 else None
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        rows = module_of(trainer.lightning_module).evaluation.monitor_rows
+        if current is None or not rows:
+            return super().check_monitor_top_k(trainer, current)
+        return self._choice.takes(losses_by_row(trainer, rows))
+
     # ---- what ----
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "lowest": self._choice.lowest_M}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Know the best state again where the run folder was moved, or is named in another way; else the next one would
         take its place, however bad.
         """
+
+        state_dict = dict(state_dict)
 
         def here(path: str) -> str:
             return str(Path(str(self.dirpath)) / Path(path).name) if path else path
@@ -236,6 +251,7 @@ class BilevelCheckpoint(ModelCheckpoint):
             state_dict = state_dict | {name: here(state_dict[name]) for name in names}
             state_dict["best_k_models"] = {here(path): score for path, score in state_dict["best_k_models"].items()}
             state_dict["dirpath"] = self.dirpath
+        self._choice.lowest_M = state_dict.pop("lowest", None)
         super().load_state_dict(state_dict)
 
     def _agree(self, trainer: Trainer) -> None:

@@ -9,14 +9,15 @@ way, it learns what is right, and a low loss speaks for a row. The trusted rows 
 did a pool row's own model learn it (`CrossFit`), so their losses can be compared (`scores/presence.py`). The run says
 which share of the pool is clean, and how much of the weight is left on the others.
 
-At s = 1 a row weighs as much as is expected of it. But wrong rows among those that look right all teach the same, which
-is no noise that evens out; s = 2 takes from them and leaves nearly as many clean rows. For example, of rows with
-p = 0.9 and as many with 0.3, 40 % are wrong; they keep 25 % of the weight at s = 1, and 16 % at s = 2.
+At s = 1 a row weighs as much as is expected of it, and wrong rows that look right keep their part. A larger s takes it
+from them, and from clean rows that look alike. For example, of rows with p = 0.9 and as many with 0.3, 40 % are wrong;
+they keep 25 % of the weight at s = 1, and 16 % at s = 2. Where answers are right or wrong, as in arithmetic, 2 or 3 was
+better; where a poor row still teaches something, as a cut text does, 1 was.
 
     phases: [{name: pool, share: 0.3, learning_rate: 0, learn_weights: false, prepare_solver: true}, {name: policy, …}]
     callbacks: [{class_path: ScoredPrior}, {class_path: ClosingRatio}]
 
-It costs a forward pass a pool row, and two a trusted row. Left out: what weights have learned before, which it would
+It costs a forward pass a row. Left out: what weights have learned before, which it would
 overwrite.
 """
 
@@ -28,14 +29,15 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_bilevel.callbacks.passes import evaluating
 from lit_bilevel.callbacks.phase_end import AtPhaseEnd
 from lit_bilevel.callbacks.progress import say
-from lit_bilevel.callbacks.run import module_of
+from lit_bilevel.callbacks.warm_start import WarmStart
 from lit_bilevel.data.examples import Window
 from lit_bilevel.data.folds import split_folds
-from lit_bilevel.errors import UserError
+from lit_bilevel.errors import UserError, gather
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.rest import RestingProblem
 from lit_bilevel.scores.combination import normal_scores
@@ -43,7 +45,10 @@ from lit_bilevel.scores.density import LEAST_TRUSTED
 from lit_bilevel.scores.presence import Presence, presence
 from lit_bilevel.training.callbacks import scorers
 from lit_bilevel.training.engine import lightning_engine
-from lit_bilevel.training.trainer import data_of, policy_of
+from lit_bilevel.training.trainer import data_of, find_callbacks, policy_of
+
+KNOWN = 0.6
+"""Width of the interval of the clean share from which on nothing is said that hangs on it."""
 
 
 class ClosingRatio(AtPhaseEnd):
@@ -54,42 +59,53 @@ class ClosingRatio(AtPhaseEnd):
         sharpness: s, how far apart the weights are: 0 is equal ones, 1 the probabilities themselves.
     """
 
-    def __init__(self, phase: str | None = None, sharpness: float = 2.0):
+    def __init__(self, phase: str | None = None, sharpness: float = 1.0):
         super().__init__(phase)
         if not 0 <= sharpness < float("inf"):
             raise UserError(f"`sharpness` of `ClosingRatio` is {sharpness}; it must be at least 0.")
         self.sharpness = sharpness
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        module = module_of(pl_module)
+    def check(self, trainer: Trainer, module: LitBilevel) -> None:
         problems = []
         if module.solver.folds == 1:
             problems.append(f"it needs the solver `CrossFit`, and the run has `{type(module.solver).__name__}`")
         if not scorers(trainer):
-            problems.append("it needs the callback `ScoredPrior` before it")
+            problems.append("it needs the callback `ScoredPrior`; add it to `trainer.callbacks`")
+        if find_callbacks(trainer, WarmStart):
+            problems.append("it would overwrite the weights of `WarmStart`; leave one of them out")
         if any(phase.learn_weights for phase in module.phases[: self.phase_index(module) + 1]):
-            problems.append("a phase up to its own learns weights, which it would overwrite")
+            problems.append(
+                "a phase up to its own learns weights, which it would overwrite; set `learn_weights: false` there"
+            )
         if (rows := len(data_of(trainer).sets["upper"])) < LEAST_TRUSTED:
-            problems.append(f"it needs {LEAST_TRUSTED} validation rows that train the weights, and there are {rows}")
+            problems.append(
+                f"it needs {LEAST_TRUSTED} validation rows that train the weights, and there are {rows}; give more of"
+                " them, or a smaller `data.monitor_fraction`"
+            )
         if problems:
-            raise UserError(f"`ClosingRatio` cannot run: {'; '.join(problems)}.")
+            raise gather("`ClosingRatio` cannot run", problems)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not self._done:
+            scorers(trainer)[0].both_scores()  # now, and not after the phase
 
     def close(self, trainer: Trainer, module: LitBilevel, index: int) -> None:
         started = time.monotonic()
-        pool, trusted = scorers(trainer)[0].both_scores(trainer)
+        pool, trusted = scorers(trainer)[0].both_scores()
         pool["pool_model"] = -held_out_losses(trainer, module, "pool")
         trusted["pool_model"] = -held_out_losses(trainer, module, "upper")
         found = clean_rows(pool, trusted)
         weight_N = torch.from_numpy(found.probability_N**self.sharpness)
         module.weights.set_prior(weight_N)
         size = float(weight_N.sum() ** 2 / (weight_N**2).sum())
-        left = 1 - np.average(found.probability_N, weights=weight_N)
         counts = ", ".join(f"{name} {slope:+.2f}" for name, slope in zip(pool, found.slopes, strict=True))
         rows, known = len(weight_N), len(trusted["pool_model"])
+        left = 1 - np.average(found.probability_N, weights=weight_N)
+        rest = f"; the others are left about {left:.0%} of the weight" if found.most - found.least <= KNOWN else ""
         say(
-            f"about {found.share:.0%} of {rows:,} pool rows are like the {known:,} trusted ones ({counts}); the others"
-            f" are left about {left:.0%} of the weight, effective size {size / rows:.0%} of the pool"
+            f"about {found.share:.0%} of {rows:,} pool rows ({found.least:.0%} to {found.most:.0%}) are like the"
+            f" {known:,} trusted ones ({counts}){rest}; effective size {size / rows:.0%} of the pool"
             f" ({time.monotonic() - started:.0f} s)"
         )
 
@@ -112,7 +128,10 @@ def held_out_losses(trainer: Trainer, module: LitBilevel, name: str) -> np.ndarr
     Args:
         trainer: Lightning's, in a fit.
         module: with its solver's state.
-        name: of the set; rows of another than the pool are asked of all models, and their mean counts.
+        name: of the set.
+
+    Raises:
+        UserError: if most losses are not finite.
     """
     policy, data = policy_of(module), data_of(trainer)
     inner, _ = module._optimizers()
@@ -121,15 +140,21 @@ def held_out_losses(trainer: Trainer, module: LitBilevel, name: str) -> np.ndarr
     engine = lightning_engine(module)
     with evaluating(trainer, module) as made:
         for window in data.evaluation_loader(name):
-            for fold, part in parts_of(window, module.solver.folds if name == "pool" else 1):
+            # trusted rows as well: a mean over models would be less noisy than what pool rows have
+            for fold, part in parts_of(window, module.solver.folds):
                 batch = made(part)
                 # λ only has to be one at which a lower level exists
                 problem = RestingProblem(policy, batch, 0.5, inner.optimizer, engine, module.lower_objective)
-                found_B = module.solver.losses_at_rest(problem, fold if name == "pool" else None).double()
+                found_B = module.solver.losses_at_rest(problem, fold).double()
                 real_B = batch.row_B >= 0
                 loss_N.index_add_(0, batch.row_B.clamp_min(0), found_B * real_B)
     if trainer.world_size > 1:  # every row is on one process
         loss_N = trainer.strategy.reduce(loss_N, reduce_op="sum")
+    if wrong := int((~loss_N.isfinite()).sum()):
+        told = f"the loss of {wrong:,} of {rows:,} rows under a pool model is not finite"
+        if 2 * wrong > rows:
+            raise UserError(f"{told}; lower `model.solver.learning_rate`, or use another `trainer.precision`.")
+        rank_zero_warn(f"{told}, so it says nothing of them; a lower `model.solver.learning_rate` may help.")
     return loss_N.cpu().numpy()
 
 

@@ -19,13 +19,12 @@ import math
 import time
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lit_bilevel.callbacks.passes import evaluating
 from lit_bilevel.callbacks.phase_end import AtPhaseEnd
 from lit_bilevel.callbacks.progress import say
-from lit_bilevel.callbacks.run import module_of
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.policy.rest import RestingProblem
@@ -49,24 +48,18 @@ class ClosingSweep(AtPhaseEnd):
         super().__init__(phase)
         self.strength = strength
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = module_of(pl_module)
-        if not (module.learns_weights and isinstance(module.weights, TableWeights)):
+    def check(self, trainer: Trainer, module: LitBilevel) -> None:
+        if not (module.learns_weights and module.solver.scores_rest and isinstance(module.weights, TableWeights)):
             raise UserError(
-                "`ClosingSweep` sets a table of weights from the scores of a solver, and the run has"
+                "`ClosingSweep` sets a table of weights from the scores of a solver at rest, and the run has"
                 f" `{type(module.solver).__name__}` with `{type(module.weights).__name__}`; use `ValueFunction`"
                 " with `SigmoidWeights`, for example, or leave the callback out."
             )
-        super().on_fit_start(trainer, pl_module)
 
     def close(self, trainer: Trainer, module: LitBilevel, index: int) -> None:
-        own = module.phases[index].upper_weight
-        # scores are scaled, so the decay of the module's λ says nothing
-        self.sweep(trainer, module, own if own is not None else module.upper_weight)
-
-    def sweep(self, trainer: Trainer, module: LitBilevel, upper_weight: float) -> None:
-        """Score all rows and set the weights, on all processes alike."""
         started = time.monotonic()
+        own = module.phases[index].upper_weight
+        upper_weight = own if own is not None else module.upper_weight  # scores are scaled, so its decay says nothing
         assert isinstance(module.weights, TableWeights)
         module.weights.settle(pool_scores(trainer, module, upper_weight), self.strength)
         say(

@@ -13,8 +13,9 @@ from abc import abstractmethod
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_bilevel.callbacks.run import module_of
+from lit_bilevel.callbacks.run import is_rehearsal, module_of
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.training.phases import borders, index_of
@@ -33,6 +34,7 @@ class AtPhaseEnd(Callback):
     def __init__(self, phase: str | None = None):
         self.phase = phase
         self._done = False
+        self._known = False  # whether a checkpoint said so
 
     @abstractmethod
     def close(self, trainer: Trainer, module: LitBilevel, index: int) -> None:
@@ -46,17 +48,40 @@ class AtPhaseEnd(Callback):
         return {"done": self._done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._done = state_dict["done"]
+        self._done, self._known = state_dict["done"], True
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._done, self._known = False, False
         module = module_of(pl_module)
-        if trainer.ckpt_path is None:
-            self._done = False
-        index = self.phase_index(module)
-        if not module.phases[index].runs_solver:
+        if not module.phases[self.phase_index(module)].runs_solver:
             raise UserError(
                 f"`{type(self).__name__}` names the phase {self.phase!r}, in which the solver does not run; name"
                 " another."
+            )
+        if trainer.max_steps == -1 and trainer.max_epochs == -1:
+            raise UserError(
+                f"`{type(self).__name__}` waits for the end of a phase, and the run has none; set `trainer.max_steps`"
+                " or `trainer.max_epochs`."
+            )
+        self.check(trainer, module)
+
+    def check(self, trainer: Trainer, module: LitBilevel) -> None:
+        """Refuse a run in which it cannot work, before anything is computed.
+
+        Raises:
+            UserError: saying why.
+        """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that is continued behind the border, from a checkpoint without this callback, has nothing to close."""
+        border = self._border(trainer, module_of(pl_module))
+        if trainer.ckpt_path is not None and not self._known and trainer.global_step >= border:
+            self._done = True
+            rank_zero_warn(
+                f"`{type(self).__name__}` does nothing: the checkpoint is of a run without it, and its phase was over"
+                f" after {border:.0f} steps; continue from an earlier checkpoint."
             )
 
     def phase_index(self, module: LitBilevel) -> int:
@@ -78,18 +103,29 @@ class AtPhaseEnd(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         module = module_of(pl_module)
-        index = self.phase_index(module)
-        border = borders(module.phases, trainer.estimated_stepping_batches)[index]
-        if not self._done and trainer.global_step >= border:
-            self._close(trainer, module, index)
+        if not self._done and trainer.global_step >= self._border(trainer, module):
+            self._close(trainer, module, self.phase_index(module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Where steps were skipped, or the run has no length: at the end of the last epoch."""
+        """Where steps were skipped: at the end of the last epoch."""
         module = module_of(pl_module)
         index = self.phase_index(module)
         last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
         if not self._done and last and index == len(module.phases) - 1:
             self._close(trainer, module, index)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._done and not is_rehearsal(trainer):
+            name = module_of(pl_module).phases[self.phase_index(module_of(pl_module))].name
+            rank_zero_warn(
+                f"the run ended before its phase {name!r} was over, so `{type(self).__name__}` set no weights; continue"
+                " it (`--ckpt_path last`), or find out what stopped it: `EarlyStopping` on `monitor/loss` ends a phase"
+                " in which the policy rests."
+            )
+
+    def _border(self, trainer: Trainer, module: LitBilevel) -> float:
+        """The number of policy steps after which the phase is over."""
+        return borders(module.phases, trainer.estimated_stepping_batches)[self.phase_index(module)]
 
     def _close(self, trainer: Trainer, module: LitBilevel, index: int) -> None:
         self.close(trainer, module, index)

@@ -219,7 +219,7 @@ class SelfRefine(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # what an earlier one left
-            self._length, self._refined_at, self._pending = 0, -1, False
+            self._length, self._refined_at, self._pending, self._file = 0, -1, False, None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size > 1 and type(trainer.strategy) is not DDPStrategy:
@@ -241,6 +241,12 @@ class SelfRefine(Callback):
         self._rows = rows_to_choose_from(data.sets["pool"])
         judged = self.on_doubt == "keep"
         self._monitor = rows_to_judge_by(data.sets["monitor"], self.trust.questions, data.seed) if judged else []
+        if judged and (known := len(self._monitor)) < self.trust.fewest:
+            say(
+                f"`SelfRefine` judges new answers by questions of the monitor part, at least {self.trust.fewest}, and"
+                f" there are {known}, so every round will be left out. Give more validation rows, a larger"
+                " `data.monitor_fraction`, a smaller `fewest` of `trust`, or `on_doubt: replace`."
+            )
         if module.refinement.rule.needs_agreement and self.responses < 2:
             raise UserError(
                 f"`model.response_weights` compares the answers to a question, and `responses` of `SelfRefine` is"

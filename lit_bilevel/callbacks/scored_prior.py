@@ -28,6 +28,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from tqdm import tqdm
 
 from lit_bilevel.callbacks.run import is_rehearsal, module_of, run_folder
+from lit_bilevel.data.fingerprint import rows_digest
 from lit_bilevel.data.table import column
 from lit_bilevel.errors import UserError, gather
 from lit_bilevel.module import LitBilevel
@@ -38,6 +39,7 @@ from lit_bilevel.scores.table import Scores, read_scores, write_scores
 from lit_bilevel.training.trainer import data_of, policy_of
 
 FILE = "scores.parquet"
+Numbers = dict[str, np.ndarray]
 
 
 class ScoredPrior(Callback):
@@ -67,9 +69,24 @@ class ScoredPrior(Callback):
         if problems:
             raise gather("bad settings of `ScoredPrior`", problems)
         self.columns, self.sharpness, self.scores = tuple(columns), sharpness, scores
-        self._known: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None = None
+        self._both: tuple[Numbers, Numbers] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `both_scores` says: a continued run need not have the file."""
+        if self._both is None:
+            return {}
+        pool, trusted = ({name: torch.from_numpy(values) for name, values in part.items()} for part in self._both)
+        return {"pool": pool, "trusted": trusted}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            parts = (state_dict["pool"], state_dict["trusted"])
+            pool, trusted = ({name: values.numpy() for name, values in part.items()} for part in parts)
+            self._both = pool, trusted
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._both = None  # what an earlier one left
         strategy = trainer.strategy
         sharded = isinstance(strategy, ModelParallelStrategy | DeepSpeedStrategy)
         if stage == "fit" and sharded and self.scores is None:
@@ -84,7 +101,11 @@ class ScoredPrior(Callback):
         if trainer.ckpt_path is not None or module.weights.visits.any():  # they have their prior already
             return
         started = time.monotonic()
-        scores = self._get_scores(trainer, module)[0]
+        scores, trusted = self._get_scores(trainer, module)
+        if trusted:
+            priors = combine(scores, self.columns), combine(scores, self.columns, trusted)
+            numbers = [{"prior": z, "policy": -c["loss"]} for z, c in zip(priors, (scores, trusted), strict=True)]
+            self._both = numbers[0], numbers[1]
         for name in self.columns:
             if not np.isfinite(scores[name]).any():
                 rank_zero_warn(f"no row has a `{name}`, so the prior is without it; `lit-bilevel score` says why.")
@@ -100,34 +121,32 @@ class ScoredPrior(Callback):
 
     # ---- the scores ----
 
-    def both_scores(self, trainer: Trainer) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    def both_scores(self) -> tuple[Numbers, Numbers]:
         """The sum of the columns and the loss under the untouched policy, high for rows to be kept.
 
         Returns:
             [N] numbers of the pool rows by name, and [M] the same of the trusted rows.
 
         Raises:
-            UserError: if the file of scores has no trusted rows.
+            UserError: if the file of scores is not of these trusted rows.
         """
-        pool, trusted = self._known or self._read(trainer)  # the file is there, as the prior was set from it
-        if not trusted:
+        if self._both is None:
             raise UserError(
-                f"{self.scores or FILE} has no scores of trusted rows; score this pool and validation file anew."
+                f"there are no scores of the trusted rows of this run in {self.scores or FILE}; score this pool and"
+                " validation file anew, with the same `data.monitor_fraction` and `seed_everything`, or start the run"
+                " anew without a file of `scores`."
             )
-        priors = combine(pool, self.columns), combine(pool, self.columns, trusted)
-        both = [{"prior": z, "policy": -columns["loss"]} for z, columns in zip(priors, (pool, trusted), strict=True)]
-        return both[0], both[1]
+        return self._both
 
-    def _get_scores(self, trainer: Trainer, module: LitBilevel) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """All columns of the pool rows and of the trusted rows, on every process."""
+    def _get_scores(self, trainer: Trainer, module: LitBilevel) -> tuple[Numbers, Numbers]:
+        """All columns of the pool rows and of the trusted rows, on every process; none where the file has others."""
         data = data_of(trainer)
         policy = policy_of(module)
         if self.scores is not None:
             return self._read(trainer)
         with trainer.precision_plugin.forward_context():
             if is_rehearsal(trainer):  # leaves no files
-                self._known = score_rows(policy, module.tokenizer, data.sets["pool"], data.sets["upper"])
-                return self._known
+                return score_rows(policy, module.tokenizer, data.sets["pool"], data.sets["upper"])
             path = run_folder(trainer) / FILE
             sweep = sweep_for(trainer, policy, module.tokenizer, data, path.with_name(f"{FILE}.parts"))
             made_of = {**sweep.made_of, "policy_path": module.policy_settings.path}
@@ -140,11 +159,13 @@ class ScoredPrior(Callback):
         trainer.strategy.barrier("scores")
         return self._read(trainer)
 
-    def _read(self, trainer: Trainer) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """The columns in the file, in the order of the pool."""
-        path = self.scores or str(run_folder(trainer) / FILE)
+    def _read(self, trainer: Trainer) -> tuple[Numbers, Numbers]:
+        """The columns in the file, in the order of the pool, and of the trusted rows, if it has these."""
+        path, sets = self.scores or str(run_folder(trainer) / FILE), data_of(trainer).sets
         found = read_scores(path)
-        return _join(found, column(data_of(trainer).sets["pool"], "id").to_pylist(), path), found.trusted or {}
+        # they have no ids in the file, and other rows would be taken for these
+        same = ((found.made_of or {}).get("sets") or {}).get("upper") == rows_digest(sets["upper"])
+        return _join(found, column(sets["pool"], "id").to_pylist(), path), (found.trusted or {}) if same else {}
 
     @staticmethod
     def _pass(trainer: Trainer, sweep: Sweep) -> None:
@@ -189,7 +210,7 @@ def _is_known(path: Path, made_of: dict[str, Any]) -> bool:
         return False
 
 
-def _join(scores: Scores, ids: list[str], path: str) -> dict[str, np.ndarray]:
+def _join(scores: Scores, ids: list[str], path: str) -> Numbers:
     """The columns in the order of the pool."""
     position = {key: number for number, key in enumerate(scores.ids)}
     if missing := sum(key not in position for key in ids):

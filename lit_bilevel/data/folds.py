@@ -2,11 +2,12 @@
 
     fold_of(row, 2)         0 or 1, by a hash of the row's number
 
-By a hash, for a file may alternate between good and bad rows. Left out: folds of equal size.
+By a hash, for a file may go through good and bad rows in turn. Left out: folds of equal size.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def fold_of(row: int, folds: int) -> int:
     """Which fold a row is in; the same in every run."""
-    return (row * 2654435761 % 2**32 >> 16) % folds  # Knuth's multiplicative hash
+    return zlib.crc32(row.to_bytes(8, "little")) % folds
 
 
 def folds_of(trainer: Trainer | None, level: str) -> int:

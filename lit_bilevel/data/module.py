@@ -261,10 +261,10 @@ class BilevelDataModule(LightningDataModule):
         size, batches = self.batch_size if level == "lower" else self.upper_batch_size, []
         for start in range(0, len(window.examples), size):
             examples = window.examples[start : start + size]
-            if level == "lower":
-                examples = self.responses.overlay(examples, len(self.sets["pool"]))
+            # folds first: a question is in one of them, whoever answers it
             for part in split_folds(examples, folds_of(self.trainer, level)):
-                batches.append(collate(part, window.rows, *layout_for(self.trainer, self.packing)))
+                rows = self.responses.overlay(part, len(self.sets["pool"])) if level == "lower" else part
+                batches.append(collate(rows, window.rows, *layout_for(self.trainer, self.packing)))
         return self._pin(batches)
 
     def _pin(self, batches: list[Batch]) -> list[Batch]:

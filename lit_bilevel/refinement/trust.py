@@ -72,6 +72,8 @@ class Trust(ABC):
 
     questions: int = 0
     """How many of the monitor's questions are to be answered beside the chosen ones."""
+    fewest: int = 0
+    """How many of them there must be at least."""
 
     @abstractmethod
     def agreement(self, answers: Sequence[str | None]) -> list[float]:
@@ -114,14 +116,16 @@ class Agreed(Trust):
         if known < self.fewest:
             return Verdict(
                 None,
-                f"fewer than {self.fewest} of the monitor's questions ({len(monitor)}) have an answer that ended by"
-                " itself, so the new answers cannot be judged",
+                f"{known} of the monitor's {len(monitor)} questions have an answer that ended by itself, fewer than"
+                f" {self.fewest}, so the new answers cannot be judged; raise `sampling.max_new_tokens`",
                 0.0,
                 1.0,
             )
         best: tuple[float, Verdict] | None = None
         for least in sorted({agreed for question in pool for agreed, _ in question}):
             a, judged = self._right(pool, trusted, least)
+            if judged == 0:
+                continue  # no trusted question has answers that agree as little, or as far
             b, answered = _repetition(pool, least, 1.0, extra=1)
             old = min(1.0, b / a) if a > 0 else 1.0
             gain = answered * (a - old)
@@ -132,7 +136,11 @@ class Agreed(Trust):
             verdict = Verdict(least, f"{said}: those that {shared} count", a, old)
             if best is None or gain > max(best[0], 0.0):
                 best = gain, verdict if gain > 0 else Verdict(None, said, a, old)
-        return best[1] if best else Verdict(None, "no new answer ended by itself", 0.0, 1.0)
+        if best is not None:
+            return best[1]
+        ended = any(pool)
+        told = "no trusted question has answers that agree as far" if ended else "no new answer ended by itself"
+        return Verdict(None, told, 0.0, 1.0)
 
     def _right(self, pool: list[Compared], trusted: list[Compared], least: float) -> tuple[float, int]:
         """a of the module's docstring, and by how many of the monitor's questions it was told at most."""

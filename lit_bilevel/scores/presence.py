@@ -2,15 +2,17 @@
 
     p_pool = c·p_trusted + (1−c)·p_other           p_trusted(x) / p_pool(x) = σ(t(x)) / c           t(x) = a + b·x
 
-σ(t(x)) is the probability that a pool row x is a clean one. a, b and the share c are those under which it is told best
-which rows are trusted and which are of the pool, whose odds (classes balanced) are σ(t)/c: a logistic regression whose
-odds cannot exceed 1/c, however good a row is. A plain one would take half of the pool to be bad wherever scores differ.
-For example, where scores say nothing all rows get c; where they tell everything, clean rows get 1 and others 0.
+σ(t(x)) is the probability that a pool row x is a clean one. For a given c, a and b are those under which it is told
+best which rows are trusted and which are of the pool, whose odds (classes balanced) are σ(t)/c: a logistic regression
+whose odds cannot exceed 1/c, however good a row is. A plain one would take half of the pool to be bad wherever scores
+differ.
+
+The share c itself is told by little: a hundred trusted rows often allow shares that are 0.5 apart, and scores that say
+nothing allow all. So it is not picked. Probabilities are means over a grid of c, each weighed by its likelihood, and
+the share has an interval. Weights depend on it little: a wrong c scales all probabilities but the highest alike.
 
 Source: presence-only logistic regression (Ward et al., Biometrics 2009), learning from positive and unlabelled examples
-(Elkan and Noto, KDD 2008). c is looked for on a grid, for the likelihood is not concave in it.
-
-Left out: confidence intervals of c; with a hundred trusted rows it is known to a tenth or so.
+(Elkan and Noto, KDD 2008). Left out: how uncertain b is.
 """
 
 from __future__ import annotations
@@ -31,30 +33,33 @@ class Presence(NamedTuple):
     """Who is clean.
 
     Args:
-        share: c, of the pool.
+        share: c, the mean over what is likely.
+        least: c is above it with a probability of 0.95.
+        most: c is below it with a probability of 0.95.
         probability_N: [N] of every pool row to be clean.
-        slopes: [F] b, what each score counts.
+        slopes: [F] b, what each score counts, at the likeliest c.
     """
 
     share: float
+    least: float
+    most: float
     probability_N: np.ndarray
     slopes: np.ndarray
 
 
-def presence(pool_NF: np.ndarray, trusted_MF: np.ndarray, seed: int = 0) -> Presence:
+def presence(pool_NF: np.ndarray, trusted_MF: np.ndarray) -> Presence:
     """The share of clean rows in a pool, and every row's probability.
 
     Args:
         pool_NF: [N, F] scores of pool rows, each of about standard deviation 1.
         trusted_MF: [M, F] the same of trusted rows.
-        seed: of the lot by which a larger pool is fitted on in part.
     """
     from scipy.optimize import minimize
-    from scipy.special import expit, log_expit
+    from scipy.special import expit, log_expit, softmax
 
     fitted_NF = pool_NF
     if len(pool_NF) > MOST:
-        fitted_NF = pool_NF[np.random.default_rng(seed).choice(len(pool_NF), MOST, replace=False)]
+        fitted_NF = pool_NF[np.random.default_rng(0).choice(len(pool_NF), MOST, replace=False)]
     x_nF = np.concatenate([fitted_NF, trusted_MF])
     x_nF = np.hstack([np.ones((len(x_nF), 1)), x_nF])
     trusted_n = np.arange(len(x_nF)) >= len(fitted_NF)
@@ -72,6 +77,13 @@ def presence(pool_NF: np.ndarray, trusted_MF: np.ndarray, seed: int = 0) -> Pres
         return float(-(balance_n * log_expit(odds_n)).sum() + ridge * (b[1:] ** 2).sum()), gradient
 
     start = np.full(x_nF.shape[1], 0.5)
-    fits = [(minimize(loss, start, (share,), method="L-BFGS-B", jac=True), share) for share in SHARES]
-    best, share = min(fits, key=lambda fit: fit[0].fun)
-    return Presence(float(share), expit(best.x[0] + pool_NF @ best.x[1:]), best.x[1:])
+    fits = [minimize(loss, start, (share,), method="L-BFGS-B", jac=True) for share in SHARES]
+    # a mean over two balanced classes, so M trusted rows and as many of the pool count in the likelihood
+    likelihood_C = softmax([-2 * len(trusted_MF) * fit.fun for fit in fits])
+    probability_N = np.zeros(len(pool_NF))
+    for likelihood, fit in zip(likelihood_C, fits, strict=True):
+        probability_N += likelihood * expit(fit.x[0] + pool_NF @ fit.x[1:])
+    below_C = likelihood_C.cumsum()
+    least, most = (float(SHARES[min(below_C.searchsorted(level), len(SHARES) - 1)]) for level in (0.05, 0.95))
+    best = fits[int(likelihood_C.argmax())]
+    return Presence(float(likelihood_C @ SHARES), least, most, probability_N, best.x[1:])

@@ -35,6 +35,8 @@ class BilevelSolver(ABC):
     """Whether it asks for Hessian-vector products."""
     folds: int = 1
     """Into how many folds it wants the pool dealt out; batches of lower rows then have rows of one fold each."""
+    scores_rest: bool = False
+    """Whether it has scores of rows at rest, by `scores_at_rest`."""
     prepares_only: bool = False
     """Whether it has no scores in a step, so that it is for phases that prepare it."""
 
@@ -74,15 +76,15 @@ class BilevelSolver(ABC):
             " `ClosingSweep` out."
         )
 
-    def losses_at_rest(self, problem: BilevelProblem, fold: int | None) -> Tensor:
+    def losses_at_rest(self, problem: BilevelProblem, fold: int) -> Tensor:
         """Losses of rows under a model of the pool that never learned them, [B], detached; nothing learns.
 
         Args:
             problem: whose lower losses at other values are asked for, and nothing of its upper level.
-            fold: that all its rows are of; `None` for rows that are not of the pool.
+            fold: that all its rows are of.
 
         Raises:
-            UserError: where a solver has no such model.
+            UserError: where a solver has no such model, or it has learned nothing.
         """
         raise UserError(f"`{type(self).__name__}` has no pool model that did not learn a row; use `CrossFit`.")
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_bilevel.errors import UserError
 from lit_bilevel.problem import BilevelProblem
 from lit_bilevel.solvers.base import BilevelSolver
 from lit_bilevel.solvers.pool_model import PoolModel
@@ -41,6 +42,8 @@ class CrossFit(BilevelSolver):
     prepares_only = True
 
     def __init__(self, learning_rate: float = 1e-3, optimizer: Callable[[Iterable], Optimizer] = torch.optim.AdamW):
+        if not learning_rate > 0:
+            raise UserError(f"`learning_rate` of `CrossFit` is {learning_rate}; it must be above 0.")
         self.learning_rate, self.optimizer = learning_rate, optimizer
         self._models = [PoolModel(optimizer, learning_rate, weighted=False) for _ in range(self.folds)]
 
@@ -53,10 +56,13 @@ class CrossFit(BilevelSolver):
         self.prepare(problem)
         return torch.zeros_like(losses_B)
 
-    def losses_at_rest(self, problem: BilevelProblem, fold: int | None) -> Tensor:
-        if fold is not None:
-            return self._models[fold].losses_at(problem)
-        return torch.stack([model.losses_at(problem) for model in self._models]).mean(0)
+    def losses_at_rest(self, problem: BilevelProblem, fold: int) -> Tensor:
+        if not self._models[fold].begun:
+            raise UserError(
+                "the pool models of `CrossFit` have learned nothing yet, or were let go when their phase was over; set"
+                " the weights at the end of a phase with `prepare_solver`."
+            )
+        return self._models[fold].losses_at(problem)
 
     def release(self) -> None:
         for model in self._models:

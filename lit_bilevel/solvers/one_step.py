@@ -43,6 +43,7 @@ class OneStep(BilevelSolver):
         direction_every: compute the validation gradient in every so many steps, and keep the running mean in between.
     """
 
+    scores_rest = True
     substitutes = True
     directional = True
 

@@ -19,6 +19,7 @@ from lit_bilevel.solvers.base import BilevelSolver, penalty_strength
 class Penalty(BilevelSolver):
     """Scores a row by its own loss, at no cost beyond the policy step."""
 
+    scores_rest = True
     needs_upper_weight = True
 
     def weight_gradient(self, problem: BilevelProblem) -> Tensor:

@@ -40,6 +40,7 @@ class ValueFunction(BilevelSolver):
             learn what the prior weighs down, and say nothing of it.
     """
 
+    scores_rest = True
     needs_upper_weight = True
     substitutes = True
 
@@ -52,6 +53,8 @@ class ValueFunction(BilevelSolver):
     ):
         if inner_steps < 1:
             raise UserError(f"`inner_steps` is {inner_steps}; it must be at least 1.")
+        if learning_rate is not None and not learning_rate > 0:
+            raise UserError(f"`learning_rate` of `ValueFunction` is {learning_rate}; it must be above 0.")
         self.inner_steps = inner_steps
         self.learning_rate = learning_rate
         self.weighted = weighted

@@ -90,6 +90,8 @@ class Evaluation(nn.Module):
         self.monitor_loss, self.test_loss, self.test_loss_per_token = (Mean(math.nan) for _ in range(3))
         self.preference_loss, self.accuracy = Mean(math.nan), Mean(math.nan)
         self.monitor_error = StandardError()
+        self.monitor_rows: list[Tensor] | None = None
+        """[B, 2] row and loss of each batch of this process in the last look at the monitor part, if they are kept."""
 
     def forward(self, name: str, policy: Policy, batch: Batch) -> dict[str, Metric]:
         """Take in a batch of the set `name`; returns what to log."""
@@ -99,6 +101,8 @@ class Evaluation(nn.Module):
             real_B = _real(batch, loss_B)
             self.monitor_loss.update(loss_B, real_B)
             self.monitor_error.update(loss_B, real_B)
+            if self.monitor_rows is not None:
+                self.monitor_rows.append(torch.stack([batch.row_B, loss_B], dim=1).double())
             return {"monitor/loss": self.monitor_loss, "monitor/error": self.monitor_error}
         ranked = self.preference if batch.sign_K is not None else None
         if ranked is not None:

@@ -48,7 +48,7 @@ def gather_scores(
     upper, rows = problem.upper_loss, problem.lower[0].window_rows
     if problem.engine.world_size > 1:
         if uneven:  # gathering takes equal ones
-            most = 2 * -(-rows // problem.engine.world_size)
+            most = 2 * -(-rows // problem.engine.world_size) + len(own)  # and one that fills each empty fold
             table = torch.nn.functional.pad(table, (0, 0, 0, most - len(table)), value=PADDING_ROW)
         table = strategy.all_gather(table).flatten(0, 1)
         # each process's part of f is a sum over its own rows times the number of processes

@@ -2,8 +2,9 @@
 
     {name: pool, share: 0.3, learning_rate: 0, learn_weights: false, prepare_solver: true}
 
-The pool model of `ValueFunction` learns the pool rows; the policy takes no pass, and trusted rows are not looked at.
-The step counts as a policy step, so `global_step`, schedules and checkpoints mean what they always mean.
+The pool models of `CrossFit`, or that of `ValueFunction`, learn the pool rows; the policy takes no pass, and trusted
+rows are not looked at. The step counts as a policy step, so `global_step`, schedules and checkpoints mean what they
+always mean.
 
 Left out: strategies and precisions whose optimizers step only after a backward pass (DeepSpeed, loss scaling). There a
 phase with a rate of 0 computes what others do, and the policy stays where it is all the same.

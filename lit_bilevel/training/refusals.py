@@ -89,15 +89,9 @@ def _need_upper_weight(*parts: BilevelSolver | ExampleWeights) -> list[BilevelSo
 
 def _out_of_range(module: LitBilevel) -> list[str]:
     problems = []
-    for name, least, most in (
-        ("accumulate_grad_batches", 1, None),
-        ("max_new_tokens", 1, None),
-        ("warmup_steps", 0, None),
-    ):
-        value = getattr(module, name)
-        if not value >= least or (most is not None and value >= most):
-            wanted = f"at least {least}" if most is None else f"in [{least}, {most})"
-            problems.append(f"`model.{name}` is {value}; it must be {wanted}")
+    for name, least in (("accumulate_grad_batches", 1), ("max_new_tokens", 1), ("warmup_steps", 0)):
+        if not (value := getattr(module, name)) >= least:
+            problems.append(f"`model.{name}` is {value}; it must be at least {least}")
     if module.gradient_clip_val is not None and module.gradient_clip_val <= 0:
         problems.append(
             f"`model.gradient_clip_val` is {module.gradient_clip_val}; it must be above 0, or null for none"
@@ -146,6 +140,10 @@ def check_run(module: LitBilevel, stage: str) -> None:
 def _of_phases(module: LitBilevel) -> list[str]:
     """Phases that the solver is not made for."""
     problems = []
+    if module.solver.prepares_only and not any(phase.runs_solver for phase in module.phases):
+        problems.append(
+            f"`{type(module.solver).__name__}` runs in no phase; set `prepare_solver: true` in one, or use `Mixing`"
+        )
     for phase in module.phases:
         if phase.learn_weights and module.solver.prepares_only:
             problems.append(
