@@ -134,6 +134,13 @@ def test_a_few_lucky_answers_prove_nothing():
     assert Agreed(fewest=8).judge(questions(0.0, 1.0), [*trusted, Answered("0", ("0", "0"))]).least == 1
 
 
+def test_answers_that_agree_as_no_trusted_ones_do_are_not_judged():
+    """All trusted answers agree; so little as chosen ones do is not known."""
+    verdict = Agreed().judge([Answered("1", ("0", "2"))] * 20, [Answered("0", ("0", "0"))] * 64)
+    assert verdict.least is None
+    assert "no trusted question has answers that agree as far" in verdict.reason
+
+
 def test_settings_of_agreed_are_checked():
     with pytest.raises(UserError, match="questions"):
         Agreed(questions=0)
