@@ -29,6 +29,7 @@ def test_rows_are_dealt_out_by_a_hash_and_padding_fills_what_is_empty():
     assert abs(folds.mean() - 0.5) < 0.01
     for step in (2, 3, 4, 8):  # a file may go through kinds of rows in turn
         assert abs(folds[::step].mean() - 0.5) < 0.05
+        assert abs((folds[step:] == folds[:-step]).mean() - 0.5) < 0.05
     examples = [Example(row, 0, [1] * (5 + row), 2) for row in range(40) if fold_of(row, 2) == 0][:3]
     (own, other), (whole,) = split_folds(examples, 2), split_folds(examples, 1)
     assert own == examples == whole
