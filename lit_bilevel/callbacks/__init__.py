@@ -7,6 +7,7 @@ from lit_bilevel.callbacks.closing_sweep import ClosingSweep
 from lit_bilevel.callbacks.export import Export
 from lit_bilevel.callbacks.figures import Figures
 from lit_bilevel.callbacks.inspector import WeightInspector
+from lit_bilevel.callbacks.phase_end import AtPhaseEnd
 from lit_bilevel.callbacks.predict import Predictions
 from lit_bilevel.callbacks.random_state import RandomState
 from lit_bilevel.callbacks.refine import SelfRefine
@@ -16,6 +17,7 @@ from lit_bilevel.callbacks.warm_start import WarmStart
 from lit_bilevel.refinement.choose import BelowThreshold, BelowTypical, LowestFraction, RandomFraction, RowChooser
 
 __all__ = [
+    "AtPhaseEnd",
     "BelowThreshold",
     "BelowTypical",
     "BilevelCheckpoint",
