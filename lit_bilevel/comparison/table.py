@@ -70,9 +70,9 @@ def notes(rows: Sequence[Result], losses: Losses, monitor: Losses, command: str)
     many = f" {int(max(steps)):,} policy steps a run, each" if len(steps) == 1 else " each run"
     lines = [
         f"Mean ± half of the 95 % interval over seeds {', '.join(map(str, seeds))} (none for a single seed); {count:,}"
-        f" test rows;{many} at the checkpoint that its monitor loss chose. Δ mixing: mean paired difference over the test"
-        " rows, losses averaged over the seeds that both have, and p of a permutation test over rows, which says nothing of"
-        " other seeds. Seconds include the runs a method needs.",
+        f" test rows;{many} at the checkpoint that its monitor loss chose. Δ mixing: mean paired difference over the"
+        " test rows, losses averaged over the seeds that both have, and p of a permutation test over rows, which says"
+        " nothing of other seeds. Seconds include the runs a method needs.",
         f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}.",
         f"`{command}`",
     ]
