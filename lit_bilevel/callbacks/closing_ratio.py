@@ -11,8 +11,8 @@ which share of the pool is clean, and how much of the weight is left on the othe
 
 At s = 1 a row weighs as much as is expected of it, and wrong rows that look right keep their part. A larger s takes it
 from them, and from clean rows that look alike. For example, of rows with p = 0.9 and as many with 0.3, 40 % are wrong;
-they keep 25 % of the weight at s = 1, and 16 % at s = 2. Where answers are right or wrong, as in arithmetic, 2 or 3 was
-better; where a poor row still teaches something, as a cut text does, 1 was.
+they keep 25 % of the weight at s = 1, and 16 % at s = 2. Larger ones were no better on the toy, and worse where a poor
+row still teaches something, as a cut text does.
 
     phases: [{name: pool, share: 0.3, learning_rate: 0, learn_weights: false, prepare_solver: true}, {name: policy, …}]
     callbacks: [{class_path: ScoredPrior}, {class_path: ClosingRatio}]
