@@ -17,8 +17,7 @@ row still teaches something, as a cut text does.
     phases: [{name: pool, share: 0.3, learning_rate: 0, learn_weights: false, prepare_solver: true}, {name: policy, …}]
     callbacks: [{class_path: ScoredPrior}, {class_path: ClosingRatio}]
 
-It costs a forward pass a row. Left out: what weights have learned before, which it would
-overwrite.
+It costs a forward pass a row. Left out: what weights have learned before, which it would overwrite.
 """
 
 from __future__ import annotations
