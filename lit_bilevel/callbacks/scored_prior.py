@@ -36,6 +36,7 @@ from lit_bilevel.scores.columns import COLUMNS, COMBINED, DIRECTION
 from lit_bilevel.scores.combination import SHARPNESS, combine, normal_scores, prior_weights
 from lit_bilevel.scores.sweep import Sweep, score_rows, sweep_for
 from lit_bilevel.scores.table import Scores, read_scores, write_scores
+from lit_bilevel.training.callbacks import closers
 from lit_bilevel.training.trainer import data_of, policy_of
 
 FILE = "scores.parquet"
@@ -102,7 +103,7 @@ class ScoredPrior(Callback):
             return
         started = time.monotonic()
         scores, trusted = self._get_scores(trainer, module)
-        if trusted:
+        if trusted and closers(trainer):  # nobody else asks, and checkpoints keep them
             priors = combine(scores, self.columns), combine(scores, self.columns, trusted)
             numbers = [{"prior": z, "policy": -c["loss"]} for z, c in zip(priors, (scores, trusted), strict=True)]
             self._both = numbers[0], numbers[1]
