@@ -21,7 +21,7 @@ from lit_bilevel import (
     ValueFunction,
 )
 from lit_bilevel.callbacks import closing_sweep
-from lit_bilevel.callbacks.closing_sweep import pool_scores
+from lit_bilevel.callbacks.passes import ask_rows
 from lit_bilevel.errors import UserError
 from lit_bilevel.policy.rest import RestingProblem
 
@@ -97,12 +97,12 @@ class Settled(Callback):
     def __init__(self, monkeypatch):
         self.steps, self.scores = [], []
 
-        def scores(trainer, module, upper_weight):
+        def scores(trainer, *given, upper_weight):
             self.steps.append((trainer.global_step, upper_weight))
-            self.scores.append(pool_scores(trainer, module, upper_weight))
+            self.scores.append(ask_rows(trainer, *given, upper_weight=upper_weight))
             return self.scores[-1]
 
-        monkeypatch.setattr(closing_sweep, "pool_scores", scores)
+        monkeypatch.setattr(closing_sweep, "ask_rows", scores)
 
 
 def test_the_sweep_is_at_the_end_of_its_phase_and_sets_the_weights(small, tmp_path, monkeypatch):

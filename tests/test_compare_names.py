@@ -101,7 +101,7 @@ def test_the_recipe_is_refined_with_groups_in_closed_form():
         callback["class_path"].rpartition(".")[2]
         for callback in json.loads(method.callbacks([])[len("--trainer.callbacks=") :])
     ]
-    assert classes == ["ScoredPrior", "ClosingRatio", "SelfRefine", "Stopwatch"]
+    assert classes == ["ScoredPrior", "CleanProbability", "SelfRefine", "Stopwatch"]
     assert Method.parse("curate").flags == ()
     with pytest.raises(UserError, match="unknown method 'cross_fit'"):  # it has no scores in a step
         Method.parse("cross_fit")

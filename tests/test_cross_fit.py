@@ -1,4 +1,4 @@
-"""`CrossFit` and `ClosingRatio`: which rows a model learned, what its losses mean, and what the weights are set to."""
+"""`CrossFit` and `CleanProbability`: which rows a model learned, what its losses mean, and what the weights become."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ import torch
 from support.policies import ENGINE, ROWS, batches, made, tiny_policy
 from support.refining import Logged, run
 
-from lit_bilevel import SFT, ClosingRatio, CrossFit, Mixing, OneStep, Phase, ScoredPrior, SigmoidWeights, ValueFunction
-from lit_bilevel.callbacks import closing_ratio
-from lit_bilevel.callbacks.closing_ratio import clean_rows
+from lit_bilevel import (
+    SFT,
+    CleanProbability,
+    CrossFit,
+    Mixing,
+    OneStep,
+    Phase,
+    ScoredPrior,
+    SigmoidWeights,
+    ValueFunction,
+)
+from lit_bilevel.callbacks import clean_probability
+from lit_bilevel.callbacks.clean_probability import clean_rows
 from lit_bilevel.data.folds import fold_of, split_folds
 from lit_bilevel.errors import UserError
 from lit_bilevel.policy.rest import RestingProblem
@@ -153,8 +163,8 @@ def test_the_weights_are_powers_of_probabilities(small, tmp_path, monkeypatch, c
         seen.append((both, clean_rows(*both)))
         return seen[-1][1]
 
-    monkeypatch.setattr(closing_ratio, "clean_rows", watched)
-    module = closed(small, tmp_path, ClosingRatio(sharpness=sharpness))
+    monkeypatch.setattr(clean_probability, "clean_rows", watched)
+    module = closed(small, tmp_path, CleanProbability(sharpness=sharpness))
     (((pool, trusted), found),) = seen
     assert list(pool) == list(trusted) == ["prior", "policy", "pool_model"]
     assert all(len(values) == 90 for values in pool.values())
@@ -163,7 +173,7 @@ def test_the_weights_are_powers_of_probabilities(small, tmp_path, monkeypatch, c
     expected = torch.from_numpy(power_N / power_N.mean())
     left = (power_N * (1 - found.probability_N)).sum() / power_N.sum()
     said = f"; the others are left about {left:.0%} of the weight"
-    assert (said in caplog.text) == (found.most - found.least <= closing_ratio.KNOWN)
+    assert (said in caplog.text) == (found.most - found.least <= clean_probability.KNOWN)
     assert f"pool rows ({found.least:.0%} to {found.most:.0%}) are like the 24 trusted ones" in caplog.text
     torch.testing.assert_close(module.weights.table(), expected, rtol=1e-5, atol=1e-8)
     assert not np.array_equal(pool["policy"], pool["pool_model"])
@@ -172,18 +182,18 @@ def test_the_weights_are_powers_of_probabilities(small, tmp_path, monkeypatch, c
 def test_a_ratio_that_cannot_be_taken_is_refused(small, tmp_path):
     learn = Phase("weights", 0.5)
     cases = [
-        ([ClosingRatio()], {"solver": ValueFunction(learning_rate=1e-3)}, "needs the solver `CrossFit`"),
-        ([ClosingRatio()], {"phases": [learn, TRAIN]}, "`CrossFit` has no scores in a step, and the phase 'weights'"),
-        ([ClosingRatio("policy")], {}, "the phase 'policy', in which the solver does not run"),
-        ([ClosingRatio()], {"solver": Mixing()}, "needs the solver `CrossFit`"),
-        ([Logged()], {}, "add the callback `ClosingRatio` to"),
+        ([CleanProbability()], {"solver": ValueFunction(learning_rate=1e-3)}, "needs the solver `CrossFit`"),
+        ([CleanProbability()], {"phases": [learn, TRAIN]}, "has no scores in a step, and the phase 'weights'"),
+        ([CleanProbability("policy")], {}, "the phase 'policy', in which the solver does not run"),
+        ([CleanProbability()], {"solver": Mixing()}, "needs the solver `CrossFit`"),
+        ([Logged()], {}, "add the callback `CleanProbability` to"),
     ]
     for watch, settings, message in cases:
         with pytest.raises(UserError, match=message):
             closed(small, tmp_path, *watch, **settings)
-    with pytest.raises(UserError, match="`sharpness` of `ClosingRatio` is -1"):
-        ClosingRatio(sharpness=-1)
+    with pytest.raises(UserError, match="`sharpness` of `CleanProbability` is -1"):
+        CleanProbability(sharpness=-1)
     with pytest.raises(UserError, match="it needs the callback `ScoredPrior`"):
-        run(small, tmp_path, ClosingRatio(), steps=2, solver=CrossFit(), phases=[REST, TRAIN])
+        run(small, tmp_path, CleanProbability(), steps=2, solver=CrossFit(), phases=[REST, TRAIN])
     with pytest.raises(UserError, match="has no pool model that did not learn a row; use `CrossFit`"):
         OneStep().losses_at_rest(made(tiny_policy()), 0)

@@ -16,7 +16,7 @@ from support.mortal import Moment, Run, same
 
 from lit_bilevel import (
     BilevelDataModule,
-    ClosingRatio,
+    CleanProbability,
     CrossFit,
     LitBilevel,
     Phase,
@@ -164,7 +164,7 @@ def test_the_recipe_in_python(small, tmp_path):
         max_steps=6,
         default_root_dir=tmp_path,
         accelerator="cpu",
-        callbacks=[ScoredPrior(), ClosingRatio()],
+        callbacks=[ScoredPrior(), CleanProbability()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -117,6 +117,12 @@ def test_scoring_goes_through_some_rows_at_a_time(monkeypatch):
     assert len(passes) == len(requests[::2])
     for request, one, other in zip(some, parts, found, strict=True):
         assert other == (one if request.scored else replace(one, token_logprobs=[]))
+    passes.clear()
+    twice = score(policy, [*requests, *some], [*samples, *samples], 1.0, torch.device("cpu"))
+    assert len(passes) == len(requests)  # equal answers to one question have one pass
+    assert twice == [*parts, *found]
+    other = score(policy, requests[:2], [samples[0]] * 2, 1.0, torch.device("cpu"))  # equal answers to two are not
+    assert other == [score(policy, [request], [samples[0]], 1.0, torch.device("cpu"))[0] for request in requests[:2]]
 
 
 class Broken(Exception):

@@ -12,7 +12,7 @@ from support.refining import Logged, adam, refine_all, run
 
 from lit_bilevel import (
     BilevelDataModule,
-    ClosingRatio,
+    CleanProbability,
     ClosingSweep,
     CrossFit,
     LitBilevel,
@@ -64,9 +64,9 @@ class Stop(Callback):
 def test_what_cannot_work_is_refused_before_the_policy_scores_the_pool(small, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep.Sweep, "score", lambda *arguments: pytest.fail("the pool was scored"))
     cases = [
-        ([ScoredPrior(), ClosingRatio("typo")], {}, "there is no phase 'typo'"),
-        ([ScoredPrior(), ClosingRatio()], {"solver": ValueFunction(learning_rate=1e-3)}, "needs the solver `CrossFit`"),
-        ([ScoredPrior(), ClosingRatio(), WarmStart("w")], {}, "it would overwrite the weights of `WarmStart`"),
+        ([ScoredPrior(), CleanProbability("typo")], {}, "there is no phase 'typo'"),
+        ([ScoredPrior(), CleanProbability()], {"solver": ValueFunction(learning_rate=1e-3)}, "needs the solver"),
+        ([ScoredPrior(), CleanProbability(), WarmStart("w")], {}, "it would overwrite the weights of `WarmStart`"),
         ([ScoredPrior(), ClosingSweep()], {}, "from the scores of a solver at rest, and the run has `CrossFit`"),
     ]
     for callbacks, settings, message in cases:
@@ -75,7 +75,7 @@ def test_what_cannot_work_is_refused_before_the_policy_scores_the_pool(small, tm
             run(small, tmp_path, callbacks[0], watch=callbacks[1:], steps=4, **settings)
     few = {**small, "validation": write_jsonl(tmp_path / "few.jsonl", read_jsonl(Path(small["validation"]))[:9])}
     with pytest.raises(UserError, match=r"needs 10 validation rows .* there are \d; give more of them, or a smaller"):
-        fit(few, tmp_path, [ScoredPrior(), ClosingRatio()])
+        fit(few, tmp_path, [ScoredPrior(), CleanProbability()])
     with pytest.raises(UserError, match="waits for the end of a phase, and the run has none"):
         fit(small, tmp_path, [ClosingSweep()], steps=-1, phases=None, solver=ValueFunction(learning_rate=1e-3))
 
@@ -98,18 +98,18 @@ def test_a_solver_that_runs_nowhere_or_cannot_move_is_refused(small, tmp_path):
 
 
 def test_a_run_that_ends_before_its_phase_says_that_no_weights_were_set(small, tmp_path):
-    with pytest.warns(UserWarning, match="ended before its phase 'pool' was over, so `ClosingRatio` set no weights"):
-        fit(small, tmp_path, [ScoredPrior(), ClosingRatio(), Stop(2)])
+    with pytest.warns(UserWarning, match="before its phase 'pool' was over, so `CleanProbability` set no weights"):
+        fit(small, tmp_path, [ScoredPrior(), CleanProbability(), Stop(2)])
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_continued_run_needs_no_file_of_scores(small, tmp_path):
     """It may go on in another folder, and ends with the same weights."""
-    whole = fit(small, tmp_path / "whole", [ScoredPrior(), ClosingRatio()])
+    whole = fit(small, tmp_path / "whole", [ScoredPrior(), CleanProbability()])
     with pytest.warns(UserWarning, match="set no weights"):
-        fit(small, tmp_path / "parts", [ScoredPrior(), ClosingRatio(), Stop(2)])
+        fit(small, tmp_path / "parts", [ScoredPrior(), CleanProbability(), Stop(2)])
     last = str(tmp_path / "parts" / "checkpoints" / "last.ckpt")
-    continued = fit(small, tmp_path / "elsewhere", [ScoredPrior(), ClosingRatio()], ckpt_path=last)
+    continued = fit(small, tmp_path / "elsewhere", [ScoredPrior(), CleanProbability()], ckpt_path=last)
     assert torch.equal(whole.weights.table(), continued.weights.table())
     assert whole.weights.table().std() > 0
 
@@ -117,23 +117,23 @@ def test_a_continued_run_needs_no_file_of_scores(small, tmp_path):
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_callback_that_is_new_behind_its_border_does_nothing(small, tmp_path):
-    fit(small, tmp_path / "first", [ScoredPrior(), ClosingRatio(), Stop(5)])
+    fit(small, tmp_path / "first", [ScoredPrior(), CleanProbability(), Stop(5)])
     last = str(tmp_path / "first" / "checkpoints" / "last.ckpt")
     before = torch.load(last, weights_only=False)["state_dict"]["weights.logits"]
-    with pytest.warns(UserWarning, match="`ClosingRatio` does nothing: the checkpoint is of a run without it"):
-        module = fit(small, tmp_path / "second", [ScoredPrior(), ClosingRatio("pool")], ckpt_path=last)
+    with pytest.warns(UserWarning, match="`CleanProbability` does nothing: the checkpoint is of a run without it"):
+        module = fit(small, tmp_path / "second", [ScoredPrior(), CleanProbability("pool")], ckpt_path=last)
     assert torch.equal(module.weights.logits, before)
 
 
 def test_scores_of_other_trusted_rows_are_refused_before_the_first_step(small, tmp_path):
-    fit(small, tmp_path / "first", [ScoredPrior(), ClosingRatio()])
+    fit(small, tmp_path / "first", [ScoredPrior(), CleanProbability()])
     scores = str(tmp_path / "first" / "scores.parquet")
-    again = fit(small, tmp_path / "again", [ScoredPrior(scores=scores), ClosingRatio()])
+    again = fit(small, tmp_path / "again", [ScoredPrior(scores=scores), CleanProbability()])
     assert again.weights.table().std() > 0
     rows = read_jsonl(Path(small["validation"]))
     other = {**small, "validation": write_jsonl(tmp_path / "other.jsonl", rows[:-1])}
     with pytest.raises(UserError, match=r"no scores of the trusted rows of this run in .*first/scores\.parquet"):
-        fit(other, tmp_path / "second", [ScoredPrior(scores=scores), ClosingRatio()])
+        fit(other, tmp_path / "second", [ScoredPrior(scores=scores), CleanProbability()])
 
 
 def test_too_few_questions_to_judge_by_are_told_at_the_start(small, tmp_path, caplog):

@@ -34,7 +34,7 @@ METHODS |= {
     "curated": {
         "solver": "CrossFit",
         "phases": [REST, TRAIN],
-        "callbacks": {"ScoredPrior": {}, "ClosingRatio": {"phase": "pool"}},
+        "callbacks": {"ScoredPrior": {}, "CleanProbability": {"phase": "pool"}},
     },
 }
 STRATEGIES = {

@@ -7,7 +7,16 @@ import torch
 from lightning.pytorch import Callback
 from support.refining import Logged, run
 
-from lit_bilevel import ClosingRatio, ClosingSweep, CrossFit, OneStep, Phase, ScoredPrior, SigmoidWeights, ValueFunction
+from lit_bilevel import (
+    CleanProbability,
+    ClosingSweep,
+    CrossFit,
+    OneStep,
+    Phase,
+    ScoredPrior,
+    SigmoidWeights,
+    ValueFunction,
+)
 from lit_bilevel.errors import UserError
 from lit_bilevel.policy.policy import Policy
 
@@ -69,7 +78,7 @@ def test_nothing_but_the_pool_model_moves_and_a_step_is_one_pass(small, tmp_path
     assert "upper/loss" not in logged.steps[2]
 
 
-@pytest.mark.parametrize(("solver", "closing"), [(ValueFunction, ClosingSweep), (CrossFit, ClosingRatio)])
+@pytest.mark.parametrize(("solver", "closing"), [(ValueFunction, ClosingSweep), (CrossFit, CleanProbability)])
 def test_the_pool_model_is_what_it_is_beside_a_pass_of_the_policy(small, tmp_path, monkeypatch, solver, closing):
     """To the bit: a pass at a rate of 0, as loss scaling needs one, changes nothing that φ sees."""
     kept, beside = Kept(), Kept()

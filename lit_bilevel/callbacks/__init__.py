@@ -2,7 +2,7 @@
 
 from lit_bilevel.callbacks.card import ModelCard
 from lit_bilevel.callbacks.checkpoint import BilevelCheckpoint
-from lit_bilevel.callbacks.closing_ratio import ClosingRatio
+from lit_bilevel.callbacks.clean_probability import CleanProbability
 from lit_bilevel.callbacks.closing_sweep import ClosingSweep
 from lit_bilevel.callbacks.export import Export
 from lit_bilevel.callbacks.figures import Figures
@@ -21,7 +21,7 @@ __all__ = [
     "BelowThreshold",
     "BelowTypical",
     "BilevelCheckpoint",
-    "ClosingRatio",
+    "CleanProbability",
     "ClosingSweep",
     "Export",
     "Figures",

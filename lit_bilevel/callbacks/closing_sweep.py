@@ -15,21 +15,15 @@ Rows that are refined by then are settled, too. Left out: weights that rows shar
 
 from __future__ import annotations
 
-import math
 import time
 
-import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
 
-from lit_bilevel.callbacks.passes import evaluating
+from lit_bilevel.callbacks.passes import ask_rows
 from lit_bilevel.callbacks.phase_end import AtPhaseEnd
 from lit_bilevel.callbacks.progress import say
 from lit_bilevel.errors import UserError
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.policy.rest import RestingProblem
-from lit_bilevel.training.engine import lightning_engine
-from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.weights.table import TableWeights
 
 
@@ -61,32 +55,11 @@ class ClosingSweep(AtPhaseEnd):
         own = module.phases[index].upper_weight
         upper_weight = own if own is not None else module.upper_weight  # scores are scaled, so its decay says nothing
         assert isinstance(module.weights, TableWeights)
-        module.weights.settle(pool_scores(trainer, module, upper_weight), self.strength)
+        score_N = ask_rows(
+            trainer, module, "pool", lambda problem, _: module.solver.scores_at_rest(problem), upper_weight=upper_weight
+        )
+        module.weights.settle(score_N, self.strength)
         say(
             f"all {module.weights.pool_rows:,} rows were scored once more and the weights set from that"
             f" ({time.monotonic() - started:.0f} s)"
         )
-
-
-def pool_scores(trainer: Trainer, module: LitBilevel, upper_weight: float) -> Tensor:
-    """[N] the solver's scores at rest of all pool rows, float64, on all processes alike.
-
-    Args:
-        trainer: Lightning's, in a fit.
-        module: with its solver's state.
-        upper_weight: λ under which rows are scored.
-    """
-    policy = policy_of(module)
-    inner, _ = module._optimizers()
-    score_N = torch.full((module.weights.pool_rows,), math.nan, dtype=torch.float64, device=module.device)
-    loader = data_of(trainer).evaluation_loader("pool")
-    engine = lightning_engine(module)
-    with evaluating(trainer, module) as made:
-        for batch in map(made, loader):
-            problem = RestingProblem(policy, batch, upper_weight, inner.optimizer, engine, module.lower_objective)
-            table = torch.stack([batch.row_B.double(), module.solver.scores_at_rest(problem).double()], dim=1)
-            if trainer.world_size > 1:
-                table = trainer.strategy.all_gather(table).flatten(0, 1)
-            row, score = table[table[:, 0] >= 0].unbind(1)
-            score_N[row.long()] = score
-    return score_N

@@ -4,6 +4,8 @@
         for batch in map(made, loader):
             module.policy.losses(objective, batch)
 
+    loss_N = ask_rows(trainer, module, "pool", module.solver.losses_at_rest, folds=2)
+
 Left out: scores of rows before training; `scores/` has those.
 """
 
@@ -16,8 +18,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 
+from lit_bilevel.data.examples import Window
+from lit_bilevel.data.folds import split_folds
 from lit_bilevel.module import LitBilevel
+from lit_bilevel.policy.rest import RestingProblem
+from lit_bilevel.training.engine import lightning_engine
 from lit_bilevel.training.evaluation import Evaluation
 from lit_bilevel.training.trainer import data_of, policy_of
 from lit_bilevel.types import Batch, Features
@@ -37,6 +44,39 @@ def evaluating(trainer: Trainer, module: LitBilevel) -> Iterator[Callable[[Any],
             yield lambda window: data.on_before_batch_transfer(window, 0).to(module.device)
     finally:
         policy.train(training)
+
+
+def ask_rows(
+    trainer: Trainer,
+    module: LitBilevel,
+    name: str,
+    ask: Callable[[RestingProblem, int], Tensor],
+    folds: int = 1,
+    upper_weight: float = 0.5,
+) -> Tensor:
+    """[rows] one number of every row of a set, float64, on all processes alike.
+
+    Args:
+        trainer: Lightning's, in a fit.
+        module: with its solver's state.
+        name: of the set.
+        ask: gives the numbers [B] of some rows of one fold, from these rows at rest and the fold.
+        folds: into how many the rows are dealt out.
+        upper_weight: λ at which the rows are seen.
+    """
+    policy, data = policy_of(module), data_of(trainer)
+    inner, _ = module._optimizers()
+    engine = lightning_engine(module)
+    number_N = torch.zeros(len(data.sets[name]), dtype=torch.float64, device=module.device)
+    with evaluating(trainer, module) as made:
+        for window in data.evaluation_loader(name):
+            for fold, examples in enumerate(split_folds(window.examples, folds)):  # as many on every process
+                batch = made(Window(examples, window.rows))
+                problem = RestingProblem(policy, batch, upper_weight, inner.optimizer, engine, module.lower_objective)
+                found_B, real_B = ask(problem, fold).double(), batch.row_B >= 0
+                number_N.index_add_(0, batch.row_B.clamp_min(0), torch.where(real_B, found_B, 0.0))
+    # every row is on one process
+    return trainer.strategy.reduce(number_N, reduce_op="sum") if trainer.world_size > 1 else number_N
 
 
 def score_pool(trainer: Trainer, module: LitBilevel) -> None:

@@ -34,15 +34,19 @@ def score(
     policy: Policy, requests: Sequence[Request], samples: Sequence[Sample], temperature: float, device: torch.device
 ) -> list[Response]:
     """Responses with their behaviour log-probabilities, by the pass that training uses, some rows at a time; without
-    those that are not wanted.
+    those that are not wanted. Equal answers to one question are passed once.
     """
     examples = []
-    for request, sample in zip(requests, samples, strict=True):
+    first: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}  # of each different answer that is wanted
+    alike: dict[int, int] = {}
+    for i, (request, sample) in enumerate(zip(requests, samples, strict=True)):
+        if request.scored:
+            alike[i] = first.setdefault((tuple(request.prompt_ids), tuple(sample.token_ids)), i)
         unscored = Response(sample.token_ids, [0.0] * len(sample.token_ids), sample.finished)
         group = Group((unscored,), 1.0, temperature)
         examples.append(Example(0, 0, request.prompt_ids, len(request.prompt_ids), group))
     logprobs: dict[int, list[float]] = {}
-    wanted = [i for i, request in enumerate(requests) if request.scored]
+    wanted = list(first.values())
     # not the numbers that decoding had: through a cache they differ from those of training, and an unchanged policy
     # would not have ratios of 1
     for places in batches_by_length([requests[i] for i in wanted], SCORED_TOKENS):
@@ -51,7 +55,8 @@ def score(
         lengths = [len(samples[i].token_ids) for i in chosen]
         parts = response_logprobs(policy, batch).float().cpu().split(lengths)
         logprobs |= {i: part.tolist() for i, part in zip(chosen, parts, strict=True)}
-    return [Response(x.token_ids, logprobs.get(i, []), x.finished) for i, x in enumerate(samples)]
+    scored = [logprobs[alike[i]] if i in alike else [] for i in range(len(samples))]
+    return [Response(x.token_ids, own, x.finished) for x, own in zip(samples, scored, strict=True)]
 
 
 def respond(

@@ -3,9 +3,9 @@
     φ_0 learns the rows of fold 1, φ_1 those of fold 0        ℓ_i(φ_k) of row i in fold k is held out
 
 A model that has learned a row makes it look easier than a trusted row, which it has not learned, whatever the two are
-worth. Held-out losses can be compared: `ClosingRatio` asks how far they tell trusted rows from pool rows. For example,
-where most answers in the pool are right, held-out losses are low on right answers and high on wrong ones; where the
-junk is of a kind, they are low on junk, which the policy's own loss is not.
+worth. Held-out losses can be compared: `CleanProbability` asks how far they tell trusted rows from pool rows. For
+example, where most answers in the pool are right, held-out losses are low on right answers and high on wrong ones;
+where the junk is of a kind, they are low on junk, which the policy's own loss is not.
 
 Two models cost what one does, for a row is learned by one of them: in a phase in which the policy rests, half of a step
 of `Mixing`. The idea of cross-fitting: Chernozhukov et al. (arXiv 1608.00060); of what a model learns of noisy data:

@@ -76,7 +76,7 @@ def scorers(trainer: Trainer) -> list[ScoredPrior]:
 
 
 def closers(trainer: Trainer) -> list[AtPhaseEnd]:
-    """The callbacks that set weights at the end of a phase: `ClosingSweep`, `ClosingRatio`, or made like them."""
+    """The callbacks that set weights at the end of a phase: `ClosingSweep`, `CleanProbability`, or made like them."""
     return [
         cast("AtPhaseEnd", callback) for callback in callbacks_of(trainer) if getattr(callback, "sets_weights", False)
     ]

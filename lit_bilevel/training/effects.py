@@ -76,7 +76,7 @@ def _without_sweep(module: LitBilevel) -> list[str]:
     name = unused_preparation(module.phases)
     if name is None or closers(module.trainer):
         return []
-    closer = "ClosingRatio" if module.solver.prepares_only else "ClosingSweep"
+    closer = "CleanProbability" if module.solver.prepares_only else "ClosingSweep"
     return [
         f"the phase {name!r} has `prepare_solver`, and no later one learns weights; add the callback `{closer}` to"
         " `trainer.callbacks`, or leave `prepare_solver` out"

@@ -11,7 +11,7 @@ Then the policy is trained under the weights, which stay, without a pass of the 
       - {name: pool, share: 0.4, learning_rate: 0, learn_weights: false, prepare_solver: true}
 
 In these steps the policy rests: the solver's own state learns from the pool rows and nothing else is computed, which
-for `CrossFit` is half of what a step of `Mixing` costs. `ClosingRatio` sets the weights at their end.
+for `CrossFit` is half of what a step of `Mixing` costs. `CleanProbability` sets the weights at their end.
 
 The phase of a step follows from its number and the run's length alone, so a resumed run needs nothing to know it.
 Left out: phases of another solver, another policy or other data; those are runs of their own.
@@ -45,8 +45,8 @@ class Phase:
         upper_weight: λ in this phase; by default that of the module, with its decay.
         learn_weights: whether weights are learned; without, a step costs what one of `Mixing` does.
         prepare_solver: where no weights are learned, run the solver all the same and drop its scores, so that its pool
-            model or its mean direction is ready for the next phase, or for `ClosingRatio` or `ClosingSweep` at the end
-            of this one.
+            model or its mean direction is ready for the next phase, or for `CleanProbability` or `ClosingSweep` at the
+            end of this one.
         learning_rate: factor of the policy's learning rate, whose schedule (warm-up and decay) begins anew with this
             phase; by default the schedule of the phase before goes on through this one. At 0 the policy rests, and a
             phase that only prepares the solver has no pass of the policy's own.

@@ -18,7 +18,7 @@ import torch
 
 import lit_bilevel.training.checkpoint_io
 from lit_bilevel.__main__ import main
-from lit_bilevel.callbacks import BilevelCheckpoint, ClosingRatio, Export, SelfRefine, scored_prior
+from lit_bilevel.callbacks import BilevelCheckpoint, CleanProbability, Export, SelfRefine, scored_prior
 from lit_bilevel.generation.hf import HFGenerate
 from lit_bilevel.module import LitBilevel
 from lit_bilevel.refinement.responses_file import ResponseFile
@@ -74,7 +74,7 @@ MOMENTS: dict[str, tuple[Any, str, Callable | None]] = {
     "part of the scores": (PartFiles, "write", None),
     "scores": (scored_prior, "write_scores", None),
     "prior": (TableWeights, "set_prior", None),
-    "closing": (ClosingRatio, "close", None),
+    "closing": (CleanProbability, "close", None),
 }
 
 

@@ -15,7 +15,7 @@ they keep 25 % of the weight at s = 1, and 16 % at s = 2. Larger ones were no be
 row still teaches something, as a cut text does.
 
     phases: [{name: pool, share: 0.3, learning_rate: 0, learn_weights: false, prepare_solver: true}, {name: policy, …}]
-    callbacks: [{class_path: ScoredPrior}, {class_path: ClosingRatio}]
+    callbacks: [{class_path: ScoredPrior}, {class_path: CleanProbability}]
 
 It costs a forward pass a row. Left out: what weights have learned before, which it would overwrite.
 """
@@ -23,34 +23,29 @@ It costs a forward pass a row. Left out: what weights have learned before, which
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_bilevel.callbacks.passes import evaluating
+from lit_bilevel.callbacks.passes import ask_rows
 from lit_bilevel.callbacks.phase_end import AtPhaseEnd
 from lit_bilevel.callbacks.progress import say
 from lit_bilevel.callbacks.warm_start import WarmStart
-from lit_bilevel.data.examples import Window
-from lit_bilevel.data.folds import split_folds
 from lit_bilevel.errors import UserError, gather
 from lit_bilevel.module import LitBilevel
-from lit_bilevel.policy.rest import RestingProblem
 from lit_bilevel.scores.combination import normal_scores
 from lit_bilevel.scores.density import LEAST_TRUSTED
 from lit_bilevel.scores.presence import Presence, presence
 from lit_bilevel.training.callbacks import scorers
-from lit_bilevel.training.engine import lightning_engine
-from lit_bilevel.training.trainer import data_of, find_callbacks, policy_of
+from lit_bilevel.training.trainer import data_of, find_callbacks
 
 KNOWN = 0.6
 """Width of the interval of the clean share from which on nothing is said that hangs on it."""
 
 
-class ClosingRatio(AtPhaseEnd):
+class CleanProbability(AtPhaseEnd):
     """Sets the weights by the probability that a row is a clean one, at the end of a phase.
 
     Args:
@@ -61,7 +56,7 @@ class ClosingRatio(AtPhaseEnd):
     def __init__(self, phase: str | None = None, sharpness: float = 1.0):
         super().__init__(phase)
         if not 0 <= sharpness < float("inf"):
-            raise UserError(f"`sharpness` of `ClosingRatio` is {sharpness}; it must be at least 0.")
+            raise UserError(f"`sharpness` of `CleanProbability` is {sharpness}; it must be at least 0.")
         self.sharpness = sharpness
 
     def check(self, trainer: Trainer, module: LitBilevel) -> None:
@@ -82,7 +77,7 @@ class ClosingRatio(AtPhaseEnd):
                 " them, or a smaller `data.monitor_fraction`"
             )
         if problems:
-            raise gather("`ClosingRatio` cannot run", problems)
+            raise gather("`CleanProbability` cannot run", problems)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -132,32 +127,12 @@ def held_out_losses(trainer: Trainer, module: LitBilevel, name: str) -> np.ndarr
     Raises:
         UserError: if most losses are not finite.
     """
-    policy, data = policy_of(module), data_of(trainer)
-    inner, _ = module._optimizers()
-    rows = len(data.sets[name])
-    loss_N = torch.zeros(rows, dtype=torch.float64, device=module.device)
-    engine = lightning_engine(module)
-    with evaluating(trainer, module) as made:
-        for window in data.evaluation_loader(name):
-            # trusted rows as well: a mean over models would be less noisy than what pool rows have
-            for fold, part in parts_of(window, module.solver.folds):
-                batch = made(part)
-                # λ only has to be one at which a lower level exists
-                problem = RestingProblem(policy, batch, 0.5, inner.optimizer, engine, module.lower_objective)
-                found_B = module.solver.losses_at_rest(problem, fold).double()
-                real_B = batch.row_B >= 0
-                loss_N.index_add_(0, batch.row_B.clamp_min(0), found_B * real_B)
-    if trainer.world_size > 1:  # every row is on one process
-        loss_N = trainer.strategy.reduce(loss_N, reduce_op="sum")
+    # trusted rows as well are asked of one model: a mean over models would be less noisy than what pool rows have
+    loss_N = ask_rows(trainer, module, name, module.solver.losses_at_rest, module.solver.folds)
+    rows = len(loss_N)
     if wrong := int((~loss_N.isfinite()).sum()):
         told = f"the loss of {wrong:,} of {rows:,} rows under a pool model is not finite"
         if 2 * wrong > rows:
             raise UserError(f"{told}; lower `model.solver.learning_rate`, or use another `trainer.precision`.")
         rank_zero_warn(f"{told}, so it says nothing of them; a lower `model.solver.learning_rate` may help.")
     return loss_N.cpu().numpy()
-
-
-def parts_of(window: Window, folds: int) -> Iterator[tuple[int, Window]]:
-    """A window by the folds of its rows, as many on every process."""
-    for fold, examples in enumerate(split_folds(window.examples, folds)):
-        yield fold, Window(examples, window.rows)
