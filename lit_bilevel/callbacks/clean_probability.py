@@ -40,6 +40,7 @@ from lit_bilevel.scores.density import LEAST_TRUSTED
 from lit_bilevel.scores.presence import Presence, presence
 from lit_bilevel.training.callbacks import scorers
 from lit_bilevel.training.trainer import data_of, find_callbacks
+from lit_bilevel.weights.base import effective_size
 
 KNOWN = 0.6
 """Width of the interval of the clean share from which on nothing is said that hangs on it."""
@@ -92,7 +93,7 @@ class CleanProbability(AtPhaseEnd):
         found = clean_rows(pool, trusted)
         weight_N = torch.from_numpy(found.probability_N**self.sharpness)
         module.weights.set_prior(weight_N)
-        size = float(weight_N.sum() ** 2 / (weight_N**2).sum())
+        size = effective_size(weight_N)
         counts = ", ".join(f"{name} {slope:+.2f}" for name, slope in zip(pool, found.slopes, strict=True))
         rows, known = len(weight_N), len(trusted["pool_model"])
         left = 1 - np.average(found.probability_N, weights=weight_N)

@@ -38,6 +38,7 @@ from lit_bilevel.scores.sweep import Sweep, score_rows, sweep_for
 from lit_bilevel.scores.table import Scores, read_scores, write_scores
 from lit_bilevel.training.callbacks import closers
 from lit_bilevel.training.trainer import data_of, policy_of
+from lit_bilevel.weights.base import effective_size
 
 FILE = "scores.parquet"
 Numbers = dict[str, np.ndarray]
@@ -114,10 +115,10 @@ class ScoredPrior(Callback):
         module.weights.set_prior(weight_N)
         if names := module.weights.columns:
             module.weights.set_columns(standardise(scores, names))
-        size = float(weight_N.sum() ** 2 / (weight_N**2).sum())
         rank_zero_info(
             f"scored {len(weight_N):,} pool rows in {time.monotonic() - started:.0f} s: {self.scores or FILE}\n"
-            f"the weights begin at {' + '.join(self.columns)}, effective size {size / len(weight_N):.0%} of the pool"
+            f"the weights begin at {' + '.join(self.columns)}, effective size"
+            f" {effective_size(weight_N) / len(weight_N):.0%} of the pool"
         )
 
     # ---- the scores ----

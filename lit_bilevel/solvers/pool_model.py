@@ -10,6 +10,7 @@ tuned. Left out: gradient clipping.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +19,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_bilevel.problem import BilevelProblem, Values, norm, scale_values
+
+SKIPPED = 10
+"""Steps in a row after which it is told that they were skipped."""
 
 
 class PoolModel:
@@ -33,6 +37,7 @@ class PoolModel:
         self.optimizer, self.learning_rate, self.weighted = optimizer, learning_rate, weighted
         self.values: Values = []
         self._optimizer: Optimizer | None = None
+        self._skipped = 0  # steps in a row
 
     @property
     def begun(self) -> bool:
@@ -52,6 +57,9 @@ class PoolModel:
                 group["lr"] = problem.learning_rate if self.learning_rate is None else self.learning_rate
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
+            self._skipped = 0
+        else:
+            self._tell_skipped()
         return loss_B
 
     def losses_at(self, problem: BilevelProblem) -> Tensor:
@@ -74,6 +82,16 @@ class PoolModel:
             self._begin(state["values"])
             assert self._optimizer is not None
             self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would go on with the same tensors
+
+    def _tell_skipped(self) -> None:
+        self._skipped += 1  # where the loss is scaled, one now and then is no fault
+        if self._skipped == SKIPPED:
+            warnings.warn(
+                f"{SKIPPED} steps of a pool model in a row were skipped, because their gradients are not finite, so it"
+                " learns nothing, and what it says of rows means little; lower `model.solver.learning_rate`, or set"
+                " `trainer.precision: bf16-mixed`.",
+                stacklevel=2,
+            )
 
     def _begin(self, values: Values) -> None:
         # copies: φ's optimizer writes into them, and the policy must not move along

@@ -27,6 +27,7 @@ from lit_bilevel.errors import UserError
 from lit_bilevel.refinement.tally import ResponseTally
 from lit_bilevel.training.trainer import data_of
 from lit_bilevel.types import Features
+from lit_bilevel.weights.base import effective_size
 
 if TYPE_CHECKING:
     from lit_bilevel.module import LitBilevel
@@ -131,7 +132,7 @@ class Guard:
 
     def watch_table(self, module: LitBilevel, weight_N: Tensor) -> None:
         """The same where all weights are at hand: some weightings have only an estimate in a step."""
-        self.watch_weights(module, float(weight_N.sum() ** 2 / (weight_N**2).sum()))
+        self.watch_weights(module, effective_size(weight_N))
 
     def count_taken(self) -> None:
         """Take note of a policy step that was taken."""

@@ -238,6 +238,11 @@ class ExampleWeights(nn.Module, ABC):
         return super()._apply(lambda tensor: tensor.to(fn(tensor.new_empty(0)).device), recurse)
 
 
+def effective_size(weight_N: Tensor) -> float:
+    """(Σw)²/Σw²: how many rows of equal weight would vary as little in their mean."""
+    return float(weight_N.sum() ** 2 / (weight_N**2).sum())
+
+
 def centre(values_B: Tensor, w_B: Tensor) -> Tensor:
     """Values less their weighted mean."""
     return values_B - (w_B * values_B).sum() / w_B.sum().clamp_min(TINY)
