@@ -131,7 +131,10 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
         plugins=plugins,
         max_steps=case["steps"],
         max_epochs=-1,
-        limit_val_batches=0,
+        limit_val_batches=1.0 if "check_every" in case else 0,
+        val_check_interval=case.get("check_every"),
+        check_val_every_n_epoch=None if "check_every" in case else 1,
+        num_sanity_val_steps=0,
         logger=False,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         callbacks=callbacks,
@@ -150,6 +153,25 @@ def fitted(case: dict[str, Any], callbacks: list[Any] | None = None) -> Any:
     return module, trainer
 
 
+def looks_kept() -> Any:
+    """A callback that keeps the losses of all monitor rows, as `checkpoint.tolerance` has them."""
+    from lightning.pytorch import Callback
+
+    from lit_bilevel.callbacks.choice import losses_by_row
+
+    class Looks(Callback):
+        def __init__(self):
+            self.losses: list[torch.Tensor] = []
+
+        def on_validation_start(self, trainer, pl_module):
+            pl_module.evaluation.monitor_rows = []
+
+        def on_validation_end(self, trainer, pl_module):
+            self.losses.append(losses_by_row(trainer, pl_module.evaluation.monitor_rows))
+
+    return Looks()
+
+
 def deepspeed(stage: int) -> Any:
     """Only asked for where it is installed."""
     from support.deepspeed_cpu import DeepSpeedOnCPU
@@ -158,8 +180,9 @@ def deepspeed(stage: int) -> Any:
 
 
 def end(case: dict[str, Any]) -> dict[str, Any]:
-    """Weights and policy after a case, whole."""
-    module, trainer = fitted(case)
+    """Weights and policy after a case, whole, and losses of monitor rows at every look, [looks, M]."""
+    looks = looks_kept()
+    module, trainer = fitted(case, [looks] if "check_every" in case else None)
     from lit_bilevel.problem import whole
 
     policy = torch.cat([whole(parameter.detach()).flatten().double() for parameter in module.policy.trainable()])
@@ -171,6 +194,8 @@ def end(case: dict[str, Any]) -> dict[str, Any]:
     dtypes = sorted({str(p.dtype) for p in (*module.weights.parameters(), *module.weights.buffers())})
     weights = module.weights.table().clone()
     found = {"weights": weights, "policy": policy, "random": random}
+    if looks.losses:
+        found["looks"] = torch.stack(looks.losses)
     return {**found, "step": trainer.global_step, "dtypes": dtypes, "skipped": module.guard.skipped}
 
 
