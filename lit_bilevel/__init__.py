@@ -29,8 +29,8 @@ _NAMES = {
     "lit_bilevel.generation.hf": "HFGenerate",
     "lit_bilevel.generation.backends": "ContinuousBatching VLLM",
     "lit_bilevel.callbacks": "BelowThreshold BelowTypical BilevelCheckpoint CleanProbability ClosingSweep Export "
-    "Figures LowestFraction ModelCard Predictions RandomFraction RandomState RowChooser ScoredPrior SelfRefine Summary "
-    "WarmStart WeightInspector",
+    "Figures LowestFraction ModelCard Predictions RandomFraction RandomState RowChooser ScoredPrior SecondLook "
+    "SelfRefine Summary WarmStart WeightInspector",
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names.split()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -20,13 +21,15 @@ from lit_bilevel import (
     Phase,
     PolicySettings,
     ScoredPrior,
+    SecondLook,
     SigmoidWeights,
     ValueFunction,
     WarmStart,
 )
-from lit_bilevel.callbacks import BilevelCheckpoint
+from lit_bilevel.callbacks import BilevelCheckpoint, second_look
 from lit_bilevel.errors import UserError
 from lit_bilevel.scores import sweep
+from lit_bilevel.scores.learned import Learned
 
 REST = Phase("pool", 0.5, learn_weights=False, prepare_solver=True, learning_rate=0)
 TRAIN = Phase("policy", 0.5, upper_weight=0.25, learn_weights=False, learning_rate=1.0)
@@ -112,6 +115,34 @@ def test_a_continued_run_needs_no_file_of_scores(small, tmp_path):
     continued = fit(small, tmp_path / "elsewhere", [ScoredPrior(), CleanProbability()], ckpt_path=last)
     assert torch.equal(whole.weights.table(), continued.weights.table())
     assert whole.weights.table().std() > 0
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_second_look_is_the_same_in_a_continued_run(small, tmp_path, monkeypatch):
+    """It goes on from what the first one found, which is in the checkpoint."""
+
+    def callbacks(*more):
+        return [ScoredPrior(), CleanProbability(), SecondLook(), *more]
+
+    before = fit(small, tmp_path / "first", [ScoredPrior(), CleanProbability()])
+
+    def told(known_N, now_N, before_N):  # so few rows tell nothing by themselves
+        return Learned(known_N / (1 + np.exp(before_N - now_N)), 1.0)
+
+    monkeypatch.setattr(second_look, "learned_since", told)
+    whole = fit(small, tmp_path / "whole", callbacks())
+    with pytest.warns(UserWarning, match="its phase 'policy' was over, so `SecondLook` set no weights"):
+        fit(small, tmp_path / "parts", callbacks(Stop(4)))
+    last = str(tmp_path / "parts" / "checkpoints" / "last.ckpt")
+    continued = fit(small, tmp_path / "elsewhere", callbacks(), ckpt_path=last)
+    assert torch.equal(whole.weights.table(), continued.weights.table())
+    assert not torch.equal(whole.weights.table(), before.weights.table())
+    old = torch.load(last, weights_only=False)
+    key = next(key for key in old["callbacks"] if key.startswith("CleanProbability"))
+    del old["callbacks"][key]["probability"]
+    torch.save(old, last)
+    with pytest.raises(UserError, match="`SecondLook` has no probabilities to go on from"):
+        fit(small, tmp_path / "third", callbacks(), ckpt_path=last)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -12,6 +12,7 @@ from lit_bilevel.callbacks.predict import Predictions
 from lit_bilevel.callbacks.random_state import RandomState
 from lit_bilevel.callbacks.refine import SelfRefine
 from lit_bilevel.callbacks.scored_prior import ScoredPrior
+from lit_bilevel.callbacks.second_look import SecondLook
 from lit_bilevel.callbacks.summary import Summary
 from lit_bilevel.callbacks.warm_start import WarmStart
 from lit_bilevel.refinement.choose import BelowThreshold, BelowTypical, LowestFraction, RandomFraction, RowChooser
@@ -32,6 +33,7 @@ __all__ = [
     "RandomState",
     "RowChooser",
     "ScoredPrior",
+    "SecondLook",
     "SelfRefine",
     "Summary",
     "WarmStart",

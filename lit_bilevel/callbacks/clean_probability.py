@@ -23,6 +23,7 @@ It costs a forward pass a row. Left out: what weights have learned before, which
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,6 +60,22 @@ class CleanProbability(AtPhaseEnd):
         if not 0 <= sharpness < float("inf"):
             raise UserError(f"`sharpness` of `CleanProbability` is {sharpness}; it must be at least 0.")
         self.sharpness = sharpness
+        self.probability_N: np.ndarray | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also what it found, from which `SecondLook` goes on."""
+        found = {} if self.probability_N is None else {"probability": torch.from_numpy(self.probability_N)}
+        return {**super().state_dict(), **found}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if "probability" in state_dict:
+            self.probability_N = state_dict["probability"].numpy()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # what an earlier one left
+            self.probability_N = None
+        super().setup(trainer, pl_module, stage)
 
     def check(self, trainer: Trainer, module: LitBilevel) -> None:
         problems = []
@@ -91,6 +108,7 @@ class CleanProbability(AtPhaseEnd):
         pool["pool_model"] = -held_out_losses(trainer, module, "pool")
         trusted["pool_model"] = -held_out_losses(trainer, module, "upper")
         found = clean_rows(pool, trusted)
+        self.probability_N = found.probability_N
         weight_N = torch.from_numpy(found.probability_N**self.sharpness)
         module.weights.set_prior(weight_N)
         size = effective_size(weight_N)

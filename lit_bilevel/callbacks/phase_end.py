@@ -4,7 +4,7 @@
         def close(self, trainer, module, index): ...
 
 A checkpoint is saved only after the call, or before the last step of the phase, so a killed run has it once in the end.
-Left out: the beginning of a phase.
+`SecondLook` has a border of its own within a phase. Left out: the beginning of a phase.
 """
 
 from __future__ import annotations
@@ -30,11 +30,18 @@ class AtPhaseEnd(Callback):
 
     sets_weights = True
     """Read by `training/callbacks.py`, which does not know this class."""
+    needs_solver = True
+    """Whether its phase has to run the solver."""
 
     def __init__(self, phase: str | None = None):
         self.phase = phase
         self._done = False
         self._known = False  # whether a checkpoint said so
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has closed its phase."""
+        return self._done
 
     @abstractmethod
     def close(self, trainer: Trainer, module: LitBilevel, index: int) -> None:
@@ -55,7 +62,7 @@ class AtPhaseEnd(Callback):
             return
         self._done, self._known = False, False
         module = module_of(pl_module)
-        if not module.phases[self.phase_index(module)].runs_solver:
+        if self.needs_solver and not module.phases[self.phase_index(module)].runs_solver:
             raise UserError(
                 f"`{type(self).__name__}` names the phase {self.phase!r}, in which the solver does not run; name"
                 " another."

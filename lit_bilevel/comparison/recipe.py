@@ -23,7 +23,7 @@ from lit_bilevel.resources import locate
 
 Settings = Sequence[Mapping[str, Any]]
 
-CALLBACKS = ("ScoredPrior", "CleanProbability", "ClosingSweep")
+CALLBACKS = ("ScoredPrior", "CleanProbability", "ClosingSweep", "SecondLook")
 """Callbacks that belong to a recipe's phases."""
 
 
