@@ -77,13 +77,13 @@ class SecondLook(AtPhaseEnd):
         loss_N = ask_rows(trainer, module, "pool", lambda problem, _: problem.lower_losses()).cpu().numpy()
         before_N = scorers(trainer)[0].both_scores()[0]["policy"]
         found = learned_since(known_N, normal_scores(-loss_N), normal_scores(before_N))
-        weight_N = torch.from_numpy(found.probability_N**first.sharpness)
         if not found.shift:
             say(
                 "what the policy has learned since does not tell clean rows from others, so the weights stay"
                 f" ({time.monotonic() - started:.0f} s)"
             )
             return
+        weight_N = torch.from_numpy(found.probability_N**first.sharpness)
         module.weights.set_prior(weight_N)
         moved = float(np.abs(found.probability_N - known_N).mean())
         say(
